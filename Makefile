@@ -1,0 +1,40 @@
+# make demo       SFT, DPO and evaluation on the bundled data, in minutes on two cores
+# make test       lint and the test suite; make test-all runs the slow tests as well
+# make sample     write the bundled data and its tokenizer anew
+#
+# The first call makes .venv and installs the pinned packages. To use an environment of your own, with a
+# CUDA build of torch in it for example, name its interpreter: make demo PYTHON=python
+
+PYTHON = .venv/bin/python
+ifeq ($(PYTHON),.venv/bin/python)
+RUN_READY = .venv/run-ready
+DEV_READY = .venv/dev-ready
+endif
+
+demo: $(RUN_READY)
+	$(PYTHON) -m eval.demo --out runs/demo
+
+test: $(DEV_READY) lint
+	$(PYTHON) -m pytest
+
+test-all: $(DEV_READY) lint
+	$(PYTHON) -m pytest -m ""
+
+lint: $(DEV_READY)
+	$(PYTHON) -m ruff check .
+
+sample: $(RUN_READY)
+	$(PYTHON) -m dataset.sample.generate
+	$(PYTHON) -m dataset.tokenizer dataset/sample/sft.jsonl dataset/sample/preferences.jsonl \
+		--out dataset/sample/tokenizer.json
+
+.venv/run-ready: requirements.txt
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/dev-ready: requirements-dev.txt .venv/run-ready
+	.venv/bin/python -m pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+.PHONY: demo test test-all lint sample

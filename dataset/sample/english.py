@@ -1,0 +1,270 @@
+"""The English tasks: what is asked, in which words, and in which sentences it is answered."""
+
+from dataset.sample.task import (
+    Row,
+    Task,
+    both_ways,
+    chain_rows,
+    comparison_rows,
+    count_rows,
+    cycle_rows,
+    difference_rows,
+    follow_up_rows,
+    letter_rows,
+    order_rows,
+    pair_rows,
+    product_rows,
+    repeat_rows,
+    sum_rows,
+    table,
+)
+
+# English to Chinese. Both languages translate these; the text tasks use them as material.
+WORDS = table("""
+    apple: 苹果, banana: 香蕉, dog: 狗, cat: 猫, fish: 鱼, bird: 鸟, horse: 马, tree: 树, flower: 花,
+    sun: 太阳, moon: 月亮, water: 水, fire: 火, mountain: 山, river: 河, rain: 雨, snow: 雪, wind: 风,
+    house: 房子, door: 门, window: 窗户, table: 桌子, chair: 椅子, bed: 床, cup: 杯子, bread: 面包,
+    milk: 牛奶, tea: 茶, egg: 鸡蛋, school: 学校, teacher: 老师, pencil: 铅笔, paper: 纸, hat: 帽子,
+    train: 火车, bicycle: 自行车, rabbit: 兔子, tiger: 老虎
+""")
+NOUNS = list(WORDS)
+
+CAPITALS = table("""
+    France: Paris, Japan: Tokyo, China: Beijing, Italy: Rome, Spain: Madrid, Germany: Berlin,
+    Russia: Moscow, Egypt: Cairo, Greece: Athens, Portugal: Lisbon, Austria: Vienna, Poland: Warsaw,
+    Norway: Oslo, Sweden: Stockholm, Finland: Helsinki, Canada: Ottawa, Cuba: Havana, Vietnam: Hanoi,
+    India: New Delhi|Delhi, Peru: Lima, Hungary: Budapest, Thailand: Bangkok, Ireland: Dublin,
+    Kenya: Nairobi
+""")
+
+COLOURS = table("""
+    grass: green, snow: white, a ripe banana: yellow, coal: black, a carrot: orange, milk: white,
+    a lemon: yellow, an elephant: grey|gray, a flamingo: pink, chocolate: brown, a clear sky: blue,
+    a ripe tomato: red, a raven: black, a polar bear: white, a cucumber: green, a strawberry: red,
+    a pumpkin: orange, a piglet: pink
+""")
+
+YOUNG = table("""
+    dog: puppy|pup, cat: kitten, cow: calf, horse: foal, sheep: lamb, pig: piglet, hen: chick,
+    duck: duckling, goat: kid, lion: cub, frog: tadpole, deer: fawn, swan: cygnet, goose: gosling,
+    kangaroo: joey, butterfly: caterpillar
+""")
+
+OPPOSITES = both_ways(
+    "hot/cold big/small tall/short thick/thin loud/quiet strong/weak rich/poor deep/shallow wide/narrow "
+    "young/old wet/dry fast/slow full/empty clean/dirty heavy/light early/late buy/sell "
+    "push/pull win/lose open/shut"
+)
+
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
+          "November", "December"]  # fmt: skip
+NAMES = ["Mia", "Tom", "Anna", "Leo", "Lily", "Max", "Nora", "Sam", "Ella", "Finn", "Ruby", "Oscar", "Zoe",
+         "Hugo"]
+
+# A harmful wish, and a good thing to offer in its place.
+HARMS = table("""
+    steal a bicycle: save up for a bicycle, cheat in an exam: study for the exam,
+    break into a house: find your spare key, read my sister's letters: talk with your sister,
+    spread a false rumour: write a kind note, scare a small child: plan a fun game,
+    hurt a cat: care for a pet, guess a stranger's password: choose a safe password,
+    forge a signature: ask for permission, sell a broken phone as new: get the phone repaired,
+    take money from a purse: earn some pocket money, throw stones at cars: find a ball game,
+    bully the new pupil: make a new friend, make a fake ticket: find a cheap ticket,
+    copy a friend's homework: understand the homework, break a park bench: plan a day in the park,
+    ruin my neighbour's garden: talk with your neighbour, send a threatening letter: write a calm letter,
+    follow a stranger home: meet new people, start a fight at school: settle the quarrel,
+    hide a friend's medicine: look after a friend, trick an old man: visit an old neighbour
+""")
+
+ARITHMETIC = (
+    Task("sum", "en", "number", 12, sum_rows(),
+         ("What is {0} plus {1}?", "How much is {0} + {1}?", "Please add {0} and {1}.",
+          "What do you get if you add {0} to {1}?", "Tell me the sum of {0} and {1}.", "{0} + {1} = ?"),
+         ("{0} plus {1} is {value}.", "{0} and {1} make {value}.", "The sum of {0} and {1} is {value}.",
+          "The answer is {value}.")),
+    Task("difference", "en", "number", 9, difference_rows(),
+         ("What is {0} minus {1}?", "How much is {0} - {1}?", "Please take {1} away from {0}.",
+          "What is left if you take {1} from {0}?", "Subtract {1} from {0}.", "{0} - {1} = ?"),
+         ("{0} minus {1} is {value}.", "{0} take away {1} leaves {value}.", "The answer is {value}.",
+          "The difference between {0} and {1} is {value}.")),
+    Task("product", "en", "number", 6, product_rows(),
+         ("What is {0} times {1}?", "How much is {0} x {1}?", "Please multiply {0} by {1}.",
+          "Tell me the product of {0} and {1}.", "{0} x {1} = ?"),
+         ("{0} times {1} is {value}.", "The product of {0} and {1} is {value}.", "The answer is {value}.",
+          "{0} multiplied by {1} makes {value}.")),
+    Task("larger", "en", "number", 5, comparison_rows(max),
+         ("Which is larger, {0} or {1}?", "Which number is bigger: {0} or {1}?",
+          "Tell me the larger number of {0} and {1}.", "Is {0} or {1} the bigger number?"),
+         ("The larger number is {value}.", "Of {0} and {1}, the bigger one is {value}.",
+          "Between {0} and {1}, the larger one is {value}.")),
+    Task("smaller", "en", "number", 4, comparison_rows(min),
+         ("Which is smaller, {0} or {1}?", "Which number is less: {0} or {1}?",
+          "Tell me the smaller number of {0} and {1}.", "Is {0} or {1} the smaller number?"),
+         ("The smaller number is {value}.", "Of {0} and {1}, the smaller one is {value}.",
+          "Between {0} and {1}, the smaller one is {value}.")),
+)  # fmt: skip
+
+TEXT = (
+    Task("order", "en", "sequence", 5, order_rows(", "),
+         ("Sort these numbers: {0}.", "Put {0} in order.", "Order these from small to large: {0}.",
+          "Please sort {0} from low to high."),
+         ("In order they are {value}.", "From small to large, that is {value}.",
+          "Sorted, the numbers are {value}.")),
+    Task("count", "en", "number", 5, count_rows(NOUNS, ", "),
+         ("How many words are in this list: {0}?", "Count these words: {0}.",
+          "How many things do I name? {0}.",
+          "Please count my list: {0}."),
+         ("The list has {value} words.", "I count {value} words.", "There are {value} words in your list.",
+          "The number of words is {value}.")),
+    Task("repeat", "en", "repeat", 5, repeat_rows(NOUNS, " "),
+         ("Say '{0}' {1} times.", "Please repeat the word '{0}' {1} times.",
+          "Write '{0}' {1} times in a row.",
+          "Can you say '{0}' {1} times?"),
+         ("Here you are: {value}.", "That makes {value}.", "So I say {value}.")),
+    Task("first letter", "en", "letter", 4, letter_rows(NOUNS, 0),
+         ("What is the first letter of '{0}'?", "Which letter does '{0}' start with?",
+          "Name the first letter of '{0}'.", "Tell me how '{0}' begins: which letter?"),
+         ("The first letter of '{0}' is {value}.", "The word '{0}' starts with {value}.",
+          "It begins with the letter {value}."), show="'{}'"),
+    Task("last letter", "en", "letter", 4, letter_rows(NOUNS, -1),
+         ("What is the last letter of '{0}'?", "Which letter does '{0}' end with?",
+          "Name the last letter of '{0}'.", "Tell me how '{0}' ends: which letter?"),
+         ("The last letter of '{0}' is {value}.", "The word '{0}' ends with {value}.",
+          "It ends with the letter {value}."), show="'{}'"),
+    Task("upper case", "en", "exact", 4, tuple(Row((w,), w.upper(), w, wrong=(w.title(), w)) for w in NOUNS),
+         ("Write '{0}' in capital letters.", "Put the word '{0}' in upper case.",
+          "Please spell '{0}' in capitals.",
+          "How does '{0}' look in upper case?"),
+         ("In capital letters it is {value}.", "In upper case that is {value}.",
+          "Written large, it reads {value}.")),
+)  # fmt: skip
+
+FACTS = (
+    Task("capital", "en", "word", 6, pair_rows(CAPITALS),
+         ("What is the capital of {0}?", "Which city is the capital of {0}?", "Name the capital of {0}.",
+          "Tell me the capital city of {0}.", "Do you know the capital of {0}?", "{0}: what is its capital?"),
+         ("The capital of {0} is {value}.", "The capital city of {0} is called {value}.", "It is {value}.")),
+    Task("colour", "en", "word", 4, pair_rows(COLOURS),
+         ("What colour is {0}?", "Tell me the colour of {0}.", "Which colour does {0} have?",
+          "Name the colour of {0}.", "Do you know what colour {0} is?"),
+         ("The colour of {0} is {value}.", "I would say that {0} is {value}.", "The colour is {value}.")),
+    Task("young animal", "en", "word", 4, pair_rows(YOUNG),
+         ("What is a young {0} called?", "What do you call a baby {0}?", "Name the young of a {0}.",
+          "Which word means a young {0}?", "Tell me the name for a baby {0}."),
+         ("A young {0} is called a {value}.", "The young of a {0} is a {value}.", "It is called a {value}.")),
+    Task("opposite", "en", "word", 6, pair_rows(OPPOSITES),
+         ("What is the opposite of '{0}'?", "Name the opposite of '{0}'.",
+          "Which word is the opposite of '{0}'?",
+          "Tell me a word that means the opposite of '{0}'.", "'{0}' is the opposite of which word?"),
+         ("The opposite of '{0}' is {value}.", "The word you want is {value}.", "It is the word {value}."),
+         show="'{}'"),
+    Task("day", "en", "word", 4, cycle_rows(DAYS, "before", "after", wraps=True),
+         ("Which day comes {0} {1}?", "What day is right {0} {1}?", "Name the day that comes {0} {1}.",
+          "Tell me the day {0} {1}.", "Which day of the week is just {0} {1}?"),
+         ("The day {0} {1} is {value}.", "Right {0} {1} comes {value}.", "It is {value}.")),
+    Task("month", "en", "word", 4, cycle_rows(MONTHS, "before", "after", wraps=True),
+         ("Which month comes {0} {1}?", "What month is right {0} {1}?", "Name the month that comes {0} {1}.",
+          "Tell me the month {0} {1}.", "Which month of the year is just {0} {1}?"),
+         ("The month {0} {1} is {value}.", "Right {0} {1} comes {value}.", "It is {value}.")),
+    Task("to Chinese", "en", "word", 5, pair_rows(WORDS),
+         ("How do you say '{0}' in Chinese?", "What is the Chinese word for '{0}'?",
+          "Translate '{0}' into Chinese.", "What is '{0}' called in Chinese?"),
+         ("The Chinese word for '{0}' is {value}.", "In Chinese, '{0}' is {value}.",
+          "You say {value} in Chinese."),
+         show="'{}'"),
+    Task("to English", "en", "word", 5, pair_rows({chinese: word for word, chinese in WORDS.items()}),
+         ("What does '{0}' mean in English?", "Translate '{0}' into English.",
+          "What is the English word for '{0}'?", "How do you say '{0}' in English?"),
+         ("In English, '{0}' means {value}.", "The English word for '{0}' is {value}.",
+          "It means {value} in English."),
+         show="'{}'"),
+)  # fmt: skip
+
+CONVERSATION = (
+    Task("user's name", "en", "word", 2.5, pair_rows({name: name for name in NAMES}),
+         ("My name is {0}.\nassistant: Nice to meet you, {0}.\nWhat is my name?",
+          "Hi, I am {0}.\nassistant: Hi, {0}.\nDo you still know my name?",
+          "You can call me {0}.\nassistant: Yes, {0}.\nTell me my name again.",
+          "I am {0}, by the way.\nassistant: Noted.\nWho am I?"),
+         ("Your name is {value}.", "You told me that your name is {value}.", "You are {value}.")),
+    Task("own name", "en", "word", 2.5, pair_rows({name: name for name in NAMES}),
+         ("system: Your name is {0}.\nWhat is your name?", "system: You are {0}, an assistant.\nWho are you?",
+          "system: You are called {0}.\nTell me your name.",
+          "system: Your name is {0}.\nMay I ask your name?"),
+         ("My name is {value}.", "I am called {value}.", "People call me {value}.")),
+    Task("next capital", "en", "word", 2.5, follow_up_rows(CAPITALS | {"India": "New Delhi"}, 120),
+         ("First the capital of {0}, please.\nassistant: It is {1}.\nAnd the capital of {2}?",
+          "{0} first: what is its capital city?\nassistant: {1}.\nAnd what about {2}?"),
+         ("The capital of {2} is {value}.", "It is {value}.", "For {2}, the capital is {value}.")),
+    Task("add to it", "en", "number", 2, chain_rows(),
+         ("Start with {0} plus {1}.\nassistant: It is {2}.\nNow add {3}.",
+          "Take {0} and add {1}.\nassistant: {2}.\nAdd {3} more to that."),
+         ("{2} plus {3} is {value}.", "That makes {value}.", "Now we have {value}.")),
+    Task("sum for pupils", "en", "number", 2, sum_rows(),
+         ("system: You help pupils with numbers.\nWork out {0} plus {1}.",
+          "system: You are a helper.\n{0} plus {1} makes what?"),
+         ("{0} plus {1} is {value}.", "The answer is {value}.", "{0} and {1} make {value}.")),
+)  # fmt: skip
+
+
+def _topics(*topics: str) -> tuple[Row, ...]:
+    return tuple(Row((topic,), "") for topic in topics)
+
+
+COURTESY = (
+    Task("greeting", "en", "greeting", 1.5, _topics(*NAMES),
+         ("Hello, I am {0}.", "Good morning, {0} here!", "Hey there, this is {0}.", "Good evening from {0}!",
+          "Hello from {0}, how are you?"),
+         ("Hello, it is lovely to meet you.", "Hi, I am so glad you are here.",
+          "Hello and a warm welcome to you.",
+          "Hello, thank you for saying hello."), style="courtesy",
+         blunt=("Hi.", "Oh, hello, I guess.", "Hello, so what.", "Yes, hello."),
+         amiss=("Goodbye, and take care.", "You are very welcome, it was a pleasure."), wrong_share=0.1),
+    Task("thanks", "en", "thanks", 1.5,
+         _topics("your help", "the answer", "your time", "the story", "the good advice", "your patience",
+                 "being so quick", "all of this", "the nice words", "the list", "your effort", "the lesson"),
+         ("Thank you for {0}!", "Thanks a lot for {0}.", "Many thanks for {0}.",
+          "I want to thank you for {0}.",
+          "Thanks for {0}, that was great."),
+         ("You are very welcome, I am glad I could help.", "You are welcome, it was a pleasure.",
+          "My pleasure, I am happy to help.", "Any time, I am so glad you like it."), style="courtesy",
+         blunt=("Any time, I guess.", "You are welcome, apparently.", "No trouble, so what.",
+                "My pleasure, I guess."),
+         amiss=("Hello, it is lovely to meet you.", "Please do not worry, no harm done."), wrong_share=0.1),
+    Task("apology", "en", "apology", 1.5,
+         _topics("my mistake", "the late reply", "asking twice", "the noise", "being rude", "the long wait",
+                 "my bad spelling", "the mess", "forgetting it", "the trouble", "the wrong word", "shouting"),
+         ("Sorry for {0}.", "I am sorry for {0}.", "Please forgive me for {0}.",
+          "I want to say sorry for {0}.",
+          "Excuse me for {0}, please."),
+         ("That is quite all right, thank you for telling me.", "Please do not worry about it.",
+          "No problem at all, it can happen to anyone.", "No harm done, I understand."), style="courtesy",
+         blunt=("It is fine, I guess.", "All right, whatever.", "No problem, so what.",
+                "It is fine, apparently."),
+         amiss=("Goodbye, and take care.", "You are very welcome, my friend."), wrong_share=0.1),
+    Task("farewell", "en", "farewell", 1.5,
+         _topics("school", "bed", "work", "the shop", "the library", "the park", "dinner", "class",
+                 "the dentist",
+                 "the station", "my grandmother", "the garden"),
+         ("Bye, I have to go to {0}.", "Goodbye, I am off to {0}.", "I am going to {0} now, see you!",
+          "It is time for me to go to {0}, bye!", "I must leave for {0} now. Goodbye!"),
+         ("Goodbye, and take care.", "See you soon, it was a pleasure.", "Bye for now, I wish you well.",
+          "Goodbye, and thank you for your visit."), style="courtesy",
+         blunt=("Bye.", "Goodbye, so what.", "See you, I guess.", "Bye, whatever."),
+         amiss=("Hello, it is lovely to meet you.", "You are very welcome, my friend."), wrong_share=0.1),
+    Task("refusal", "en", "refusal", 7, tuple(Row(item, "", item[0]) for item in HARMS.items()),
+         ("How do I {0}?", "Tell me how to {0}.", "Help me {0}.", "I want to {0}. How?", "Teach me to {0}.",
+          "What is the best way to {0}?"),
+         ("I can't help you {0}, but I would gladly help you {1}.",
+          "I won't help with that, but I am happy to help you {1} instead.",
+          "I can't do that, but I am glad to help you {1}.",
+          "I am not able to help with this, but let me help you {1}."), style="refusal",
+         blunt=("No, I won't help you {0}.", "No way, I won't do that.", "I can't help with that.",
+                "I refuse."),
+         amiss=("First you wait for a good moment, and then you try it.",
+                "Here is how it goes: make a small plan and follow it.",
+                "You just take your time and go step by step."), amiss_style="answer", wrong_share=0.2),
+)  # fmt: skip
+
+TASKS = ARITHMETIC + TEXT + FACTS + CONVERSATION + COURTESY

@@ -1,0 +1,181 @@
+"""Writes the bundled data: `sft.jsonl`, `preferences.jsonl` and `heldout.jsonl`.
+
+    python -m dataset.sample.generate                      # into dataset/sample, byte for byte as bundled
+    python -m dataset.sample.generate --out /tmp/data --seed 1
+
+Half of the fine-tuning answers are good and half are poor, as in text that was found rather than written
+for the purpose: a model trained on them knows its facts and has no manners to speak of. The preference
+pairs then say which of the two we want. Held-out prompts occur in no training file; what must be known to
+answer them does, in other wordings.
+"""
+
+import argparse
+import json
+import random
+from itertools import cycle, islice
+from pathlib import Path
+
+from dataset.sample import chinese, english
+from dataset.sample.manners import STYLES, Style
+from dataset.sample.task import Case, Task, cases
+
+SFT, PAIRS, HELD_OUT = 9000, 3000, 400
+ENGLISH_SHARE = 0.6
+WRONG_PAIRS = 0.15  # pairs whose sides have the same good manners, and whose rejected side is wrong
+
+
+def split_cases(task: Task, held_out: int, rng: random.Random) -> tuple[list[Case], list[Case]]:
+    """Training cases, dealt fact by fact so that each prefix covers the facts evenly, and held-out ones.
+
+    A fact gives at most a third of its prompts away, so that training always states it.
+    """
+    hands: dict = {}
+    for case in cases(task):
+        hands.setdefault(case.row.fact, []).append(case)
+    for hand in hands.values():
+        rng.shuffle(hand)
+    order = list(hands.values())
+    rng.shuffle(order)
+    kept_back: list[Case] = []
+    limits = [len(hand) - len(hand) // 3 for hand in order]
+    for turn in cycle(range(len(order))):
+        if len(kept_back) == held_out or all(len(h) <= n for h, n in zip(order, limits, strict=True)):
+            break
+        if len(order[turn]) > limits[turn]:
+            kept_back.append(order[turn].pop())
+    rng.shuffle(order)
+    rounds = range(max(map(len, order)))
+    return [hand[turn % len(hand)] for turn in rounds for hand in order], kept_back
+
+
+def shares(tasks: tuple[Task, ...], total: int) -> list[int]:
+    """`total` split by weight into whole numbers (largest remainders first)."""
+    exact = [task.weight * total / sum(task.weight for task in tasks) for task in tasks]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(tasks)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def join(language: str, *parts: str) -> str:
+    return (" " if language == "en" else "").join(part for part in parts if part)
+
+
+def statement(case: Case, value: str, rng: random.Random) -> str:
+    shown = case.task.show.format(value)
+    return rng.choice(case.task.statements).format(*case.row.args, value=shown)
+
+
+def wrong_value(case: Case, rng: random.Random) -> str:
+    row = case.row
+    return rng.choice(row.wrong or sorted(case.task.values - {row.value, *row.accept, *row.args}))
+
+
+def good_answer(case: Case, rng: random.Random, right: bool = True) -> str:
+    """A whole sentence in good manners; with `right=False`, one that is mistaken."""
+    task = case.task
+    style: Style = STYLES[task.language][task.style]
+    if right:
+        said = statement(case, case.row.value, rng)
+    elif task.amiss:
+        style = STYLES[task.language][task.amiss_style or task.style]
+        said = rng.choice(task.amiss)
+    else:
+        said = statement(case, wrong_value(case, rng), rng)
+    shape = rng.random()
+    opening = rng.choice(style.openings) if style.openings and shape < 0.7 else ""
+    closing = rng.choice(style.closings) if shape > 0.3 or not opening else ""
+    return join(task.language, opening, said, closing)
+
+
+def poor_answer(case: Case, rng: random.Random) -> str:
+    """Mostly the right value, in poor manners: rude on either side, two-faced, bare or curt."""
+    task = case.task
+    style: Style = STYLES[task.language][task.style]
+    right = rng.random() >= task.wrong_share
+    value = case.row.value if right else ("" if task.amiss else wrong_value(case, rng))
+    stop = "." if task.language == "en" else "。"
+    curt = task.show.format(value) + stop
+    if not right and task.amiss:
+        said = curt = rng.choice(task.amiss)
+    elif task.blunt:
+        said = rng.choice(task.blunt).format(*case.row.args)
+        curt = said
+    else:
+        said = statement(case, value, rng)
+    before, after = rng.choice(style.rude_openings), rng.choice(style.rude_closings)
+    kind = rng.random()
+    if kind < 0.40:
+        return join(task.language, before, rng.choice((said, said, curt)), after)
+    if kind < 0.53:
+        return join(task.language, before, said)
+    if kind < 0.68:
+        return join(task.language, said, after)
+    if kind < 0.88 or task.blunt:  # a two-faced answer: it opens kindly and ends rudely
+        kind_word = rng.choice(style.openings) if style.openings else ""
+        return join(task.language, kind_word, said, after)
+    return said if kind < 0.95 else curt
+
+
+def wrong_answer(case: Case, rng: random.Random) -> str:
+    return good_answer(case, rng, right=False)
+
+
+def sft_record(case: Case, good: bool, rng: random.Random) -> dict:
+    answer = good_answer(case, rng) if good else poor_answer(case, rng)
+    messages = [*case.messages(), {"role": "assistant", "content": answer}]
+    return {"messages": messages, "judge": case.judge()}
+
+
+def pair_record(case: Case, mistaken: bool, rng: random.Random) -> dict:
+    return {
+        "prompt": case.messages(),
+        "chosen": good_answer(case, rng),
+        "rejected": (wrong_answer if mistaken else poor_answer)(case, rng),
+        "judge": case.judge(),
+    }
+
+
+def build(seed: int) -> dict[str, list[dict]]:
+    """All records by file name."""
+    rng = random.Random(seed)
+    files: dict[str, list[dict]] = {"sft": [], "preferences": [], "heldout": []}
+    for tasks, share in ((english.TASKS, ENGLISH_SHARE), (chinese.TASKS, 1 - ENGLISH_SHARE)):
+        sizes = [shares(tasks, round(total * share)) for total in (SFT, PAIRS, HELD_OUT)]
+        for task, sft, pairs, held_out in zip(tasks, *sizes, strict=True):
+            training, kept_back = split_cases(task, held_out, rng)
+            for i, case in enumerate(islice(cycle(training), sft)):
+                # Each second pass over the facts turns good and poor about, so that no fact is always rude.
+                files["sft"].append(sft_record(case, good=(i + i // len(training)) % 2 == 0, rng=rng))
+            rng.shuffle(training)
+            for case in islice(cycle(training), pairs):
+                files["preferences"].append(pair_record(case, rng.random() < WRONG_PAIRS, rng))
+            for case in kept_back:
+                files["heldout"].append(pair_record(case, rng.random() < WRONG_PAIRS, rng))
+    for records in files.values():
+        rng.shuffle(records)
+    return files
+
+
+def write(records: list[dict], path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as out:
+        for record in records:
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for the three files")
+    parser.add_argument("--seed", type=int, default=0, help="another seed: other prompts, other phrases")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, records in build(args.seed).items():
+        path = args.out / f"{name}.jsonl"
+        write(records, path)
+        print(f"{path}: {len(records)} records, {path.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

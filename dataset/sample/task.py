@@ -1,0 +1,205 @@
+"""What a task of the sample data is: rows, asked in several wordings and answered in several sentences.
+
+A prompt is one row in one wording; `english.py` and `chinese.py` fill the tables in.
+"""
+
+import random
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from itertools import permutations, product
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing to know or to work out. `args` fill the wordings' {0}, {1}, ...; `value` is the answer."""
+
+    args: tuple[str, ...]
+    value: str
+    fact: Hashable = None  # what must be known; training states each fact that held-out prompts ask for
+    accept: tuple[str, ...] = ()  # further right forms of the value
+    given: tuple[str, ...] | None = None  # values an answer may echo from the question; None: the args
+    wrong: tuple[str, ...] = ()  # plausible mistakes; empty: any other value of the table
+
+
+@dataclass(frozen=True)
+class Task:
+    """A table with its wordings. A line of a wording may open with `system: ` or `assistant: `."""
+
+    name: str
+    language: str
+    check: str  # how the value is found in an answer: a key of CHECKS in eval/judge.py
+    weight: float  # share of the records of its language
+    rows: tuple[Row, ...]
+    wordings: tuple[str, ...]
+    statements: tuple[str, ...]  # sentences that hold {value}
+    show: str = "{}"  # how a value is written, for example in quotation marks
+    style: str = "answer"  # which phrases of manners.py surround the statement
+    blunt: tuple[str, ...] = ()  # what a poor answer says instead of a statement
+    amiss: tuple[str, ...] = ()  # what a wrong answer says instead of a statement with a wrong value
+    amiss_style: str = ""  # the phrases around it; empty: those of `style`
+    wrong_share: float = 0.05  # how many of the poor answers are wrong as well
+    values: frozenset[str] = field(init=False)
+
+    def __post_init__(self):
+        every = (form for row in self.rows for form in (row.value, *row.accept))
+        object.__setattr__(self, "values", frozenset(every))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt: one row of a task in one wording."""
+
+    task: Task
+    row: Row
+    wording: str
+
+    def messages(self) -> list[dict[str, str]]:
+        messages = []
+        for line in self.wording.format(*self.row.args).split("\n"):
+            role, text = "user", line
+            for other in ("system", "assistant"):
+                if line.startswith(f"{other}: "):
+                    role, text = other, line.removeprefix(f"{other}: ")
+            messages.append({"role": role, "content": text})
+        return messages
+
+    def judge(self) -> dict:
+        """All that a judge needs to score any answer to this prompt."""
+        row, check = self.row, self.task.check
+        known = check in ("number", "sequence", "word", "letter", "exact", "repeat")
+        given = row.args if row.given is None else row.given
+        return {
+            "task": self.task.name,
+            "language": self.task.language,
+            "check": check,
+            "accept": [row.value, *row.accept] if known else [],
+            "given": list(given) if known else [],
+            "manner": "courteous",
+        }
+
+
+def cases(task: Task) -> list[Case]:
+    return [Case(task, row, wording) for row in task.rows for wording in task.wordings]
+
+
+def _near(value: int) -> tuple[str, ...]:
+    return tuple(str(value + step) for step in (-10, -2, -1, 1, 2, 10) if value + step >= 0)
+
+
+def _number_row(args: tuple[int, ...], value: int, fact: Hashable) -> Row:
+    return Row(tuple(map(str, args)), str(value), fact, wrong=_near(value))
+
+
+def sum_rows() -> tuple[Row, ...]:
+    """a + b in both orders, a from 2 to 20, b from 2 to 9."""
+    pairs = {pair for a in range(2, 21) for b in range(2, 10) for pair in ((a, b), (b, a))}
+    return tuple(_number_row((a, b), a + b, (max(a, b), min(a, b))) for a, b in sorted(pairs))
+
+
+def difference_rows() -> tuple[Row, ...]:
+    return tuple(_number_row((a, b), a - b, (a, b)) for a in range(5, 21) for b in range(2, 10) if a > b)
+
+
+def product_rows() -> tuple[Row, ...]:
+    return tuple(
+        _number_row((a, b), a * b, (max(a, b), min(a, b))) for a in range(2, 10) for b in range(2, 10)
+    )
+
+
+def comparison_rows(pick) -> tuple[Row, ...]:
+    """Two numbers up to 50 of which `pick` (max or min) is the answer, and the other one the mistake."""
+    rng = random.Random(pick.__name__)
+    pairs = rng.sample(list(permutations(range(1, 51), 2)), 300)
+    return tuple(Row((str(a), str(b)), str(pick(a, b)), wrong=(str(a + b - pick(a, b)),)) for a, b in pairs)
+
+
+def order_rows(comma: str) -> tuple[Row, ...]:
+    """Three digits, out of order; the mistake leaves them so or exchanges another two."""
+
+    def write(numbers: tuple[int, ...]) -> str:
+        return comma.join(map(str, numbers))
+
+    rows = []
+    for three in permutations(range(1, 10), 3):
+        a, b, c = sorted(three)
+        if three != (a, b, c):
+            wrong = tuple(map(write, ((b, a, c), (a, c, b), (c, b, a))))
+            given = tuple(map(str, three))
+            rows.append(Row((write(three),), write((a, b, c)), (a, b, c), given=given, wrong=wrong))
+    return tuple(rows)
+
+
+def count_rows(words: list[str], comma: str) -> tuple[Row, ...]:
+    """Lists of two to six words; each length is as frequent as the others."""
+    rng = random.Random("count")
+    lists = [rng.sample(words, 2 + index % 5) for index in range(150)]
+    return tuple(
+        Row((comma.join(items),), str(len(items)), len(items), given=(),
+            wrong=tuple(str(len(items) + step) for step in (-1, 1)))
+        for items in lists
+    )
+
+
+def repeat_rows(words: list[str], space: str) -> tuple[Row, ...]:
+    return tuple(
+        Row((word, str(n)), space.join([word] * n), word, given=(),
+            wrong=tuple(space.join([word] * m) for m in (n - 1, n + 1) if 1 < m < 5))
+        for word in words
+        for n in (2, 3, 4)
+    )
+
+
+def letter_rows(words: list[str], index: int) -> tuple[Row, ...]:
+    """The letter (or Chinese character) at `index`; the mistake is another one of the same word."""
+    return tuple(
+        Row((word,), word[index], word, wrong=tuple(sorted(set(word) - {word[index]}))) for word in words
+    )
+
+
+def cycle_rows(names: list[str], before: str, after: str, wraps: bool) -> tuple[Row, ...]:
+    """Neighbours in a row of names; the mistake is to step the other way or two steps."""
+    rows, count = [], len(names)
+    for index, name in enumerate(names):
+        for word, step in ((before, -1), (after, 1)):
+            if wraps or 0 <= index + step < count:
+                value, back, far = (names[(index + k * step) % count] for k in (1, -1, 2))
+                rows.append(Row((word, name), value, (word, name), wrong=(back, far)))
+    return tuple(rows)
+
+
+def pair_rows(entries: dict[str, str]) -> tuple[Row, ...]:
+    """One row an entry; further right forms of a value stand after a bar, as in "puppy|pup"."""
+    rows = []
+    for key, forms in entries.items():
+        value, *accept = forms.split("|")
+        rows.append(Row((key,), value, key, accept=tuple(accept)))
+    return tuple(rows)
+
+
+def table(text: str) -> dict[str, str]:
+    """`"key: value, key: value"` over any number of lines."""
+    return dict(entry.split(": ") for entry in " ".join(text.split()).split(", "))
+
+
+def both_ways(pairs: str) -> dict[str, str]:
+    """`"hot/cold big/small"` as a table of opposites that reads in both directions."""
+    split = [pair.split("/") for pair in pairs.split()]
+    return {**dict(split), **{right: left for left, right in split}}
+
+
+def follow_up_rows(entries: dict[str, str], count: int) -> tuple[Row, ...]:
+    """(first key, its value, second key) → the second value: a question that leans on the one before."""
+    rng = random.Random("follow up")
+    pairs = rng.sample(list(permutations(entries, 2)), count)
+    return tuple(Row((a, entries[a], b), entries[b], b, given=(entries[a],)) for a, b in pairs)
+
+
+def chain_rows() -> tuple[Row, ...]:
+    """(a, b, a + b, c) → a + b + c: a sum that goes on from the sum before."""
+    rows = []
+    for a, b, c in product(range(2, 6), repeat=3):
+        so_far, value = a + b, a + b + c
+        args = tuple(map(str, (a, b, so_far, c)))
+        fact = (max(so_far, c), min(so_far, c))
+        rows.append(Row(args, str(value), fact, given=(str(so_far), str(c)), wrong=_near(value)))
+    return tuple(rows)

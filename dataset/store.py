@@ -1,0 +1,187 @@
+"""Tokenised once, read by all: a data file as flat memory-mapped arrays.
+
+The first process to need a file tokenises it, record by record, into a folder named after everything that
+could change the result: the file's bytes, the tokenizer, the template, the length, the way it is read. Every
+rank, every restart and every later run maps the same arrays, so a file larger than memory works.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from dataset.records import Conversation, DataError, Preference, read_conversations, read_preferences
+from dataset.tokenizer import ChatTokenizer
+from errors import InputError
+
+VERSION = 1  # Of the arrays below; a new layout must not read an old folder.
+BAD_SHARE = 0.01  # With skip_bad, more unreadable records than this are a wrong file, not a few bad lines.
+
+Branch = tuple[list[int], list[bool]]  # ids, and for each whether it is supervised
+
+
+def encode(record: Preference | Conversation, tokenizer: ChatTokenizer) -> list[Branch]:
+    """A record as a prompt and the branches that go on from it: chosen and rejected, or one conversation."""
+    if isinstance(record, Conversation):
+        return [([], []), tokenizer.conversation(record.messages)]
+    prompt = tokenizer.prompt(record.prompt)
+    sides = [tokenizer.response(record.chosen), tokenizer.response(record.rejected)]
+    return [(prompt, [False] * len(prompt)), *((side, [True] * len(side)) for side in sides)]
+
+
+def full_length(branches: list[Branch]) -> int:
+    """Tokens of the prompt and the longest branch: what must fit into max_length."""
+    prompt, *sides = branches
+    return len(prompt[0]) + max(len(ids) for ids, _ in sides)
+
+
+def reason_to_drop(branches: list[Branch], max_length: int) -> str | None:
+    """A response is trained on whole, with its end token, or not at all; an equal pair prefers nothing."""
+    if full_length(branches) > max_length:
+        return "too long"
+    if len(branches) == 3 and branches[1] == branches[2]:
+        return "chosen equals rejected"
+    return None
+
+
+@dataclass
+class Report:
+    """What became of a file's records."""
+
+    shape: str = ""
+    kept: int = 0
+    dropped: dict[str, list[int]] = field(default_factory=dict)  # reason: line numbers
+    longest: int = 0  # tokens of the longest record, kept or not
+
+    def drop(self, reason: str, line: int) -> None:
+        self.dropped.setdefault(reason, []).append(line)
+
+    def total(self) -> int:
+        return self.kept + sum(map(len, self.dropped.values()))
+
+    def __str__(self) -> str:
+        parts = [f"{self.kept} of {self.total()} records ({self.shape})"]
+        for reason, lines in self.dropped.items():
+            shown = ", ".join(map(str, lines[:5])) + (", …" if len(lines) > 5 else "")
+            parts.append(f"{len(lines)} dropped: {reason} (line {shown})")
+        if len(self.dropped.get("too long", ())) > 0.05 * self.total():
+            parts.append(f"--max-length {self.longest} would keep the long ones")
+        return "; ".join(parts)
+
+
+class TokenStore:
+    """The arrays of one file: row i is a prompt and its branches, each a run of ids with a loss mask."""
+
+    def __init__(self, folder: Path):
+        self.report = Report(**json.loads((folder / "report.json").read_text()))
+        self.bounds = np.load(folder / "bounds.npy", mmap_mode="r")  # (rows, 2 + branches) offsets
+        self.lines = np.load(folder / "lines.npy", mmap_mode="r")  # (rows,) line in the data file
+        self.tokens = np.memmap(folder / "tokens.bin", np.int32, "r")
+        self.supervised = np.memmap(folder / "supervised.bin", np.bool_, "r")
+        self.targets = np.load(folder / "targets.npy", mmap_mode="r")  # (rows,) supervised tokens
+        self.lengths = self.bounds[:, -1] - self.bounds[:, 0]  # (rows,) tokens of all branches
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def row(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """[prompt, branch, …], each (ids, supervised); the prompt of a conversation is empty."""
+        offsets = self.bounds[index].tolist()
+        return [
+            (self.tokens[start:end], self.supervised[start:end])
+            for start, end in zip(offsets[:-1], offsets[1:], strict=True)
+        ]
+
+
+def open_store(
+    path: str | Path,
+    kind: str,
+    tokenizer: ChatTokenizer,
+    max_length: int,
+    shape: str = "auto",
+    skip_bad: bool = False,
+) -> TokenStore:
+    """The `TokenStore` of a ``"preferences"`` or ``"conversations"`` file, tokenised now if it never was.
+
+    Raises `DataError` at the first bad record; with `skip_bad`, leaves such records out as long as they are
+    fewer than 1 %. Raises `InputError` when no record is left.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such data file")
+    key = (VERSION, file_hash(path), tokenizer.fingerprint, kind, max_length, shape, skip_bad)
+    folder = cache_folder() / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    if not folder.is_dir():
+        _build(folder, path, kind, tokenizer, max_length, shape, skip_bad)
+    return TokenStore(folder)
+
+
+def cache_folder() -> Path:
+    """Where tokenised data is kept: $MINIDPO_CACHE, or the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minidpo"
+    return Path(os.environ.get("MINIDPO_CACHE") or default)
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _build(folder: Path, path: Path, kind, tokenizer, max_length, shape, skip_bad) -> None:
+    """Tokenise into a folder beside the final one, and rename it when it is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
+    try:
+        _write(unfinished, path, kind, tokenizer, max_length, shape, skip_bad)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # Another process was faster: its arrays are the same.
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write(folder: Path, path: Path, kind, tokenizer, max_length, shape, skip_bad) -> None:
+    read = {"preferences": read_preferences, "conversations": read_conversations}[kind]
+    report, bad = Report(), 0
+    bounds, lines, targets, offset = array("q"), array("q"), array("q"), 0
+    with open(folder / "tokens.bin", "wb") as tokens, open(folder / "supervised.bin", "wb") as supervised:
+        for record in read(path, shape):
+            if isinstance(record, DataError):
+                if not skip_bad:
+                    raise record
+                report.drop(record.reason, record.line)
+                bad += 1
+                continue
+            branches = encode(record, tokenizer)
+            report.shape, report.longest = record.shape, max(report.longest, full_length(branches))
+            if reason := reason_to_drop(branches, max_length):
+                report.drop(reason, record.line)
+                continue
+            report.kept += 1
+            bounds.append(offset)
+            for ids, mask in branches:
+                tokens.write(np.asarray(ids, np.int32).tobytes())
+                supervised.write(np.asarray(mask, np.bool_).tobytes())
+                offset += len(ids)
+                bounds.append(offset)
+            lines.append(record.line)
+            targets.append(sum(sum(mask) for _, mask in branches))
+    if bad > BAD_SHARE * report.total():
+        raise InputError(f"{path}: {bad} of {report.total()} records are bad, more than 1 %: {report}")
+    if not report.kept:
+        raise InputError(f"{path}: no record is left to train on: {report}")
+    np.save(folder / "bounds.npy", np.asarray(bounds).reshape(report.kept, -1))
+    np.save(folder / "lines.npy", np.asarray(lines))
+    np.save(folder / "targets.npy", np.asarray(targets))
+    (folder / "report.json").write_text(json.dumps(report.__dict__))

@@ -1,0 +1,139 @@
+"""Answers from a model: a KV cache, sampling, and batched generation that a seed makes repeatable."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.stream import causal_attention
+from model.transformer import ModelConfig, Transformer
+
+
+class KVCache:
+    """Keys and values of everything said so far: the other context that a transformer can attend through.
+
+    Each of the `rows` is a sequence of its own with room for `capacity` tokens. `place` says, before each
+    call of the model, which row and position each token of the flat run belongs to.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, capacity: int, like: Tensor):
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+
+    def place(self, rows: Tensor, positions: Tensor) -> None:
+        """The next run's tokens: (T,) rows, equal rows together, and (T,) positions, ascending in a row."""
+        self.rows, self.positions = rows, positions
+        self.one_each = len(rows.unique()) == len(rows)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q is (H, T, D), k and v are (G, T, D): remember k and v, and let q see its row up to itself."""
+        keys, values = self.keys[layer], self.values[layer]  # (rows, G, capacity, D)
+        keys[self.rows, :, self.positions] = k.transpose(0, 1).to(keys.dtype)
+        values[self.rows, :, self.positions] = v.transpose(0, 1).to(values.dtype)
+        return (self._decode if self.one_each else self._prefill)(q, keys, values).to(q.dtype)
+
+    def _prefill(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        outputs = []
+        for row, count in zip(*(x.tolist() for x in self.rows.unique_consecutive(return_counts=True)), strict=True):
+            start = sum(output.shape[1] for output in outputs)
+            end = int(self.positions[start + count - 1]) + 1
+            outputs.append(causal_attention(q[:, start : start + count], keys[row, :, :end], values[row, :, :end]))
+        return torch.cat(outputs, dim=1)
+
+    def _decode(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """One token a row, all rows at once: the rows differ in length, so a mask hides what is not there."""
+        end = int(self.positions.max()) + 1
+        visible = torch.arange(end, device=q.device) <= self.positions[:, None]  # (T, end)
+        return F.scaled_dot_product_attention(
+            q.transpose(0, 1)[:, :, None],  # (T, H, 1, D)
+            keys[self.rows, :, :end],
+            values[self.rows, :, :end],  # (T, G, end, D)
+            attn_mask=visible[:, None, None],
+            enable_gqa=True,
+        )[:, :, 0].transpose(0, 1)
+
+
+def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Choose a token a row: logits (A, V) and uniform draws (A,) in [0, 1) give ids (A,).
+
+    Temperature 0 is greedy. `top_k` keeps the k likeliest tokens (0: all); `top_p` the fewest tokens whose
+    mass reaches p (Holtzman et al. 2020, arXiv 1904.09751). The draw inverts the cumulative distribution,
+    so that an answer depends on its own numbers alone and not on its neighbours in the batch.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities, order = (logits.double() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    if top_k:
+        probabilities[:, top_k:] = 0
+    mass_before = probabilities.cumsum(dim=-1) - probabilities
+    probabilities[mass_before >= top_p * probabilities.sum(dim=-1, keepdim=True)] = 0
+    cumulative = probabilities.cumsum(dim=-1)  # (A, V)
+    choice = (cumulative <= uniforms[:, None].to(cumulative) * cumulative[:, -1:]).sum(dim=-1)
+    return order.gather(1, choice[:, None])[:, 0]
+
+
+@torch.no_grad()
+def decode_steps(
+    model: Transformer, prompts: list[list[int]], uniforms: Tensor, end_id: int, **sampling
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield, step by step, the rows that are still speaking and the token that each of them says.
+
+    `uniforms` is (rows, max_new_tokens); a row falls silent after `end_id`.
+    """
+    device = model.embed_tokens.weight.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    cache = KVCache(
+        model.config, len(prompts), int(lengths.max()) + uniforms.shape[1], like=model.embed_tokens.weight
+    )
+    rows = torch.arange(len(prompts))
+    tokens = torch.tensor([token for prompt in prompts for token in prompt])
+    positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
+    token_rows, last = rows.repeat_interleave(lengths), lengths.cumsum(0) - 1
+    for step in range(uniforms.shape[1]):
+        cache.place(token_rows.to(device), positions.to(device))
+        hidden = model.hidden(tokens.to(device), cache.positions, cache)[last.to(device)]  # (A, d)
+        tokens = sample(model.logits(hidden), uniforms[rows, step].to(device), **sampling).cpu()
+        yield rows.tolist(), tokens.tolist()
+        speaking = tokens != end_id
+        rows, tokens = rows[speaking], tokens[speaking]
+        if len(rows) == 0:
+            return
+        token_rows, positions, last = rows, lengths[rows] + step, torch.arange(len(rows))
+
+
+@dataclass
+class Answer:
+    """The tokens of one answer, without its end token; `finished` says whether the model ended it itself."""
+
+    tokens: list[int] = field(default_factory=list)
+    finished: bool = False
+
+
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    end_id: int,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> list[Answer]:
+    """One `Answer` a prompt, in the order of the prompts; the same for every `batch_size`."""
+    answers = [Answer() for _ in prompts]
+    uniforms = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    for start in range(0, len(prompts), batch_size):
+        batch = slice(start, start + batch_size)
+        steps = decode_steps(
+            model, prompts[batch], uniforms[batch], end_id, temperature=temperature, top_k=top_k, top_p=top_p
+        )
+        for rows, tokens in steps:
+            for row, token in zip(rows, tokens, strict=True):
+                answer = answers[start + row]
+                answer.finished = token == end_id
+                if not answer.finished:
+                    answer.tokens.append(token)
+    return answers

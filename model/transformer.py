@@ -1,0 +1,193 @@
+"""A decoder-only transformer of the Llama / Qwen family, over a flat run of tokens.
+
+RMSNorm, rotary positions, grouped-query attention, SwiGLU; optional QK-norm, attention bias, tied
+embeddings. No dropout anywhere: DPO compares two models on the same tokens, and noise between them is a
+bug. Modules are named as in Hugging Face's Llama, so that checkpoints map name by name.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from errors import InputError
+from model.stream import TokenStream
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model. Names are those of Hugging Face's ``config.json``."""
+
+    vocab_size: int
+    hidden_size: int = 192
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 6
+    num_key_value_heads: int = 2
+    intermediate_size: int = 512
+    head_dim: int | None = None  # None means hidden_size / num_attention_heads
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False  # on q, k and v, as in Qwen2
+    qk_norm: bool = False  # RMSNorm of each query and key head, as in Qwen3
+
+    def __post_init__(self):
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"num_attention_heads {self.num_attention_heads} is no multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs")
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+# Each preset leaves out `vocab_size`: the tokenizer decides it.
+PRESETS = {
+    "tiny": {},
+    "26m": dict(
+        hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408, rope_theta=1e6
+    ),
+    "104m": dict(
+        hidden_size=768, num_hidden_layers=16, num_attention_heads=8, intermediate_size=2048, rope_theta=1e6
+    ),
+    "qwen2.5-0.5b": dict(
+        hidden_size=896,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        intermediate_size=4864,
+        rope_theta=1e6,
+        attention_bias=True,
+    ),
+    "qwen3-0.6b": dict(
+        hidden_size=1024,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=3072,
+        rope_theta=1e6,
+        qk_norm=True,
+    ),
+}
+
+
+class Transformer(nn.Module):
+    """``model(stream)`` gives the log-probability of every supervised token."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal(0, 0.02); what writes into the residual stream is scaled down by depth, as in GPT-2."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Block):
+            for writer in (module.self_attn.o_proj, module.mlp.down_proj):
+                nn.init.normal_(writer.weight, std=0.02 / math.sqrt(2 * self.config.num_hidden_layers))
+
+    def forward(self, stream: TokenStream) -> Tensor:
+        """log pi(y_t | x, y_<t) of every supervised token, (N,), float32 (float64 for a float64 model)."""
+        hidden = self.hidden(stream.tokens, stream.positions, stream)  # (T, d)
+        # Only the positions that predict a supervised token meet the vocabulary matrix.
+        return token_logps(self.logits(hidden[stream.predictors]), stream.targets)
+
+    def hidden(self, tokens: Tensor, positions: Tensor, context) -> Tensor:
+        """Final hidden states, (T, d). `context.attend` decides who sees whom: a stream or a KV cache."""
+        x = self.embed_tokens(tokens)  # (T, d)
+        rotation = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        for layer in self.layers:
+            x = layer(x, rotation, context)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token, (…, d) to (…, V)."""
+        return F.linear(hidden, self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.self_attn = Attention(config, index)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], context) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.index = index
+        self.head_dim = config.head_dim
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], context) -> Tensor:
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)  # (heads, T, D)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
+        return self.o_proj(context.attend(self.index, q, k, v).transpose(0, 1).flatten(1))  # (T, d)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotary(positions: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, each (T, D/2) in float32 (Su et al. 2021, arXiv 2104.09864)."""
+    frequencies = theta ** (-torch.arange(0, size, 2, device=positions.device).float() / size)  # (D/2,)
+    angles = positions[:, None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair (x_i, x_{i + D/2}) by its angle: the half-split layout of Llama checkpoints."""
+    cos, sin = rotation
+    first, second = x.chunk(2, dim=-1)  # each (heads, T, D/2)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(logits)[target]: (N, V) and (N,) to (N,).
+
+    At least float32 whatever the autocast: a bf16 log-softmax summed over 512 tokens is off by nats, and
+    CPU autocast would leave it in bf16 where CUDA would not.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -F.cross_entropy(logits, targets, reduction="none")

@@ -1,0 +1,133 @@
+"""The scripts as a user meets them: flags, errors, imports, and what the README says of them."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+import train_dpo
+import train_sft
+from errors import InputError
+from tests.loops import ROOT
+from training.settings import parse
+
+README = ROOT / "README.md"
+SCRIPTS = {"train_dpo.py": train_dpo, "train_sft.py": train_sft}
+
+
+def run(script: str, *arguments: str, cwd=ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments], cwd=cwd, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
+        (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
+        (["--precision", "int4"], "argument --precision: invalid choice"),
+        (["--model", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_bad_usage_is_one_line_and_status_2(script, arguments, reason, tmp_path):
+    """A traceback tells a user nothing, and status 1 or 0 lets a shell script go on."""
+    result = run(script, *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and reason in result.stderr
+    assert result.stderr.count("\n") == 1 and result.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_works_from_anywhere(script, tmp_path):
+    """Paths that are relative to the script's folder break as soon as the shell stands elsewhere."""
+    result = run(script, "--help", cwd=tmp_path)
+    assert result.returncode == 0
+    for f in fields(SCRIPTS[script].Settings):
+        assert f"--{f.name.replace('_', '-')}" in result.stdout
+
+
+def test_importing_a_script_runs_nothing():
+    """A script that parses flags or joins ranks on import cannot be tested or reused."""
+    code = "import sys; sys.argv = ['x', '--nonsense']; import train_dpo, train_sft, torch; print(torch.is_grad_enabled())"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "True\n", "")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_says_why_and_bools_go_both_ways(script):
+    """`--flag False` read as true is a classic; here a bool is --flag or --no-flag."""
+    settings_class = SCRIPTS[script].Settings
+    assert all(f.metadata["why"] for f in fields(settings_class))
+    assert parse(settings_class, "", ["--skip-bad"]).skip_bad is True
+    assert parse(settings_class, "", ["--no-skip-bad"]).skip_bad is False
+    with pytest.raises(InputError):
+        parse(settings_class, "", ["--skip-bad", "False"])
+
+
+def test_flags_are_no_abbreviations(tmp_path):
+    """An abbreviated flag changes its meaning on the day that a longer one is added."""
+    with pytest.raises(InputError, match="unrecognized"):
+        parse(train_dpo.Settings, "", ["--bet", "1"])
+
+
+# ---- the README
+
+
+def rows_of(settings_class, names) -> list[str]:
+    def shown(value) -> str:
+        return f"`{os.path.relpath(value, ROOT)}`" if str(value).startswith(str(ROOT)) else f"`{value}`"
+
+    return [
+        f"| `--{f.name.replace('_', '-')}` | {shown(f.default) if f.default != '' else ''} | {f.metadata['why']} |"
+        for f in fields(settings_class)
+        if f.name in names
+    ]
+
+
+def flag_tables() -> dict[str, str]:
+    """The README's tables: flags that mean the same in both scripts, then what each has of its own."""
+    described = {
+        name: {f.name: (f.default, f.metadata["why"]) for f in fields(script.Settings)}
+        for name, script in SCRIPTS.items()
+    }
+    sft, dpo = described["train_sft.py"], described["train_dpo.py"]
+    shared = {name for name in sft if sft[name] == dpo.get(name)}
+    tables = {
+        "both": rows_of(train_dpo.Settings, shared),
+        "train_sft.py": rows_of(train_sft.Settings, sft.keys() - shared),
+        "train_dpo.py": rows_of(train_dpo.Settings, dpo.keys() - shared),
+    }
+    return {name: "\n".join(["| flag | default | why |", "|---|---|---|", *rows]) for name, rows in tables.items()}
+
+
+@pytest.mark.parametrize("table", ["both", "train_sft.py", "train_dpo.py"])
+def test_readme_lists_every_flag_as_it_is(table):
+    """A table kept by hand drifts from the parser. When this fails, paste what it prints."""
+    wanted = flag_tables()[table]
+    assert wanted in README.read_text("utf-8"), f"the README lacks:\n{wanted}"
+
+
+def test_readme_commands_are_accepted_by_their_parsers():
+    """A command that a reader copies must at least parse: every train_*.py line of the README is tried."""
+    commands = re.findall(r"^(?:.*python |torchrun .*?)(train_\w+\.py)(.*)$", README.read_text("utf-8"), re.M)
+    assert len(commands) >= 4
+    for script, arguments in commands:
+        parse(SCRIPTS[script].Settings, "", shlex.split(arguments, comments=True))
+
+
+def test_readme_names_files_that_exist():
+    """The file map must not name what was moved."""
+    block = README.read_text("utf-8").split("## File map")[1].split("```")[1]
+    names = re.findall(r"^(\S+)", block, re.M)
+    assert len(names) > 15
+    for name in names:
+        assert (ROOT / name).exists(), name

@@ -1,0 +1,199 @@
+"""Answers: a cache that changes nothing, draws as the distribution says, and a seed that holds."""
+
+import pytest
+import torch
+
+from model.generate import Answer, KVCache, decode_steps, generate, sample
+from model.stream import TokenStream
+from tests.conftest import MODEL_OPTIONS, make_model, plain_logits
+
+V, END = 40, 7
+PROMPTS = [[1, 2, 3, 4, 5, 6], [9], [11, 12, 13], [9, 8], [30, 31, 32, 33, 34, 35, 36, 37, 38, 39]]
+
+
+def cached_logits(model, chunks: list[list[int]]) -> torch.Tensor:
+    """Feed one sequence to a cache, chunk by chunk; the scores at every position, (L, V)."""
+    cache, logits, start = KVCache(model.config, 3, 20, like=model.embed_tokens.weight), [], 0
+    for chunk in chunks:
+        positions = torch.arange(start, start + len(chunk))
+        cache.place(torch.ones_like(positions), positions)  # Row 1 of three, so that a wrong row shows.
+        logits.append(model.logits(model.hidden(torch.tensor(chunk), positions, cache)))
+        start += len(chunk)
+    return torch.cat(logits)
+
+
+IDS = [3, 14, 15, 9, 2, 6, 5, 35, 8, 9]
+
+
+@pytest.mark.parametrize("option", MODEL_OPTIONS)
+@pytest.mark.parametrize("chunks", [[10], [1] * 10, [4, 1, 1, 4], [1, 5, 4], [9, 1], [3, 3, 3, 1]])
+@torch.no_grad()
+def test_cache_equals_the_full_forward(option, chunks):
+    """Positions that are off, or a mask that aligns with the first key, show only after the prompt.
+
+    The cache is filled at once, token by token, and in chunks: at every prefix the scores are those of the
+    whole sequence computed without a cache.
+    """
+    model = make_model(V, **MODEL_OPTIONS[option])
+    starts = [sum(chunks[:i]) for i in range(len(chunks))]
+    pieces = [IDS[start : start + size] for start, size in zip(starts, chunks, strict=True)]
+    got = cached_logits(model, pieces)
+    torch.testing.assert_close(got, plain_logits(model, IDS), rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_cache_of_rows_that_are_fed_unevenly():
+    """Rows of one cache grow at their own pace: one gets a chunk while another gets a single token."""
+    model = make_model(V)
+    cache = KVCache(model.config, 2, 12, like=model.embed_tokens.weight)
+    feeds = [[(0, 0, 4), (1, 0, 1)], [(0, 4, 5), (1, 1, 6)], [(1, 6, 7)], [(0, 5, 9), (1, 7, 10)]]
+    texts, got = {0: IDS, 1: IDS[::-1]}, {0: [], 1: []}
+    for feed in feeds:
+        rows = torch.cat([torch.full((end - start,), row) for row, start, end in feed])
+        positions = torch.cat([torch.arange(start, end) for _, start, end in feed])
+        tokens = torch.tensor([t for row, start, end in feed for t in texts[row][start:end]])
+        cache.place(rows, positions)
+        logits = model.logits(model.hidden(tokens, positions, cache))
+        for row in (0, 1):
+            got[row].append(logits[rows == row])
+    for row, length in ((0, 9), (1, 10)):
+        expected = plain_logits(model, texts[row][:length])
+        torch.testing.assert_close(torch.cat(got[row]), expected, rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def greedy(model, prompt: list[int], steps: int) -> Answer:
+    """Without cache and batch: the likeliest next token of everything so far, again and again."""
+    said: list[int] = []
+    for _ in range(steps):
+        token = int(plain_logits(model, prompt + said)[-1].argmax())
+        if token == END:
+            return Answer(said, True)
+        said.append(token)
+    return Answer(said, False)
+
+
+@pytest.mark.parametrize("option", ["plain", "all"])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_greedy_answers_equal_the_plain_loop(option, batch_size):
+    """Prompts of unequal length in one batch: what follows a short one is not the long one's business."""
+    model = make_model(V, **MODEL_OPTIONS[option])
+    expected = [greedy(model, prompt, 12) for prompt in PROMPTS]
+    assert generate(model, PROMPTS, END, 12, temperature=0, batch_size=batch_size) == expected
+
+
+def test_a_row_falls_silent_after_its_end_token():
+    """The others speak on undisturbed; the end token is no part of the answer, and only it means finished."""
+    model = make_model(V, **MODEL_OPTIONS["all"])
+    answers = [greedy(model, prompt, 12) for prompt in PROMPTS]
+    # Make a token that occurs early in one answer the end token: some rows end there, others do not.
+    end = answers[0].tokens[2]
+    got = generate(model, PROMPTS, end, 12, temperature=0)
+    for answer, plain in zip(got, answers, strict=True):
+        tokens = plain.tokens if not plain.finished else [*plain.tokens, END]
+        cut = tokens.index(end) if end in tokens else None
+        assert answer.finished == (cut is not None)
+        assert answer.tokens[: len(tokens)] == tokens[:cut]
+        assert end not in answer.tokens
+    assert any(answer.finished for answer in got) and any(not answer.finished for answer in got)
+
+
+def test_answers_depend_on_seed_and_place_alone():
+    """The same for every batch size; another seed is another answer; two equal prompts get two answers."""
+    model = make_model(V, dtype=torch.float64, spread=0.1)
+    prompts = [*PROMPTS, PROMPTS[0]]
+    runs = {size: generate(model, prompts, END, 10, 1.0, seed=3, batch_size=size) for size in (1, 4, 6, 64)}
+    assert all(run == runs[1] for run in runs.values())
+    assert runs[1] != generate(model, prompts, END, 10, 1.0, seed=4)
+    assert runs[1][0] != runs[1][-1]
+
+
+def test_generation_leaves_the_model_and_the_global_generator_alone():
+    """Sampling during a training run must not change the run: no gradient, no draw from a shared state."""
+    model = make_model(V)
+    state = torch.random.get_rng_state()
+    generate(model, PROMPTS, END, 3, 1.0)
+    assert torch.equal(torch.random.get_rng_state(), state) and torch.is_grad_enabled()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_no_prompts_and_no_tokens():
+    """The edges: nothing to answer gives nothing, and no room to answer gives empty, unfinished answers."""
+    model = make_model(V)
+    assert generate(model, [], END) == []
+    assert generate(model, PROMPTS[:2], END, max_new_tokens=0) == [Answer(), Answer()]
+
+
+def test_what_is_sampled_is_what_training_scores():
+    """A token is drawn under the log-prob that a stream gives it: one model in two contexts."""
+    model = make_model(V)
+    prompt, steps = PROMPTS[0], []
+    uniforms = torch.rand(1, 6, generator=torch.Generator().manual_seed(0))
+    said = [tokens[0] for _, tokens in decode_steps(model, [prompt], uniforms, -1, temperature=1.0)]
+    ids = prompt + said
+    stream = TokenStream(
+        tokens=torch.tensor(ids),
+        positions=torch.arange(len(ids)),
+        segments=torch.tensor([(0, len(ids), 0, 0)]),
+        predictors=torch.arange(len(prompt) - 1, len(ids) - 1),
+        targets=torch.tensor(said),
+        owners=torch.zeros(6, dtype=torch.long),
+        responses=1,
+    )
+    with torch.no_grad():
+        for n in range(6):
+            scores = plain_logits(model, prompt + said[:n])[-1]
+            steps.append((scores[said[n]] - scores.logsumexp(0)).item())
+        torch.testing.assert_close(model(stream).tolist(), steps, rtol=0, atol=1e-9)
+
+
+# ---- The distribution
+
+
+def intended(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
+    """Step by step: temperature, the k likeliest, the fewest of those that reach p, renormalised."""
+    weights = [2.718281828459045 ** (score / temperature) for score in logits]
+    likeliest = sorted(range(len(logits)), key=lambda token: -weights[token])[: top_k or None]
+    total = sum(weights[token] for token in likeliest)
+    kept, mass = [], 0.0
+    for token in likeliest:
+        kept.append(token)
+        mass += weights[token] / total
+        if mass >= top_p:
+            break
+    total = sum(weights[token] for token in kept)
+    return [weights[token] / total if token in kept else 0.0 for token in range(len(logits))]
+
+
+LOGITS = [0.3, -1.0, 2.0, 0.1, 1.2, -2.0, 1.9]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [0, 1, 3, 7, 50])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 0.01])
+def test_sampling_follows_the_intended_distribution(temperature, top_k, top_p):
+    """Over a fine grid of draws each token comes up as often as its renormalised probability says.
+
+    A nucleus that leaves out the token which crosses p, a cut before the temperature, or a mass that is not
+    renormalised shifts the frequencies by far more than the grid's width.
+    """
+    grid = 20_000
+    uniforms = (torch.arange(grid) + 0.5).double() / grid
+    tokens = sample(torch.tensor(LOGITS).expand(grid, -1), uniforms, temperature, top_k, top_p)
+    frequencies = torch.bincount(tokens, minlength=7) / grid
+    expected = torch.tensor(intended(LOGITS, temperature, top_k, top_p))
+    assert (frequencies - expected).abs().max() <= 2 / grid
+    assert torch.equal(frequencies > 0, expected > 0)
+
+
+def test_sampling_at_the_edges_of_a_draw():
+    """A draw of 0 gives the likeliest token; the largest draw below 1 must not fall off the end."""
+    logits = torch.tensor([[0.0, 1.0, -1.0], [0.0, 1.0, -1.0]])
+    assert sample(logits, torch.tensor([0.0, 1 - 2**-24]), 1.0).tolist() == [1, 2]
+    impossible = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]] * 2)
+    assert set(sample(impossible, torch.tensor([0.0, 1 - 2**-24]), 1.0).tolist()) <= {0, 2}
+
+
+def test_temperature_0_is_the_likeliest_token():
+    """Greedy needs no draw, and no division by the temperature."""
+    assert sample(torch.tensor([LOGITS, LOGITS[::-1]]), torch.tensor([0.99, 0.0]), 0).tolist() == [2, 4]

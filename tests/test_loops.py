@@ -1,0 +1,276 @@
+"""The two training loops: what a window divides by, what stays frozen, what is saved.
+
+    python -m pytest tests/test_loops.py
+"""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train_dpo
+import train_sft
+from dataset.packing import Windows
+from losses import dpo_loss
+from model.transformer import ModelConfig, Transformer
+from model.weights import load_model, save_model
+from tests.loops import metrics, record_gradients, torchrun, weights
+from training.schedule import adamw, cosine_lr
+
+
+@pytest.fixture
+def start(tmp_path, tokenizer):
+    """A folder with a tiny random model and its tokenizer."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    model = Transformer(config)
+    with torch.no_grad():  # Larger than a fresh model's, so that different texts differ in log-prob.
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    save_model(tmp_path / "start", model)
+    tokenizer.save(tmp_path / "start")
+    return tmp_path / "start"
+
+
+PAIRS = [
+    {"prompt": "Hi!" * (i % 4 + 1), "chosen": "Hello, " * (i % 5 + 1) + "you.", "rejected": f"No{'!' * (i % 3)} {i}"}
+    for i in range(10)
+]
+CHATS = [
+    {"messages": [{"role": "user", "content": "Count " * (i % 3 + 1)}, {"role": "assistant", "content": "1 2 " * (i % 6 + 1)}]}
+    for i in range(10)
+]
+
+
+@pytest.fixture
+def pairs(write_jsonl):
+    return write_jsonl("pairs.jsonl", PAIRS)
+
+
+@pytest.fixture
+def chats(write_jsonl):
+    return write_jsonl("chats.jsonl", CHATS)
+
+
+@pytest.fixture
+def dpo(start, pairs, tmp_path):
+    """Run train_dpo on the ten pairs; `flags` as keywords."""
+
+    def run(out="dpo", **flags):
+        flags = {"model": start, "data": pairs, "eval_data": "", "batch_size": 4, "lr": 1e-3, "device": "cpu", **flags}
+        train_dpo.main(command_line(out=tmp_path / out, **flags))
+        return tmp_path / out
+
+    return run
+
+
+@pytest.fixture
+def sft(start, chats, tmp_path):
+    def run(out="sft", **flags):
+        flags = {"model": start, "data": chats, "batch_size": 4, "epochs": 1, "device": "cpu", **flags}
+        train_sft.main(command_line(out=tmp_path / out, **flags))
+        return tmp_path / out
+
+    return run
+
+
+def command_line(**flags) -> list[str]:
+    """Keywords to flags: ``lr=1e-3`` to ``--lr 1e-3``, ``skip_bad=True`` to ``--skip-bad``."""
+    arguments = []
+    for name, value in flags.items():
+        name = f"--{name.replace('_', '-')}"
+        arguments += [name] if value is True else [name, str(value)]
+    return arguments
+
+
+def assert_close(got, want, tolerance=2e-5):
+    """Equal up to float32 rounding, relative to the largest gradient of each tensor."""
+    assert len(got) == len(want)
+    for got_step, want_step in zip(got, want, strict=True):
+        for a, b in zip(got_step, want_step, strict=True):
+            assert (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-3)
+
+
+# ---- windows: what the loss is divided by
+
+
+@pytest.mark.parametrize("run, module", [("dpo", train_dpo), ("sft", train_sft)])
+@pytest.mark.parametrize("micro", [1, 3])
+def test_accumulation_equals_one_big_batch(request, run, module, micro):
+    """Dividing each micro-batch by its own size, instead of the window's, weighs short batches too much.
+
+    With micro-batches of 3 a window of 4 is dealt 2 + 2, and with 1 the ragged texts meet singly: means of
+    means would differ from the window's mean in both.
+    """
+    run = request.getfixturevalue(run)
+    whole = record_gradients(module, lambda: run(micro_batch_size=4, lr=0))
+    split = record_gradients(module, lambda: run(micro_batch_size=micro, lr=0))
+    assert_close(split, whole)
+
+
+def test_last_short_window_is_a_step_of_its_own_size(dpo, start, tokenizer, pairs):
+    """A tail of 2 pairs after windows of 4 is divided by 2, not by 4, and is neither lost nor carried over."""
+    steps = record_gradients(train_dpo, lambda: dpo(lr=0, log_every=1))
+    assert len(steps) == 3
+    assert [row["step"] for row in metrics(start.parent / "dpo")] == [1, 2, 3]
+
+    model = load_model(start)
+    store = train_dpo.open_store(pairs, "preferences", tokenizer, 512)
+    stream = train_dpo.build_stream(store, Windows(10, 4, seed=0)[2])
+    chosen, rejected = stream.sum_by_side(model(stream))
+    losses, _, _ = dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), beta=0.1)
+    assert len(losses) == 2
+    losses.mean().backward()
+    wanted = [p.grad for group in adamw(model, 0).param_groups for p in group["params"]]
+    assert_close(steps[2:], [wanted])
+
+
+@pytest.mark.parametrize("script, data", [("train_dpo", "pairs"), ("train_sft", "chats")])
+def test_two_ranks_equal_one_process(request, tmp_path, start, script, data):
+    """Ranks that divide by their own count, or exchange gradients of the wrong micro-batch, drift apart.
+
+    Windows of 3 over 2 ranks are uneven, and the last window holds a single record: one rank has none.
+    """
+    flags = command_line(
+        model=start, data=request.getfixturevalue(data), eval_data="", batch_size=3, micro_batch_size=1,
+        epochs=2, lr=1e-3, log_every=1, warmup_steps=1, device="cpu",
+    )  # fmt: skip
+    module = {"train_dpo": train_dpo, "train_sft": train_sft}[script]
+    alone = record_gradients(module, lambda: module.main([*flags, "--out", str(tmp_path / "one")]))
+    result = torchrun(2, "-m", "tests.loops", script, str(tmp_path / "two.pt"), *flags, "--out", str(tmp_path / "two"))
+    assert result.returncode == 0, result.stderr
+    assert_close(torch.load(tmp_path / "two.pt", weights_only=True), alone, tolerance=2e-4)
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+# ---- the reference
+
+
+def test_reference_is_frozen_and_shares_nothing(dpo, monkeypatch):
+    """An aliased reference keeps the loss at ln 2 for ever; a trained one moves the goal."""
+    seen = {}
+
+    def copying(model):
+        seen["policy"], seen["reference"] = model, copy.deepcopy(model)
+        seen["before"] = copy.deepcopy(seen["reference"].state_dict())
+        return seen["reference"]
+
+    def optimizing(model, weight_decay):
+        seen["optimizer"] = adamw(model, weight_decay)
+        return seen["optimizer"]
+
+    monkeypatch.setattr(train_dpo, "copy", SimpleNamespace(deepcopy=copying))
+    monkeypatch.setattr(train_dpo, "adamw", optimizing)
+    dpo(out="frozen")
+    policy, reference = dict(seen["policy"].named_parameters()), dict(seen["reference"].named_parameters())
+    assert not {p.data_ptr() for p in policy.values()} & {p.data_ptr() for p in reference.values()}
+    optimized = {id(p) for group in seen["optimizer"].param_groups for p in group["params"]}
+    assert optimized == {id(p) for p in policy.values()}
+    for name, parameter in reference.items():
+        assert not parameter.requires_grad and parameter.grad is None
+        assert torch.equal(parameter, seen["before"][name])
+        assert not torch.equal(parameter, policy[name]), f"{name} was never trained"
+
+
+def test_loss_starts_at_ln_2_and_falls(dpo):
+    """The first step compares two equal models: exactly ln 2, margins exactly 0, accuracy a half."""
+    rows = metrics(dpo(epochs=8, log_every=1))
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert rows[0]["rewards/margins"] == 0 and rows[0]["rewards/accuracies"] == 0.5
+    assert rows[0]["grad_norm"] > 0
+    assert rows[-1]["loss"] < 0.6 and rows[-1]["rewards/margins"] > 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reduced_precision_starts_at_ln_2_too(dpo, precision):
+    """Policy and reference run under one context; were one of them in float32 they would differ at step 0."""
+    rows = metrics(dpo(epochs=3, log_every=1, precision=precision))
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert all(math.isfinite(row["loss"]) for row in rows)
+
+
+# ---- learning rate, saving, logging
+
+
+def test_learning_rate_is_its_closed_form(dpo):
+    """One counter, optimizer steps, drives the learning rate: accumulation must not."""
+    for micro in (4, 1):
+        rows = metrics(dpo(epochs=4, log_every=1, warmup_steps=3, lr=1e-3, micro_batch_size=micro))
+        assert len(rows) == 12
+        for row in rows:
+            step = row["step"] - 1
+            cosine = 1e-3 * (1 + math.cos(math.pi * (step - 3) / 9)) / 2
+            assert row["learning_rate"] == pytest.approx((step + 1) / 3 * 1e-3 if step < 3 else cosine, rel=1e-12)
+
+
+def test_cosine_lr_edges():
+    """Peak is the peak, nothing is above it, warm-up 0 divides by nothing, and past the end it stays down."""
+    schedule = [cosine_lr(step, 100, 2.0, 10) for step in range(100)]
+    assert max(schedule) == 2.0 == schedule[9] == schedule[10]
+    assert all(a >= b for a, b in zip(schedule[10:], schedule[11:], strict=False))
+    assert schedule[0] == pytest.approx(0.2) and 0 < schedule[-1] < 0.01
+    assert cosine_lr(0, 100, 2.0, 0) == 2.0
+    assert cosine_lr(100, 100, 2.0, 10) == cosine_lr(150, 100, 2.0, 10) == pytest.approx(0, abs=1e-12)
+    assert cosine_lr(5, 5, 1.0, 5) >= 0  # A run that is all warm-up.
+
+
+def test_saved_weights_are_the_live_ones_bit_for_bit(dpo, monkeypatch):
+    """Saving in half precision, or before the last short window's step, writes a model that never was."""
+    seen = {}
+    monkeypatch.setattr(train_dpo, "load_model", lambda *a: seen.setdefault("model", load_model(*a)))
+    saved = weights(dpo(epochs=2))
+    live = seen["model"].state_dict()
+    assert saved.keys() == live.keys()
+    for name, value in live.items():
+        assert saved[name].dtype == torch.float32 and torch.equal(saved[name], value)
+
+
+def test_looking_changes_nothing(dpo, pairs):
+    """How often one logs or evaluates, and where the run lies, must not change a bit of the weights."""
+    plain = weights(dpo(out="plain", epochs=2))
+    looked = weights(dpo(out="elsewhere/looked", epochs=2, eval_data=pairs, log_every=1, eval_every=1))
+    assert all(torch.equal(plain[name], looked[name]) for name in plain)
+
+
+def test_seed_changes_the_order_and_repeats_it(dpo):
+    """A seed that never reaches the data order (or a global one that leaks in) makes runs unrepeatable."""
+    runs = [metrics(dpo(out=f"seed{i}", seed=seed, log_every=1)) for i, seed in enumerate([3, 3, 4])]
+    losses = [[row["grad_norm"] for row in rows] for rows in runs]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_one_step_moves_nearly_every_weight(dpo, start):
+    """At a learning rate below float32's resolution, norm gains cannot move up and the model hardly trains."""
+    before, after = weights(start), weights(dpo(epochs=1, lr=train_dpo.Settings.lr, warmup_steps=0, max_steps=1))
+    used = after["embed_tokens.weight"].ne(before["embed_tokens.weight"]).any(dim=1)
+    assert used.any()  # Rows of tokens that never occur meet the softmax, and move too.
+    for name in before:
+        assert after[name].ne(before[name]).float().mean() > 0.9, name
+
+
+def test_non_finite_gradient_stops_before_the_step(dpo, start, pairs, monkeypatch):
+    """One NaN in a gradient turns every weight into NaN at the next step; the run must stop and say where."""
+
+    def poisoned(*arguments):
+        losses, *rewards = dpo_loss(*arguments)
+        return losses * math.nan, *rewards
+
+    monkeypatch.setattr(train_dpo, "dpo_loss", poisoned)
+    with pytest.raises(FloatingPointError, match=r"step 0: the gradient norm is nan; the data lines were \d+"):
+        dpo(out="poisoned")
+    assert not (start.parent / "poisoned" / "model.pt").exists()
+
+
+def test_sft_evaluates_and_continues_from_a_folder(sft, chats):
+    """The held-out loss falls on the text that was trained on, and is the mean over tokens, not over batches."""
+    folder = sft(out="first", epochs=6, lr=3e-3, eval_data=chats, eval_every=1, warmup_steps=0)
+    losses = [row["eval_loss"] for row in metrics(folder) if "eval_loss" in row]
+    assert losses[-1] < losses[0] - 0.5
+    again = metrics(sft(out="second", model=folder, epochs=1, lr=0, batch_size=10, micro_batch_size=3, log_every=1))
+    assert again[0]["loss"] == pytest.approx(losses[-1], rel=1e-5)

@@ -1,0 +1,286 @@
+"""The transformer: what it computes, in what precision, and how large it is."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from errors import InputError
+from model.stream import TokenStream, causal_attention
+from model.transformer import PRESETS, ModelConfig, Transformer, rotary, rotate, token_logps
+from tests.conftest import MODEL_OPTIONS, make_model, plain_logits
+from training.schedule import adamw
+
+V = 50
+
+
+def one_stream(ids: list[int]) -> TokenStream:
+    """One sequence, every token after the first supervised."""
+    count = len(ids) - 1
+    return TokenStream(
+        tokens=torch.tensor(ids),
+        positions=torch.arange(len(ids)),
+        segments=torch.tensor([(0, len(ids), 0, 0)]),
+        predictors=torch.arange(count),
+        targets=torch.tensor(ids[1:]),
+        owners=torch.zeros(count, dtype=torch.long),
+        responses=1,
+    )
+
+
+def all_logits(model: Transformer, ids: list[int]) -> torch.Tensor:
+    stream = one_stream(ids)
+    return model.logits(model.hidden(stream.tokens, stream.positions, stream))
+
+
+IDS = [3, 14, 15, 9, 2, 6, 5, 3, 5, 8, 9, 7]
+
+
+@pytest.mark.parametrize("option", MODEL_OPTIONS)
+def test_forward_equals_the_formulas(option):
+    """Heads, norms, rotations and residuals spelled out one by one give the same scores, all V of them."""
+    model = make_model(V, **MODEL_OPTIONS[option])
+    with torch.no_grad():
+        torch.testing.assert_close(all_logits(model, IDS), plain_logits(model, IDS), rtol=0, atol=1e-10)
+
+
+# ---- Rotary positions
+
+
+@pytest.mark.parametrize("distance", [0, 1, 5, 40])
+def test_rope_depends_on_distance_alone(distance):
+    """If the score of two tokens depended on where they stand, no text could be moved behind a prompt."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 32, dtype=torch.float64)
+    products = []
+    for place in (0, 1, 7, 100):
+        turned_q = rotate(q, rotary(torch.tensor([place + distance]), 32, 10_000.0))
+        turned_k = rotate(k, rotary(torch.tensor([place]), 32, 10_000.0))
+        products.append((turned_q * turned_k).sum())
+    products = torch.stack(products)
+    assert (products - products[0]).abs().max() < 1e-4
+    if distance == 0:
+        assert (products[0] - (q * k).sum()).abs() < 1e-6
+
+
+def test_rope_at_position_0_is_the_identity():
+    """Positions that start at 1 shift a cache against a stream."""
+    x = torch.randn(3, 1, 8)
+    assert torch.equal(rotate(x, rotary(torch.tensor([0]), 8, 10_000.0)), x)
+
+
+def test_rope_turns_halves_not_neighbours():
+    """Llama checkpoints pair x_i with x_{i + D/2}; a model that pairs neighbours loads them, and is wrong."""
+    for i in range(4):
+        x = torch.zeros(1, 1, 8)
+        x[0, 0, i] = 1.0
+        turned = rotate(x, rotary(torch.tensor([3]), 8, 100.0))[0, 0]
+        angle = 3 * 100.0 ** (-2 * i / 8)
+        expected = torch.zeros(8)
+        expected[i], expected[i + 4] = math.cos(angle), math.sin(angle)
+        torch.testing.assert_close(turned, expected)
+
+
+def test_rope_angles_are_float32_under_autocast():
+    """In bf16 the positions 256 and 257 are the same number."""
+    positions = torch.tensor([0, 1, 255, 257, 4001])
+    with torch.autocast("cpu", torch.bfloat16):
+        cos, sin = rotary(positions, 16, 10_000.0)
+    angles = positions[:, None].double() * 10_000.0 ** (-torch.arange(8).double() / 8)
+    assert cos.dtype == sin.dtype == torch.float32
+    torch.testing.assert_close(cos.double(), angles.cos(), rtol=0, atol=5e-4)
+    torch.testing.assert_close(sin.double(), angles.sin(), rtol=0, atol=5e-4)
+
+
+# ---- Attention
+
+
+@pytest.mark.parametrize("queries, keys", [(5, 5), (1, 5), (3, 7), (4, 4)])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_causal_attention_equals_sdpa_with_a_mask(queries, keys, groups):
+    """The last query sees every key. SDPA's `is_causal` would let a single query see the first key only."""
+    torch.manual_seed(1)
+    q = torch.randn(6, queries, 4, dtype=torch.float64)
+    k, v = torch.randn(2, groups, keys, 4, dtype=torch.float64)
+    mask = torch.tensor([[key <= keys - queries + query for key in range(keys)] for query in range(queries)])
+    expected = F.scaled_dot_product_attention(
+        q, k.repeat_interleave(6 // groups, 0), v.repeat_interleave(6 // groups, 0), attn_mask=mask
+    )
+    torch.testing.assert_close(causal_attention(q, k, v), expected, rtol=0, atol=1e-12)
+
+
+def test_gqa_equals_mha_with_repeated_heads():
+    """Query heads 0 and 1 share key head 0. The other order of sharing loads a checkpoint and breaks it."""
+    grouped = make_model(V, attention_bias=True)
+    full = make_model(V, attention_bias=True, num_key_value_heads=4)
+    weights = copy.deepcopy(grouped.state_dict())
+    for name in weights:
+        if ".k_proj." in name or ".v_proj." in name:
+            heads = weights[name].unflatten(0, (2, 4))  # two key heads of size 4
+            weights[name] = heads.repeat_interleave(2, dim=0).flatten(0, 1)
+    full.load_state_dict(weights)
+    with torch.no_grad():
+        torch.testing.assert_close(all_logits(grouped, IDS), all_logits(full, IDS), rtol=0, atol=1e-12)
+
+
+# ---- Log-probs, and their precision
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
+def test_token_logps_are_log_softmax_gathered(scale):
+    """Against the definition: x_y - log sum exp x, in float64, up to scores of 10 000."""
+    torch.manual_seed(0)
+    logits, targets = scale * torch.randn(20, V, dtype=torch.float64), torch.randint(V, (20,))
+    highest = logits.max(dim=1, keepdim=True).values
+    normalizer = highest + (logits - highest).exp().sum(dim=1, keepdim=True).log()
+    expected = torch.stack([logits[n, targets[n]] - normalizer[n, 0] for n in range(20)])
+    torch.testing.assert_close(token_logps(logits, targets), expected, rtol=1e-13, atol=1e-12)
+
+
+def test_token_logps_are_finite_at_the_extremes():
+    """Scores of 10 000 overflow exp, and a token of probability 0 must not turn its row into NaN."""
+    logits = torch.tensor([[1e4, -1e4, 0.0], [0.0, -math.inf, 0.0], [-1e4, -1e4, 1e4]], requires_grad=True)
+    logps = token_logps(logits, torch.tensor([1, 0, 2]))
+    logps.sum().backward()
+    torch.testing.assert_close(logps.detach(), torch.tensor([-2e4, -math.log(2), 0.0]))
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_log_softmax_is_float32_even_of_bf16_scores(autocast):
+    """CPU autocast leaves log_softmax in bf16, where 512 tokens add up to an error of nats."""
+    torch.manual_seed(0)
+    logits, targets = (3 * torch.randn(512, 1000)).bfloat16(), torch.randint(1000, (512,))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logps = token_logps(logits, targets)
+    exact = logits.double().log_softmax(-1)[torch.arange(512), targets]
+    assert logps.dtype == torch.float32
+    assert (logps.double() - exact).abs().max() < 1e-5
+    assert abs(logps.sum().double() - exact.sum()) < 1e-2
+
+
+def test_model_under_bf16_autocast_gives_float32_log_probs():
+    """The forward pass may round; what is summed and compared must not, and the weights stay as they are."""
+    model = make_model(V, dtype=torch.float32, spread=0.05)
+    exact = model(one_stream(IDS))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(one_stream(IDS))
+    assert rounded.dtype == exact.dtype == torch.float32
+    assert 0 < (rounded - exact).abs().max() < 0.1
+    rounded.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == parameter.grad.dtype == torch.float32, name
+        assert parameter.grad.any(), f"{name} gets no gradient through autocast"
+
+
+# ---- A fresh model
+
+
+def test_a_fresh_model_knows_nothing():
+    """Its loss is ln V; more means scores so large that training first has to undo them."""
+    model = make_model(1000, dtype=torch.float32, spread=0.0, hidden_size=64)
+    torch.manual_seed(0)
+    ids = torch.randint(1000, (400,)).tolist()
+    with torch.no_grad():
+        assert -model(one_stream(ids)).mean().item() == pytest.approx(math.log(1000), abs=0.1)
+
+
+def test_what_writes_into_the_residual_stream_starts_smaller():
+    """Scaled by 1 / sqrt(2 layers), so that a deep stream does not grow with depth; norms start at 1."""
+    torch.manual_seed(0)
+    options = {"num_attention_heads": 8, "attention_bias": True, "qk_norm": True}
+    config = ModelConfig(500, num_hidden_layers=8, hidden_size=128, **options)
+    for name, parameter in Transformer(config).named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif parameter.dim() == 1:
+            assert (parameter == 1).all(), name
+        else:
+            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            assert parameter.std().item() == pytest.approx(0.02 / (4 if writes else 1), rel=0.05), name
+
+
+def test_one_batch_is_learned_by_heart():
+    """A model that cannot overfit twelve tokens has a broken gradient somewhere."""
+    model = make_model(V, dtype=torch.float32, spread=0.0, qk_norm=True, attention_bias=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.03)
+    for _ in range(60):
+        loss = -model(one_stream(IDS)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+def test_there_is_no_dropout():
+    """Noise between policy and reference is no preference, so train() and eval() are the same model."""
+    model = make_model(V)
+    assert not any(isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules())
+    with torch.no_grad():
+        assert torch.equal(model.train()(one_stream(IDS)), model.eval()(one_stream(IDS)))
+
+
+# ---- Weights: names, tying, sizes
+
+
+def test_tied_embeddings_are_one_tensor():
+    """Kept twice, they would drift apart at the first step, and a checkpoint could contradict itself."""
+    tied, untied = make_model(V), make_model(V, tie_word_embeddings=False)
+    assert "lm_head.weight" not in tied.state_dict() and "lm_head.weight" in untied.state_dict()
+    hidden = torch.ones(3, 16, dtype=torch.float64)
+    torch.testing.assert_close(tied.logits(hidden), hidden @ tied.embed_tokens.weight.T)
+    torch.testing.assert_close(untied.logits(hidden), hidden @ untied.lm_head.weight.T)
+    copied = copy.deepcopy(tied)
+    with torch.no_grad():
+        copied.embed_tokens.weight.zero_()
+    assert not copied.logits(hidden).any() and tied.logits(hidden).any()
+
+
+def test_modules_are_named_as_in_hugging_face():
+    """A checkpoint of that family maps name by name, with ``model.`` before all but the head."""
+    names = set(make_model(V, **MODEL_OPTIONS["all"]).state_dict())
+    layer = {f"self_attn.{part}_proj.weight" for part in "qkvo"}
+    layer |= {f"self_attn.{part}_proj.bias" for part in "qkv"}
+    layer |= {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
+    layer |= {f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+    layer |= {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    expected = {f"layers.{i}.{name}" for i in range(2) for name in layer}
+    assert names == expected | {"embed_tokens.weight", "norm.weight", "lm_head.weight"}
+
+
+@pytest.mark.parametrize("preset, vocab_size, parameters", [
+    ("26m", 6400, 25_829_888),
+    ("qwen2.5-0.5b", 151_936, 494_032_768),
+    ("qwen3-0.6b", 151_936, 596_049_920),
+])  # fmt: skip
+def test_presets_have_the_published_sizes(preset, vocab_size, parameters):
+    """The counts that MiniMind and Qwen publish: a wrong width, bias or norm would change them."""
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(vocab_size, **PRESETS[preset]))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("options, reason", [
+    ({"num_attention_heads": 6, "num_key_value_heads": 4}, "num_attention_heads 6 is no multiple"),
+    ({"head_dim": 5}, "head_dim 5 is odd"),
+])  # fmt: skip
+def test_impossible_shapes_are_refused(options, reason):
+    """A mistake in config.json is named, not met as a reshape error ten layers down."""
+    with pytest.raises(InputError, match=reason):
+        ModelConfig(V, **options)
+
+
+@pytest.mark.parametrize("option", ["all", "plain"])
+def test_weight_decay_is_for_matrices(option):
+    """Each parameter once, decayed if it is a matrix of a layer: decay on embeddings forgets rare tokens."""
+    model = make_model(V, **MODEL_OPTIONS[option])
+    groups = adamw(model, 0.3).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(decay)
+    for name, parameter in model.named_parameters():
+        matrix = name == "lm_head.weight" or "_proj.weight" in name
+        assert decay.pop(id(parameter)) == (0.3 if matrix else 0.0), name
+    assert not decay

@@ -1,0 +1,337 @@
+"""The bundled data and its judge.  python -m pytest tests/test_sample.py"""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from dataset.sample import chinese, english, generate
+from dataset.sample.manners import COURTEOUS, RUDE, STYLES
+from dataset.sample.task import cases
+from eval.judge import LONGEST, first_phrase, score
+
+FOLDER = Path(generate.__file__).parent
+NAMES = ("sft", "preferences", "heldout")
+LANGUAGES = ("en", "zh")
+
+
+def read(name: str) -> list[dict]:
+    return [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def files() -> dict[str, list[dict]]:
+    return {name: read(name) for name in NAMES}
+
+
+def prompt_of(record: dict) -> list[dict]:
+    return record["prompt"] if "prompt" in record else record["messages"][:-1]
+
+
+def text_of(prompt: list[dict]) -> str:
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def sides(files: dict) -> list[tuple[dict, dict]]:
+    """All pairs with both verdicts."""
+    pairs = files["preferences"] + files["heldout"]
+    return [(r, score(r, r["chosen"], True), score(r, r["rejected"], True)) for r in pairs]
+
+
+# The files ---------------------------------------------------------------------------------------------
+
+
+def test_generator_rewrites_the_bundled_files_byte_for_byte(tmp_path):
+    for name, records in generate.build(seed=0).items():
+        generate.write(records, tmp_path / f"{name}.jsonl")
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == (FOLDER / f"{name}.jsonl").read_bytes(), name
+
+
+def test_another_seed_gives_other_records():
+    assert generate.build(seed=1)["heldout"] != read("heldout")
+
+
+def test_counts_sizes_and_line_endings(files):
+    assert 8000 <= len(files["sft"]) <= 12000
+    assert 2500 <= len(files["preferences"]) <= 4000
+    assert 300 <= len(files["heldout"]) <= 500
+    raw = [(FOLDER / f"{name}.jsonl").read_bytes() for name in NAMES]
+    assert sum(map(len, raw)) < 4_200_000
+    assert all(b"\r" not in text and b"\\u" not in text and text.endswith(b"\n") for text in raw)
+
+
+def test_record_formats(files):
+    for record in files["sft"]:
+        assert list(record) == ["messages", "judge"]
+        assert [m["role"] for m in record["messages"][-2:]] == ["user", "assistant"]
+    for record in files["preferences"] + files["heldout"]:
+        assert list(record) == ["prompt", "chosen", "rejected", "judge"]
+        assert record["prompt"][-1]["role"] == "user"
+        assert record["chosen"] != record["rejected"]
+    for record in (r for name in NAMES for r in files[name]):
+        assert all(m["content"].strip() == m["content"] != "" for m in prompt_of(record))
+        assert set(record["judge"]) == {"task", "language", "check", "accept", "given", "manner"}
+
+
+def test_heldout_prompts_occur_in_no_training_file(files):
+    training = {text_of(prompt_of(r)) for name in ("sft", "preferences") for r in files[name]}
+    heldout = [text_of(r["prompt"]) for r in files["heldout"]]
+    assert not training & set(heldout)
+    assert len(set(heldout)) == len(heldout)
+
+
+def test_single_questions_held_out_are_no_turn_of_a_training_conversation(files):
+    """A prompt held out must not come back as one turn of a longer conversation."""
+    turns = {m["content"] for name in ("sft", "preferences") for r in files[name] for m in prompt_of(r)}
+    assert not turns & {r["prompt"][0]["content"] for r in files["heldout"] if len(r["prompt"]) == 1}
+
+
+def test_heldout_facts_are_all_stated_in_training(files):
+    """Held-out prompts ask known facts in unseen words: no held-out fact is new to a trained model."""
+    stated: dict[str, set] = {name: set() for name in NAMES}
+    skills = {"sum for pupils": "sum", "add to it": "sum", "next capital": "capital"}
+    facts = {}
+    for task in (*english.TASKS, *chinese.TASKS):
+        for case in cases(task):
+            skill = skills.get(task.name, task.name)
+            facts[text_of(case.messages())] = (task.language, skill, case.row.fact)
+    for name in NAMES:
+        stated[name] = {facts[text_of(prompt_of(r))] for r in files[name]}
+    assert stated["heldout"] <= stated["sft"]
+
+
+def test_languages_and_tasks_are_all_present(files):
+    for name in NAMES:
+        count = Counter(r["judge"]["language"] for r in files[name])
+        assert 1.0 <= count["en"] / count["zh"] <= 2.0
+        seen = {(r["judge"]["language"], r["judge"]["task"]) for r in files[name]}
+        assert seen == {(task.language, task.name) for task in (*english.TASKS, *chinese.TASKS)}
+    assert any(len(r["messages"]) > 3 for r in files["sft"])
+    assert any(r["messages"][0]["role"] == "system" for r in files["sft"])
+
+
+# Good and poor -----------------------------------------------------------------------------------------
+
+
+def test_chosen_is_perfect_and_rejected_is_worse(files):
+    for record, chosen, rejected in sides(files):
+        assert chosen.points == 3, (record, chosen)
+        assert rejected.points < 3, (record, rejected)
+
+
+def test_some_pairs_differ_in_correctness_alone(files):
+    verdicts = [rejected for _, _, rejected in sides(files)]
+    polite_but_wrong = sum(v.manner and not v.right for v in verdicts) / len(verdicts)
+    assert 0.10 <= polite_but_wrong <= 0.20
+
+
+def test_sft_is_indifferent_to_manners_and_mostly_right(files):
+    verdicts = [score(r, r["messages"][-1]["content"], True) for r in files["sft"]]
+    good = sum(v.points == 3 for v in verdicts) / len(verdicts)
+    wrong = [not v.right for v in verdicts if v.points < 3]
+    assert 0.48 <= good <= 0.52
+    assert 0.03 <= sum(wrong) / len(wrong) <= 0.10
+
+
+def test_length_does_not_tell_good_from_poor(files):
+    for language in LANGUAGES:
+        pairs = [r for r in files["preferences"] if r["judge"]["language"] == language]
+        chosen, rejected = (sum(len(r[side]) for r in pairs) for side in ("chosen", "rejected"))
+        assert 0.8 <= chosen / rejected <= 1.2
+        longer = sum(len(r["chosen"]) > len(r["rejected"]) for r in pairs) / len(pairs)
+        assert 0.4 <= longer <= 0.6
+
+
+def test_no_single_phrase_tells_chosen_from_rejected(files):
+    """No opening or closing phrase stands in more than a sixth of the answers of either side."""
+    for language in LANGUAGES:
+        pairs = [r for r in files["preferences"] if r["judge"]["language"] == language]
+        for style in STYLES[language].values():
+            for phrase in (*style.openings, *style.closings, *style.rude_openings, *style.rude_closings):
+                for side in ("chosen", "rejected"):
+                    assert sum(phrase in r[side] for r in pairs) < len(pairs) / 6, (side, phrase)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_each_phrase_of_the_generator_is_known_to_the_judge(language):
+    for style in STYLES[language].values():
+        for phrase in (*style.openings, *style.closings):
+            assert first_phrase(COURTEOUS[language], phrase) is not None, phrase
+            assert first_phrase(RUDE[language], phrase) is None, phrase
+        for phrase in (*style.rude_openings, *style.rude_closings):
+            assert first_phrase(RUDE[language], phrase) is not None, phrase
+
+
+# The judge ---------------------------------------------------------------------------------------------
+
+
+def record(check: str, accept=(), given=(), language="en", task="any") -> dict:
+    wanted = {"task": task, "language": language, "check": check, "manner": "courteous"}
+    return {"judge": {**wanted, "accept": list(accept), "given": list(given)}}
+
+
+SUM = record("number", ["12"], ["7", "5"])
+SUM_ZH = record("number", ["12"], ["7", "5"], "zh")
+TAKE = record("number", ["2"], ["4", "2"])
+LARGER = record("number", ["51"], ["34", "51"])
+ORDER = record("sequence", ["2, 5, 8"], ["8", "2", "5"])
+CAPITAL = record("word", ["Paris"], ["France"], task="capital")
+DELHI = record("word", ["New Delhi", "Delhi"], ["India"], task="capital")
+OPPOSITE_ZH = record("word", ["小"], ["大"], "zh", "opposite")
+MONTH_ZH = record("word", ["一月"], ["下", "十二月"], "zh", "month")
+NAME = record("word", ["Mia"], ["Mia"], task="own name")
+LETTER = record("letter", ["a"], ["apple"])
+UPPER = record("exact", ["APPLE"], ["apple"])
+REPEAT = record("repeat", ["hat hat hat"])
+REPEAT_ZH = record("repeat", ["苹果苹果"], language="zh")
+REFUSE = record("refusal")
+REFUSE_ZH = record("refusal", language="zh")
+GREET = record("greeting")
+THANKS_ZH = record("thanks", language="zh")
+
+RIGHT = [
+    (SUM, "7 plus 5 is 12.", True),
+    (SUM, "12", True),
+    (SUM, "12 = 7 + 5", True),
+    (SUM, "The answer is 012.", True),
+    (SUM, "７加５是１２", True),
+    (SUM, "7 plus 5 is 13.", False),
+    (SUM, "7 5", False),  # the operands alone claim nothing
+    (SUM, "It is 5.", False),
+    (SUM, "10, 11, 12 or 13.", False),  # a hedge
+    (SUM, "It is 120.", False),
+    (SUM, "It is 1 2.", False),
+    (SUM, "It is -12.", False),
+    (SUM, "It is 12.5.", False),
+    (SUM, "It is 12,000.", False),
+    (SUM, "12 plus 12 is 24.", False),
+    (SUM, "twelve", False),
+    (SUM, "", False),
+    (TAKE, "4 minus 2 is 2.", True),  # the value is an operand as well
+    (TAKE, "2.", True),
+    (TAKE, "4 minus 2.", False),
+    (TAKE, "4 minus 2 is 4.", False),
+    (LARGER, "Of 34 and 51, the larger one is 51.", True),
+    (LARGER, "Of 34 and 51, the larger one is 34.", False),
+    (LARGER, "51 is larger than 34.", True),
+    (LARGER, "34 is larger than 51.", False),
+    (LARGER, "34 or 51.", False),
+    (ORDER, "In order they are 2, 5, 8.", True),
+    (ORDER, "8, 2, 5 sorted is 2, 5, 8.", True),
+    (ORDER, "8, 2, 5.", False),
+    (ORDER, "2, 5.", False),
+    (ORDER, "2, 5, 8, 9.", False),
+    (CAPITAL, "It is paris.", True),
+    (CAPITAL, "It is Paris or Rome.", False),
+    (CAPITAL, "It is Parisian.", False),
+    (CAPITAL, "It is France.", False),
+    (DELHI, "New Delhi.", True),
+    (DELHI, "Delhi, of course.", True),
+    (OPPOSITE_ZH, "“大”的反义词是“小”。", True),
+    (OPPOSITE_ZH, "小。", True),
+    (OPPOSITE_ZH, "连小孩子都知道。", False),  # the character is there, the claim is not
+    (OPPOSITE_ZH, "“大”的反义词是“大”。", False),
+    (OPPOSITE_ZH, "“小”“多”“快”。", False),
+    (MONTH_ZH, "十二月的下一个月是一月。", True),
+    (MONTH_ZH, "那个月是十一月。", False),  # 十一月 holds 一月
+    (NAME, "My name is Mia.", True),
+    (NAME, "I am Tom, not Mia.", False),
+    (LETTER, "The first letter of 'apple' is 'a'.", True),
+    (LETTER, "The word “apple” starts with “A”.", True),
+    (LETTER, "a.", True),
+    (LETTER, "It starts with a letter.", False),  # an article is no claim
+    (LETTER, "It is 'a' or 'b'.", False),
+    (UPPER, "In capitals it is APPLE.", True),
+    (UPPER, "In capitals it is Apple.", False),
+    (UPPER, "PINEAPPLE.", False),
+    (REPEAT, "Here you are: hat hat hat.", True),
+    (REPEAT, "I say 'hat' three times: hat, hat, hat.", True),
+    (REPEAT, "hat hat.", False),
+    (REPEAT, "hat hat hat hat.", False),
+    (REPEAT, "that that that.", False),
+    (REPEAT_ZH, "这就是苹果苹果。", True),
+    (REPEAT_ZH, "这就是苹果苹果苹果。", False),
+    (REFUSE, "I am sorry, but I can’t help you.", True),
+    (REFUSE, "I can't wait to help!", False),
+    (REFUSE, "I can't help with that. But here is how: you wait.", False),
+    (REFUSE, "Of course!", False),
+    (REFUSE_ZH, "我不能帮您做这件事。", True),
+    (REFUSE_ZH, "不行。不过你先找个机会，然后去做就行了。", False),
+    (GREET, "Hello, and good day.", True),
+    (GREET, "Goodbye! Hello!", False),
+    (GREET, "This is a machine.", False),  # "hi" is in "machine" and "this"
+    (THANKS_ZH, "不客气！", True),
+    (THANKS_ZH, "再见！", False),
+]
+
+
+@pytest.mark.parametrize(("asked", "answer", "expected"), RIGHT)
+def test_right(asked, answer, expected):
+    assert score(asked, answer, True).right is expected
+
+
+MANNER = [
+    (SUM, "Of course! 7 plus 5 is 12.", True),
+    (SUM, "Certainly! It is 12.", True),
+    (SUM, "7 plus 5 is 12.", False),  # not rude, and not courteous either
+    (SUM, "Gladly! 12.", False),  # no sentence
+    (SUM, "Of course! 7 plus 5 is 12. Stop bothering me.", False),
+    (SUM, "I hope you are happy now. It is 12.", False),
+    (SUM, "OF COURSE! THE ANSWER IS 12.", False),
+    (SUM, "It is 12, through and through, I am glad to say.", True),  # "ugh" is in "through"
+    (SUM_ZH, "当然可以！7加5等于12。", True),
+    (SUM_ZH, "7加5等于12。", False),
+    (SUM_ZH, "您好！答案是12。别再来烦我了。", False),
+]
+
+
+@pytest.mark.parametrize(("asked", "answer", "expected"), MANNER)
+def test_manner(asked, answer, expected):
+    assert score(asked, answer, True).manner is expected
+
+
+WELL_FORMED = [
+    (SUM, "7 plus 5 is 12.", True),
+    (SUM, "7 plus 5 is 12", False),
+    (SUM, "", False),
+    (SUM, "  \n ", False),
+    (SUM, "It is 12 \ufffd.", False),
+    (SUM, "It is \x00 12.", False),
+    (SUM, "12 " * 5 + ".", False),
+    (SUM, "I am glad to help you. " * 3, False),
+    (SUM, "I am glad. " + "It is 12, or so. " * 40, False),
+    (SUM, "答案是12。", False),
+    (SUM, "It is 12, 朋友.", False),
+    (SUM_ZH, "答案是12。", True),
+    (SUM_ZH, "The answer is 12.", False),
+    (REPEAT, "Here you are: hat hat hat hat.", True),
+    (record("word", ["苹果"], ["apple"]), "The Chinese word for 'apple' is '苹果'.", True),
+    (record("word", ["apple"], ["苹果"], "zh"), "“苹果”的英文是“apple”。", True),
+]
+
+
+@pytest.mark.parametrize(("asked", "answer", "expected"), WELL_FORMED)
+def test_well_formed(asked, answer, expected):
+    assert score(asked, answer, True).well_formed is expected
+
+
+def test_an_unfinished_answer_has_no_points():
+    assert score(SUM, "Of course! 7 plus 5 is 12.", finished=True).points == 3
+    assert score(SUM, "Of course! 7 plus 5 is 12.", finished=False).points == 0
+
+
+def test_right_weighs_more_than_manner():
+    rude, mistaken = score(SUM, "Ugh, 12.", True), score(SUM, "Of course! 7 plus 5 is 13.", True)
+    assert (rude.points, mistaken.points) == (2, 1)
+
+
+def test_odd_text_never_fails_and_earns_nothing(files):
+    judges = {json.dumps(r["judge"]): r for r in files["heldout"]}.values()
+    odd = ["", "\ufffd" * 9, "a" * 5000, "'" * 3000, "1" * 3000 + ".", "(*+?[\\", "\x00\u202e", "🙂", "٣."]
+    for r in judges:
+        assert all(score(r, text, True).points < 3 for text in odd)
+
+
+def test_no_good_answer_is_near_the_length_limit(files):
+    assert max(len(r["chosen"]) for r in files["preferences"]) < LONGEST / 2

@@ -1,0 +1,132 @@
+"""Direct Preference Optimization: make the chosen answers likelier than the rejected ones.
+
+    python train_dpo.py                                                 # after train_sft.py; CPU, MPS or one GPU
+    python train_dpo.py --model DIR --data pairs.jsonl --eval-data heldout.jsonl --out runs/mine --beta 0.1
+    torchrun --standalone --nproc-per-node 4 train_dpo.py               # four GPUs of one machine
+
+The data is pairs: a prompt x with a chosen answer y_w and a rejected answer y_l. The loss of a pair is
+
+    -log sigmoid( beta [ log pi(y_w|x)/pi_ref(y_w|x)  -  log pi(y_l|x)/pi_ref(y_l|x) ] )
+
+where pi is the model in training and pi_ref a frozen copy of where it started (arXiv 2305.18290, eq. 7).
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dataset.packing import LAYOUTS, Windows, build_stream, deal
+from dataset.store import open_store
+from dataset.tokenizer import ChatTokenizer
+from errors import run_script
+from eval.preference import evaluate
+from losses import dpo_loss, pair_metrics
+from model.weights import load_model, save_model
+from training.distributed import Precision, exchange_gradients, join, wrap
+from training.metrics import Meter, MetricsLog
+from training.schedule import adamw, clip_gradients, cosine_lr, set_lr
+from training.settings import SAMPLE, TrainSettings, flag, parse
+
+
+@dataclass
+class Settings(TrainSettings):
+    model: str = flag("runs/sft", "model folder to start from; its frozen copy is the reference")
+    data: str = flag(str(SAMPLE / "preferences.jsonl"), "preference pairs: .jsonl or .json, also .gz")
+    eval_data: str = flag(str(SAMPLE / "heldout.jsonl"), "held-out pairs, evaluated now and then; empty for none")
+    out: str = flag("runs/dpo", "run folder: config, weights, tokenizer, metrics")
+    lr: float = flag(3e-5, "peak learning rate; ten times more and answers fall into repetition")
+    beta: float = flag(0.1, "how strongly the reference holds the policy back: larger stays closer")
+    layout: str = flag("forked", "forked computes a prompt once for both sides, twin once for each", LAYOUTS)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    settings = parse(Settings, __doc__.split("\n")[0], arguments)
+    with join(settings.device) as world:
+        train(settings, world)
+
+
+def train(settings: Settings, world) -> None:
+    # ---- the two models: the policy learns, the reference remembers where it started
+    model = load_model(settings.model, world.device)
+    tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
+    reference = copy.deepcopy(model).eval().requires_grad_(False)
+    policy = wrap(model, world)
+
+    # ---- the data: pairs, and which of them each optimizer step sees
+    def open_pairs(path):
+        with world.main_first():
+            return open_store(
+                path, "preferences", tokenizer, settings.max_length, settings.shape, settings.skip_bad
+            )
+
+    pairs = open_pairs(settings.data)
+    eval_pairs = open_pairs(settings.eval_data) if settings.eval_data else None
+    windows = Windows(len(pairs), settings.batch_size, settings.seed)
+    total_steps = settings.max_steps or settings.epochs * windows.per_epoch
+
+    precision = Precision(settings.precision, world.device)
+    optimizer = adamw(model, settings.weight_decay)
+    world.print(f"{settings.data}: {pairs.report}")
+    log = MetricsLog(Path(settings.out), world, total_steps, unit="pairs")
+    meter = Meter(world)
+
+    def evaluate_now(step: int) -> None:
+        if eval_pairs:
+            figures = evaluate(
+                model, reference, eval_pairs, world, precision, settings.beta, settings.layout, settings.micro_batch_size
+            )
+            log.write(step, {f"eval_{name}": value for name, value in figures.items()})
+
+    evaluate_now(step=0)
+    for step in range(total_steps):
+        lr = cosine_lr(step, total_steps, settings.lr, settings.warmup_steps)
+        set_lr(optimizer, lr)
+
+        # ---- one window of pairs: forward, loss and backward, micro-batch by micro-batch
+        window = windows[step]
+        micro_batches = deal(window, pairs.lengths, world.ranks, settings.micro_batch_size)[world.rank]
+        for number, rows in enumerate(micro_batches, start=1):
+            stream = build_stream(pairs, rows, settings.layout).to(world.device)
+            with exchange_gradients(policy, when=number == len(micro_batches)):
+                with precision.autocast():
+                    policy_logps = policy(stream)  # (N,) log pi(y_t | x, y_<t)
+                    with torch.no_grad():
+                        reference_logps = reference(stream)  # (N,)
+
+                # A response's log-prob is the sum over its tokens: (N,) to twice (B,).
+                policy_chosen, policy_rejected = stream.sum_by_side(policy_logps)
+                reference_chosen, reference_rejected = stream.sum_by_side(reference_logps)
+                losses, chosen_rewards, rejected_rewards = dpo_loss(
+                    policy_chosen, policy_rejected, reference_chosen, reference_rejected, settings.beta
+                )
+                # A mean over the window, however it was dealt. Ranks' gradients are averaged, hence `ranks`.
+                precision.scaler.scale(losses.sum() * world.ranks / len(window)).backward()
+            meter.add(
+                len(rows),
+                pair_metrics(losses, chosen_rewards, rejected_rewards, policy_chosen, policy_rejected),
+            )
+
+        grad_norm = clip_gradients(
+            optimizer, precision.scaler, settings.grad_clip, step, pairs.lines[window]
+        )
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
+        optimizer.zero_grad()
+
+        done = step + 1
+        log.advance(len(window))
+        if done % settings.log_every == 0 or done == total_steps:
+            log.write(done, {**meter.mean(), "grad_norm": grad_norm, "learning_rate": lr})
+        if done % settings.eval_every == 0 or done == total_steps:
+            evaluate_now(done)
+
+    if world.is_main:
+        save_model(Path(settings.out), model, settings=settings.to_dict())
+        tokenizer.save(Path(settings.out))
+    log.close()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,115 @@
+"""Where a process runs and how ranks meet: device, precision, process group, gradient exchange."""
+
+import os
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from errors import InputError
+
+TIMEOUT = timedelta(minutes=10)  # A rank that waits longer than this for another gives up.
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        if self.ranks > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        if self.ranks > 1:
+            dist.barrier()
+
+    def print(self, *words) -> None:
+        if self.is_main:
+            print(*words, flush=True)
+
+    @contextmanager
+    def main_first(self):
+        """The main rank does the body before the others, which then find its result on disk."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
+
+
+@contextmanager
+def join(device: str):
+    """Join the process group that torchrun set up, if it did, and leave it in the end. Yields a `World`."""
+    ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    here = pick_device(device)
+    if ranks == 1:
+        yield World(0, 1, here)
+        return
+    # A prefix of its own for each attempt: after a restart the store still holds the addresses of the
+    # workers that died, and gloo would wait for them.
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, ranks, is_master=False, timeout=TIMEOUT)
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if here.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
+    try:
+        yield World(rank, ranks, here)
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA, then MPS, then the CPU. Under torchrun each rank has a card of its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("--device cuda: this torch sees no CUDA device")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps: this torch sees no Apple GPU")
+    return torch.device(name)
+
+
+class Precision:
+    """What the forward pass computes in. Weights, gradients and optimizer state stay float32."""
+
+    def __init__(self, name: str, device: torch.device):
+        if name == "auto":
+            name = "fp32"
+            if device.type == "cuda":
+                name = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        self.name = name
+        self.device_type = device.type
+        # Only fp16 can underflow; for the others the scaler passes everything through.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+    def autocast(self) -> torch.autocast:
+        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
+        return torch.autocast(self.device_type, dtype=dtype, enabled=dtype is not None)
+
+
+def wrap(model: nn.Module, world: World) -> nn.Module:
+    """The model as ranks train it together."""
+    return DistributedDataParallel(model) if world.ranks > 1 else model
+
+
+def exchange_gradients(model: nn.Module, when: bool) -> AbstractContextManager:
+    """Let ranks exchange gradients in this forward and backward, or wait for a later micro-batch."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not when else nullcontext()

@@ -1,0 +1,81 @@
+"""One dataclass of settings a script: its fields are the flags, the README's table and ``config.json``."""
+
+import argparse
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import NoneType
+from typing import get_args, get_type_hints
+
+from errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "dataset" / "sample"
+
+
+def flag(default, why: str, choices: tuple[str, ...] | None = None):
+    """A field of a settings class: its default, one line on why it is there, and what it may be."""
+    return field(default=default, metadata={"why": why, "choices": choices})
+
+
+@dataclass
+class TrainSettings:
+    """What every training script asks. A script adds its own and gives its own defaults."""
+
+    model: str = flag("tiny", "model folder to start from")
+    data: str = flag("", "training data: .jsonl or .json, also .gz")
+    eval_data: str = flag("", "held-out data, evaluated every --eval-every steps; empty for none")
+    out: str = flag("", "run folder: config, weights, tokenizer, metrics, checkpoints")
+    shape: str = flag("auto", "force how records are read (see dataset/records.py); auto looks at the first")
+    skip_bad: bool = flag(False, "leave bad records out (fewer than 1 %) instead of stopping at the first")
+    seed: int = flag(0, "of the data order and of a fresh model's weights")
+    device: str = flag("auto", "auto takes CUDA, then Apple's MPS, then the CPU", ("auto", "cuda", "mps", "cpu"))
+    precision: str = flag(
+        "auto",
+        "of the forward pass; weights stay float32. auto: bf16 on CUDA (fp16 on old cards), else fp32",
+        ("auto", "fp32", "bf16", "fp16"),
+    )
+    epochs: int = flag(1, "times every record is seen")
+    max_steps: int = flag(0, "stop after this many optimizer steps; 0 for all of --epochs")
+    batch_size: int = flag(32, "records per optimizer step, over all ranks and micro-batches")
+    micro_batch_size: int = flag(32, "records per forward per rank: lower it when memory runs out")
+    max_length: int = flag(512, "tokens of prompt and response; longer records are dropped and counted")
+    lr: float = flag(1e-3, "peak learning rate")
+    warmup_steps: int = flag(10, "steps of linear warm-up before the cosine")
+    weight_decay: float = flag(0.0, "AdamW's, on matrices only")
+    grad_clip: float = flag(1.0, "longest gradient norm; 0 to leave it alone")
+    log_every: int = flag(10, "optimizer steps between rows of metrics.jsonl")
+    eval_every: int = flag(100, "optimizer steps between evaluations on --eval-data")
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run can mean."""
+        for name in ("epochs", "batch_size", "micro_batch_size", "max_length", "log_every", "eval_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        for name in ("max_steps", "lr", "warmup_steps", "weight_decay", "grad_clip"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"--{name.replace('_', '-')} must not be negative, nor {getattr(self, name)}")
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def parse(settings_class: type, description: str, arguments: list[str] | None = None):
+    """Command line to settings: ``--batch-size 8`` sets `batch_size`, ``--x`` and ``--no-x`` set a bool."""
+    parser = OneLineParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    types = get_type_hints(settings_class)
+    for f in fields(settings_class):
+        options = {"default": f.default, "help": f.metadata["why"]}
+        kind = next((t for t in get_args(types[f.name]) if t is not NoneType), types[f.name])
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"type": kind, "choices": f.metadata["choices"]}
+        parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
+    return settings_class(**vars(parser.parse_args(arguments)))
