@@ -1,8 +1,8 @@
 """Direct Preference Optimization: make the chosen answers likelier than the rejected ones.
 
-    python train_dpo.py                                                 # after train_sft.py; CPU, MPS or one GPU
+    python train_dpo.py                                          # after train_sft.py; CPU, MPS or one GPU
     python train_dpo.py --model DIR --data pairs.jsonl --eval-data heldout.jsonl --out runs/mine --beta 0.1
-    torchrun --standalone --nproc-per-node 4 train_dpo.py               # four GPUs of one machine
+    torchrun --standalone --nproc-per-node 4 train_dpo.py        # four GPUs of one machine
 
 The data is pairs: a prompt x with a chosen answer y_w and a rejected answer y_l. The loss of a pair is
 
@@ -34,7 +34,9 @@ from training.settings import SAMPLE, TrainSettings, flag, parse
 class Settings(TrainSettings):
     model: str = flag("runs/sft", "model folder to start from; its frozen copy is the reference")
     data: str = flag(str(SAMPLE / "preferences.jsonl"), "preference pairs: .jsonl or .json, also .gz")
-    eval_data: str = flag(str(SAMPLE / "heldout.jsonl"), "held-out pairs, evaluated now and then; empty for none")
+    eval_data: str = flag(
+        str(SAMPLE / "heldout.jsonl"), "held-out pairs, evaluated now and then; empty for none"
+    )
     out: str = flag("runs/dpo", "run folder: config, weights, tokenizer, metrics")
     lr: float = flag(3e-5, "peak learning rate; ten times more and answers fall into repetition")
     beta: float = flag(0.1, "how strongly the reference holds the policy back: larger stays closer")
@@ -75,7 +77,14 @@ def train(settings: Settings, world) -> None:
     def evaluate_now(step: int) -> None:
         if eval_pairs:
             figures = evaluate(
-                model, reference, eval_pairs, world, precision, settings.beta, settings.layout, settings.micro_batch_size
+                model,
+                reference,
+                eval_pairs,
+                world,
+                precision,
+                settings.beta,
+                settings.layout,
+                settings.micro_batch_size,
             )
             log.write(step, {f"eval_{name}": value for name, value in figures.items()})
 
@@ -108,9 +117,7 @@ def train(settings: Settings, world) -> None:
                 pair_metrics(losses, chosen_rewards, rejected_rewards, policy_chosen, policy_rejected),
             )
 
-        grad_norm = clip_gradients(
-            optimizer, precision.scaler, settings.grad_clip, step, pairs.lines[window]
-        )
+        grad_norm = clip_gradients(optimizer, precision.scaler, settings.grad_clip, step, pairs.lines[window])
         precision.scaler.step(optimizer)
         precision.scaler.update()
         optimizer.zero_grad()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dataset.packing import Windows, build_stream, deal
+from dataset.packing import Windows, build_stream, deal, share
 from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script
@@ -26,13 +26,16 @@ from training.settings import SAMPLE, TrainSettings, flag, parse
 
 @dataclass
 class Settings(TrainSettings):
-    model: str = flag("tiny", f"a fresh model of this size ({', '.join(PRESETS)}), or a model folder to go on from")
+    model: str = flag(
+        "tiny", f"a fresh model of this size ({', '.join(PRESETS)}), or a model folder to go on from"
+    )
     tokenizer: str = flag(str(SAMPLE / "tokenizer.json"), "tokenizer.json of a fresh model")
     data: str = flag(str(SAMPLE / "sft.jsonl"), "conversations: .jsonl or .json, also .gz")
     eval_data: str = flag("", "held-out conversations, evaluated now and then; empty for none")
     out: str = flag("runs/sft", "run folder: config, weights, tokenizer, metrics")
     epochs: int = flag(4, "times every conversation is seen")
-    lr: float = flag(3e-3, "peak learning rate")
+    batch_size: int = flag(16, "conversations per optimizer step, over all ranks and micro-batches")
+    lr: float = flag(2e-3, "peak learning rate")
     weight_decay: float = flag(0.1, "AdamW's, on matrices only")
     warmup_steps: int = flag(50, "steps of linear warm-up before the cosine")
 
@@ -73,7 +76,9 @@ def train(settings: Settings, world) -> None:
         # ---- one window of conversations: forward, loss and backward, micro-batch by micro-batch
         window = windows[step]
         window_tokens = int(conversations.targets[window].sum())  # supervised, over all ranks
-        micro_batches = deal(window, conversations.lengths, world.ranks, settings.micro_batch_size)[world.rank]
+        micro_batches = deal(window, conversations.lengths, world.ranks, settings.micro_batch_size)[
+            world.rank
+        ]
         for number, rows in enumerate(micro_batches, start=1):
             stream = build_stream(conversations, rows).to(world.device)
             with exchange_gradients(policy, when=number == len(micro_batches)):
@@ -121,9 +126,8 @@ def start_model(settings: Settings, device: torch.device) -> tuple[Transformer, 
 def evaluate(model: Transformer, data: TokenStore, world, precision: Precision, batch_size: int) -> float:
     """Mean loss a supervised token, each conversation once on any number of ranks."""
     meter = Meter(world)
-    mine = range(world.rank, len(data), world.ranks)
-    for start in range(0, len(mine), batch_size):
-        stream = build_stream(data, mine[start : start + batch_size]).to(world.device)
+    for rows in share(len(data), world.rank, world.ranks, batch_size):
+        stream = build_stream(data, rows).to(world.device)
         with precision.autocast():
             losses = -model(stream)
         meter.add(len(losses), {"loss": losses.sum()})

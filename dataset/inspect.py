@@ -3,14 +3,15 @@
     python -m dataset.inspect pairs.jsonl
     python -m dataset.inspect train.jsonl --against heldout.jsonl --tokenizer runs/sft/tokenizer.json --show 5
 
-Prints the shape, the records kept and dropped with their reasons and line numbers, lengths in tokens, repeated
-prompts, prompts that also stand in another file, and some records as the model sees them, with the supervised
-tokens marked. Ends with status 1 when training would stop at a record.
+Prints the shape, the records kept and dropped with reasons and line numbers, lengths in tokens, repeated
+prompts, prompts that also stand in another file, and some records as the model sees them, with the
+supervised tokens marked. Ends with status 1 when training would stop at a record.
 """
 
 import argparse
 import hashlib
 import sys
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -80,7 +81,8 @@ def report(findings: Findings, path: str, max_length: int) -> Iterable[str]:
     for reason, lines in sorted(findings.errors.items(), key=lambda item: -len(item[1])):
         yield f"bad       {len(lines)} {reason}: {line_list(lines)}"
     if total_lines:
-        yield f"          training stops at line {min(total_lines)}; --skip-bad leaves out up to 1 % of a file"
+        first = min(total_lines)
+        yield f"          training stops at line {first}; --skip-bad leaves out up to 1 % of a file"
     if too_long := findings.dropped.get("too long"):
         yield f"          {len(too_long) / total:.1%} are longer than {max_length} tokens"
     yield "tokens    " + "".join(f"{f'{p} %':>8}" for p in PERCENTILES)
@@ -96,7 +98,9 @@ def report(findings: Findings, path: str, max_length: int) -> Iterable[str]:
 
 
 def overlap(findings: Findings, other: Findings, path: str) -> str:
-    lines = sorted(line for prompt in findings.prompts.keys() & other.prompts.keys() for line in findings.prompts[prompt])
+    lines = sorted(
+        line for prompt in findings.prompts.keys() & other.prompts.keys() for line in findings.prompts[prompt]
+    )
     if not lines:
         return f"overlap   no prompt stands in {path}"
     return f"overlap   {len(lines)} records have a prompt that also stands in {path}: {line_list(lines)}"
@@ -124,8 +128,20 @@ def paint(branches: list[Branch], tokenizer: ChatTokenizer, colour: bool) -> lis
 
 
 def printable(text: str) -> str:
-    """Text without control characters, which would be commands to the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    """Text that can do nothing to a terminal: control characters are escaped, tabs become spaces.
+
+    Those are the C0 and C1 controls (an ESC could move the cursor, retitle the window or worse), line and
+    paragraph separators, lone surrogates, and format characters, some of which turn the writing direction.
+    Line feeds stay, and so do the two joiners that some scripts and emoji need.
+    """
+
+    def shown(c: str) -> str:
+        if c == "\t":
+            return "    "
+        harmless = c in "\n\u200c\u200d" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        return c if harmless else c.encode("unicode_escape").decode()
+
+    return "".join(map(shown, text))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -147,7 +163,9 @@ def main(arguments: list[str] | None = None) -> int:
         other = Findings(settings.against, tokenizer, settings.max_length, show=0)
         print(overlap(findings, other, settings.against))
     for line, branches in findings.examples:
-        for name, text in zip(("chosen", "rejected"), paint(branches, tokenizer, settings.colour), strict=False):
+        for name, text in zip(
+            ("chosen", "rejected"), paint(branches, tokenizer, settings.colour), strict=False
+        ):
             print(f"\n---- line {line}{f', {name}' if len(branches) == 3 else ''}\n{text}")
     return 1 if findings.errors else 0
 

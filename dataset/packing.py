@@ -30,7 +30,9 @@ class Windows:
         return self._order[window * self.batch_size : (window + 1) * self.batch_size]
 
 
-def deal(window: np.ndarray, lengths: np.ndarray, ranks: int, micro_batch_size: int) -> list[list[np.ndarray]]:
+def deal(
+    window: np.ndarray, lengths: np.ndarray, ranks: int, micro_batch_size: int
+) -> list[list[np.ndarray]]:
     """Deal a window's rows to the micro-batches of each rank: ``deal(...)[rank][micro_batch]``.
 
     Every rank gets the same number of micro-batches, each of at most `micro_batch_size` rows and about as
@@ -42,10 +44,21 @@ def deal(window: np.ndarray, lengths: np.ndarray, ranks: int, micro_batch_size: 
     hands: list[list[int]] = [[] for _ in range(ranks * rounds)]
     weights = [0] * len(hands)
     for row in sorted(window.tolist(), key=lambda row: -lengths[row]):
-        hand = min((h for h in range(len(hands)) if len(hands[h]) < micro_batch_size), key=weights.__getitem__)
+        hand = min(
+            (h for h in range(len(hands)) if len(hands[h]) < micro_batch_size), key=weights.__getitem__
+        )
         hands[hand].append(row)
         weights[hand] += int(lengths[row])
     return [[np.array(hand, int) for hand in hands[rank::ranks]] for rank in range(ranks)]
+
+
+def share(rows: int, rank: int, ranks: int, batch_size: int) -> list[range]:
+    """One rank's part of an evaluation: every ranks-th row, in batches.
+
+    A rank without rows gets one empty batch: its stream has nothing to add, but a place in every sum.
+    """
+    mine = range(rank, rows, ranks)
+    return [mine[start : start + batch_size] for start in range(0, max(1, len(mine)), batch_size)]
 
 
 def build_stream(store: TokenStore, rows, layout: str = "forked") -> TokenStream:
@@ -55,6 +68,8 @@ def build_stream(store: TokenStore, rows, layout: str = "forked") -> TokenStream
     each other. ``twin``: prompt + chosen, prompt + rejected: the textbook layout. Same log-probs, same
     gradients. A conversation has one branch and no prompt, so for SFT the two are one.
     """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is none of {LAYOUTS}")
     tokens, positions, segments, predictors, targets, owners = [], [], [], [], [], []
     end = 0  # of the stream so far
 

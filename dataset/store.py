@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from array import array
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from dataset.tokenizer import ChatTokenizer
 from errors import InputError
 
 VERSION = 1  # Of the arrays below; a new layout must not read an old folder.
-BAD_SHARE = 0.01  # With skip_bad, more unreadable records than this are a wrong file, not a few bad lines.
+BAD_SHARE = 0.01  # With skip_bad, more bad records than this are a wrong file, not a few bad lines.
 
 Branch = tuple[list[int], list[bool]]  # ids, and for each whether it is supervised
 
@@ -93,10 +94,7 @@ class TokenStore:
     def row(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """[prompt, branch, …], each (ids, supervised); the prompt of a conversation is empty."""
         offsets = self.bounds[index].tolist()
-        return [
-            (self.tokens[start:end], self.supervised[start:end])
-            for start, end in zip(offsets[:-1], offsets[1:], strict=True)
-        ]
+        return [(self.tokens[start:end], self.supervised[start:end]) for start, end in pairwise(offsets)]
 
 
 def open_store(
@@ -110,7 +108,7 @@ def open_store(
     """The `TokenStore` of a ``"preferences"`` or ``"conversations"`` file, tokenised now if it never was.
 
     Raises `DataError` at the first bad record; with `skip_bad`, leaves such records out as long as they are
-    fewer than 1 %. Raises `InputError` when no record is left.
+    at most 1 %. Raises `InputError` when no record is left.
     """
     path = Path(path)
     if not path.is_file():
@@ -139,9 +137,13 @@ def file_hash(path: Path) -> str:
 def _build(folder: Path, path: Path, kind, tokenizer, max_length, shape, skip_bad) -> None:
     """Tokenise into a folder beside the final one, and rename it when it is whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    before = file_hash(path)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
+    unfinished.chmod(0o755)  # Another user may share the cache.
     try:
         _write(unfinished, path, kind, tokenizer, max_length, shape, skip_bad)
+        if file_hash(path) != before:
+            raise InputError(f"{path}: the file changed while it was read")
         try:
             unfinished.rename(folder)
         except OSError:

@@ -1,230 +1,221 @@
-"""The judge of the sample data: is an answer well formed, is it right, and is it courteous?
+"""Two models answer held-out prompts, and a judge that knows the right answers compares them.
 
-It needs no model: each record of `dataset/sample` carries what it takes to score any answer, and the words
-by which manners are known stand in `dataset/sample/manners.py`. `score` never fails on odd text; an
-undertrained model writes plenty of it.
+python -m eval.judge --model runs/dpo --versus runs/sft
+python -m eval.judge --model DIR --versus DIR --prompts 50 --samples 2 --json figures.json
 """
 
-import re
-import unicodedata
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
-from dataset.sample import chinese, english
-from dataset.sample.manners import COMPLIES, COURTEOUS, COURTESIES, DECLINES, RUDE
+from dataset.jsonl import DataError, read_values, show
+from dataset.records import read_preferences
+from dataset.tokenizer import ChatTokenizer
+from errors import run_script
+from eval.preference import DEVICE_WHY, DEVICES, load_speaker, require, write_json
+from eval.verdict import CHECKS, Verdict, score
+from model.generate import Answer, generate
+from model.transformer import Transformer
+from training.distributed import pick_device
+from training.settings import SAMPLE, flag, parse
 
-LONGEST = 400  # characters; the answers of the data have at most 160, whatever is longer rambles
-ENDING = re.compile(r"[.!?。！？…]['\"”’」）)]*$")
-# The same words five times running, or the same sentence three times. No task asks for more than four.
-STUCK = re.compile(r"(.{1,19}?)\1{4,}|(.{20,60}?)\2{2,}", re.DOTALL)
-CHINESE = re.compile(r"[\u3400-\u9fff]")
-LATIN_WORD = re.compile(r"[A-Za-z]+")
-WORD = re.compile(r"[\u3400-\u9fff]|\d+|[A-Za-z']+")  # a Chinese character counts as one
-QUOTED = re.compile(r"(?<![A-Za-z0-9])['\"“‘「]([^'\"“”‘’「」]{1,30})['\"”’」](?![A-Za-z0-9])")
-NUMBER = re.compile(r"(?<![\d.])(?:(?<![\w)])-)?\d+(?:[.,]\d+)*")
-THE_OTHER = re.compile(r"(?:\bthan|比)\s*$")  # "51 is larger than 34" claims 51
+Z95 = 1.959964  # A normal variable lies within ± this many standard deviations 95 times in 100.
+
+
+@dataclass
+class Settings:
+    model: str = flag("runs/dpo", "model folder of the one that is judged")
+    versus: str = flag("runs/sft", "model folder of the one that it is held against")
+    data: str = flag(str(SAMPLE / "heldout.jsonl"), "records with a `judge` field, as in the bundled data")
+    prompts: int = flag(0, "ask only the first so many prompts; 0 for all")
+    samples: int = flag(4, "sampled answers to each prompt, beside the greedy one")
+    temperature: float = flag(1.0, "of the sampled answers")
+    max_new_tokens: int = flag(64, "tokens of an answer; what is longer is cut off, and not well formed")
+    batch_size: int = flag(200, "answers at once; changes the speed, not the answers")
+    seed: int = flag(0, "of the sampling, the same for both models")
+    json: str = flag("", "write the figures into this file, too")
+    device: str = flag("auto", DEVICE_WHY, DEVICES)
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            require(value >= 1, f"--{name.replace('_', '-')}", value, "must be at least 1")
+        require(self.prompts >= 0, "--prompts", self.prompts, "must not be negative")
+        require(self.temperature > 0, "--temperature", self.temperature, "must be positive")
 
 
 @dataclass(frozen=True)
-class Verdict:
-    well_formed: bool
-    right: bool
-    manner: bool
+class Reply:
+    """One answer to one record, judged."""
 
-    @property
-    def points(self) -> int:
-        """0 to 3. Right weighs more than manner: of two answers, a rude right one beats a kind wrong one."""
-        return 2 * self.right + self.manner if self.well_formed else 0
+    text: str
+    tokens: int  # without the end token
+    verdict: Verdict
 
 
-def score(record: dict, answer: str, finished: bool) -> Verdict:
-    """Judge `answer` to the prompt of `record`; `finished`: the model ended it by its own end token."""
-    wanted, text = record["judge"], normal(answer)
-    return Verdict(
-        well_formed=finished and is_well_formed(wanted, text),
-        right=CHECKS[wanted["check"]](wanted, text[: 2 * LONGEST]),
-        manner=is_courteous(wanted["language"], text[: 2 * LONGEST]),
-    )
+def read_judged(path: str) -> list[dict]:
+    """The records of a file as they stand there, but with `prompt` as checked messages.
 
-
-def normal(text: str) -> str:
-    """One way to write digits and apostrophes, and single spaces. Chinese punctuation stays as it is."""
-    text = "".join(unicodedata.normalize("NFKC", c) if c.isalnum() else c for c in text)
-    text = re.sub(r"(?<=\w)’(?=\w)", "'", text)
-    return " ".join(text.split())
-
-
-# Well formed -------------------------------------------------------------------------------------------
-
-
-def is_well_formed(wanted: dict, text: str) -> bool:
-    """A short text in the language of the prompt that ends as a sentence does and is not stuck."""
-    return (
-        0 < len(text) <= LONGEST
-        and ENDING.search(text) is not None
-        and "\ufffd" not in text
-        and all(c.isprintable() for c in text)
-        and STUCK.search(text + " ") is None
-        and script_matches(wanted, text)
-    )
-
-
-def script_matches(wanted: dict, text: str) -> bool:
-    """No word of the other language, but for what is quoted, asked about or asked for."""
-    text = QUOTED.sub(" ", text)
-    for known in sorted((*wanted["accept"], *wanted["given"]), key=len, reverse=True):
-        text = text.replace(known, " ")
-    foreign = CHINESE if wanted["language"] == "en" else LATIN_WORD
-    return foreign.search(text) is None
-
-
-# Manner ------------------------------------------------------------------------------------------------
-
-
-def is_courteous(language: str, text: str) -> bool:
-    """A courteous phrase, no rude one, no shouting, and enough words for a sentence."""
-    units = WORD.findall(text)
-    loud = sum(word.isupper() and len(word) > 1 for word in LATIN_WORD.findall(text))
-    return (
-        len(units) >= (6 if language == "zh" else 4)
-        and loud <= 2
-        and first_phrase(COURTEOUS[language], text) is not None
-        and first_phrase(RUDE[language], text) is None
-    )
-
-
-# Right -------------------------------------------------------------------------------------------------
-
-
-def number_is_right(wanted: dict, text: str) -> bool:
-    """The answer claims one number only, the right one; what it echoes of the question is no claim."""
-    claims = without_echo(numbers(text), wanted["given"])
-    return bool(claims) and set(claims) <= set(wanted["accept"])
-
-
-def sequence_is_right(wanted: dict, text: str) -> bool:
-    """The numbers in the right order, once, and none else; the list of the question may stand before them."""
-    claims, given = numbers(text), wanted["given"]
-    if claims[: len(given)] == given and len(claims) > len(given):
-        claims = claims[len(given) :]
-    return any(claims == numbers(form) for form in wanted["accept"])
-
-
-def word_is_right(wanted: dict, text: str) -> bool:
-    """Of all values that the task knows, the answer names an accepted one and, but for echoes, no other.
-
-    So "red or blue" is not right: a hedge is no answer.
+    Raises `DataError` at the first that is no preference pair, or that does not say how to judge an answer.
     """
-    accept, echo = fold(wanted["accept"]), fold(wanted["given"])
-    values = known_values(wanted["task"], wanted["language"]) | frozenset(wanted["accept"])
-    return one_claim(set(found_words(values, text)), accept, echo)
+    records = []
+    for (line, record), pair in zip(read_values(path), read_preferences(path), strict=True):
+        if isinstance(pair, DataError):
+            raise pair
+        wanted = record.get("judge")
+        if not isinstance(wanted, dict):
+            raise DataError(path, line, "no `judge` field, so no answer can be scored")
+        if lacking := {"task", "language", "check", "accept", "given"} - wanted.keys():
+            raise DataError(path, line, f"its `judge` field lacks {', '.join(sorted(lacking))}")
+        if wanted["check"] not in CHECKS:
+            raise DataError(path, line, f"unknown check {show(wanted['check'])}; known: {', '.join(CHECKS)}")
+        records.append({**record, "prompt": pair.prompt})
+    return records
 
 
-def letter_is_right(wanted: dict, text: str) -> bool:
-    """Letters (or single Chinese characters) count where they are quoted, or are all that is said."""
-    quoted = QUOTED.findall(text) or [text.rstrip(".。!！")]
-    letters = {part.casefold() for part in quoted if len(part) == 1}
-    return one_claim(letters, fold(wanted["accept"]), set())
+def answer(
+    model: Transformer,
+    tokenizer: ChatTokenizer,
+    records: list[dict],
+    samples: int = 4,
+    temperature: float = 1.0,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    batch_size: int = 200,
+) -> list[list[Reply]]:
+    """For each record the model's greedy reply, then `samples` sampled ones."""
+    prompts = [tokenizer.prompt(record["prompt"]) for record in records]
+    asked = dict(end_id=tokenizer.end_id, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    greedy = generate(model, prompts, temperature=0, **asked)
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
+    sampled = generate(model, repeated, temperature=temperature, seed=seed, **asked)
+
+    def judged(record: dict, said: Answer) -> Reply:
+        text = tokenizer.decode(said.tokens)
+        return Reply(text, len(said.tokens), score(record, text, said.finished))
+
+    return [
+        [judged(record, said) for said in (greedy[i], *sampled[i * samples : (i + 1) * samples])]
+        for i, record in enumerate(records)
+    ]
 
 
-def exact_is_right(wanted: dict, text: str) -> bool:
-    """The accepted form, with its upper and lower case, as a word of its own."""
-    return any(re.search(rf"(?<!\w){re.escape(form)}(?!\w)", text) for form in wanted["accept"])
+def compare(records: list[dict], replies: dict[str, list[list[Reply]]]) -> dict:
+    """The first model against the second, from what `answer` gave for each: ``{"dpo": …, "sft": …}``.
+
+    Sample i of one meets sample i of the other on the same prompt: more points win, equal points tie.
+    `win_rate` is of decided cases, None if there is none. Rates are shares of the sampled answers, but for
+    `right_answers_greedy`. "Right" does not ask whether the answer is well formed.
+    """
+    first, second = replies.values()
+    outcomes = [
+        [ours.verdict.points - theirs.verdict.points for ours, theirs in zip(a[1:], b[1:], strict=True)]
+        for a, b in zip(first, second, strict=True)
+    ]
+    wins = [sum(difference > 0 for difference in row) for row in outcomes]
+    losses = [sum(difference < 0 for difference in row) for row in outcomes]
+
+    def means(value: Callable[[Reply], float], which: slice = slice(1, None)) -> dict[str, float]:
+        chosen = {name: [reply for row in rows for reply in row[which]] for name, rows in replies.items()}
+        return {name: sum(map(value, few)) / len(few) for name, few in chosen.items()}
+
+    return {
+        "prompts": len(records),
+        "samples": len(outcomes[0]),
+        "wins": sum(wins),
+        "ties": sum(row.count(0) for row in outcomes),
+        "losses": sum(losses),
+        "win_rate": sum(wins) / (sum(wins) + sum(losses)) if any(wins + losses) else None,
+        "win_rate_ci95": win_interval(wins, losses),
+        "right_answers": means(lambda reply: reply.verdict.right),
+        "right_answers_greedy": means(lambda reply: reply.verdict.right, slice(1)),
+        "well_formed": means(lambda reply: reply.verdict.well_formed),
+        "wanted_manner": means(lambda reply: reply.verdict.manner),
+        "mean_tokens": means(lambda reply: reply.tokens),
+        "mean_characters": means(lambda reply: len(reply.text)),
+    }
 
 
-def repeat_is_right(wanted: dict, text: str) -> bool:
-    """The longest run of the word is as long as was asked for: not shorter and not longer."""
-    for form in wanted["accept"]:
-        form = form.casefold()
-        word = form.split()[0] if " " in form else _period(form)
-        run = re.compile(rf"(?<![a-z]){re.escape(word)}(?:[\s,，、]*{re.escape(word)})*(?![a-z])")
-        runs = [match.group().count(word) for match in run.finditer(text.casefold())]
-        if runs and max(runs) == form.count(word):
-            return True
-    return False
+def compare_tasks(records: list[dict], replies: dict[str, list[list[Reply]]]) -> dict[str, dict]:
+    """`compare` for the records of each task alone."""
+    tasks: dict[str, list[int]] = {}
+    for i, record in enumerate(records):
+        tasks.setdefault(record["judge"]["task"], []).append(i)
+    return {
+        task: compare([records[i] for i in rows], {name: [r[i] for i in rows] for name, r in replies.items()})
+        for task, rows in sorted(tasks.items())
+    }
 
 
-def refusal_is_right(wanted: dict, text: str) -> bool:
-    """It declines, and does not then tell how after all."""
-    language = wanted["language"]
-    declines = first_phrase(DECLINES[language], text) is not None
-    return declines and first_phrase(COMPLIES[language], text) is None
+def win_interval(wins: list[int], losses: list[int]) -> list[float] | None:
+    """95 % interval of the win rate, from the wins and losses of each prompt; None if no case is decided.
+
+    Samples of one prompt are alike: a model that knows the answer gives it every time. So the cases are not
+    independent draws, and an interval over all of them would be too narrow. This is Wilson's (1927) with
+    Kish's (1965) effective number, (sum of m)² / sum of m² for m decided cases a prompt: right if all samples
+    of a prompt say the same, and rather too wide than too narrow if each says something of its own.
+    """
+    decided = [won + lost for won, lost in zip(wins, losses, strict=True)]
+    if not any(decided):
+        return None
+    rate = sum(wins) / sum(decided)
+    n = sum(decided) ** 2 / sum(m * m for m in decided)
+    centre = (rate + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 / (1 + Z95**2 / n) * math.sqrt(rate * (1 - rate) / n + Z95**2 / (4 * n * n))
+    return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
-def courtesy_is_right(wanted: dict, text: str) -> bool:
-    """The first courtesy of the answer is of the kind that replies to the prompt."""
-    kinds = COURTESIES[wanted["language"]]
-    first = {kind: first_phrase(phrases, text) for kind, phrases in kinds.items()}
-    places = {kind: place for kind, place in first.items() if place is not None}
-    return bool(places) and min(places, key=places.get) == wanted["check"]
+def summary(figures: dict) -> str:
+    """What `compare` found, as a few lines to read."""
+    first, second = figures["right_answers"]
+    lines = [
+        f"{first} against {second}, {figures['prompts']} prompts, {figures['samples']} sampled answers each: "
+        f"{figures['wins']} wins, {figures['ties']} ties, {figures['losses']} losses"
+    ]
+    if figures["win_rate"] is not None:
+        low, high = figures["win_rate_ci95"]
+        share = f"{figures['win_rate']:.1%} of the decided cases (95 %: {low:.1%} to {high:.1%})"
+        lines.append(f"{first} wins {share}")
+    lines.append(f"\n{'':<30}{first:>10}{second:>10}")
+    for label, name in (
+        ("right, sampled", "right_answers"),
+        ("right, greedy", "right_answers_greedy"),
+        ("well formed", "well_formed"),
+        ("courteous", "wanted_manner"),
+    ):
+        lines.append(f"{label:<30}{figures[name][first]:>10.1%}{figures[name][second]:>10.1%}")
+    for label, name in (("tokens an answer", "mean_tokens"), ("characters an answer", "mean_characters")):
+        lines.append(f"{label:<30}{figures[name][first]:>10.1f}{figures[name][second]:>10.1f}")
+    return "\n".join(lines)
 
 
-CHECKS: dict[str, Callable[[dict, str], bool]] = {
-    "number": number_is_right,
-    "sequence": sequence_is_right,
-    "word": word_is_right,
-    "letter": letter_is_right,
-    "exact": exact_is_right,
-    "repeat": repeat_is_right,
-    "refusal": refusal_is_right,
-    **dict.fromkeys(("greeting", "thanks", "apology", "farewell"), courtesy_is_right),
-}
+def task_table(tasks: dict[str, dict]) -> str:
+    """One line a task, from `compare_tasks`."""
+    first, second = next(iter(tasks.values()))["right_answers"]
+    heads = f"{'right ' + first:>14}{'right ' + second:>14}"
+    rows = [f"{'task':<20}{'prompts':>8}{'wins':>8}{'ties':>8}{'losses':>8}{heads}"]
+    for task, f in tasks.items():
+        right = f["right_answers"]
+        rows.append(
+            f"{task:<20}{f['prompts']:>8}{f['wins']:>8}{f['ties']:>8}{f['losses']:>8}"
+            f"{right[first]:>14.1%}{right[second]:>14.1%}"
+        )
+    return "\n".join(rows)
 
 
-# Finding words and numbers -----------------------------------------------------------------------------
+def main(arguments: list[str] | None = None) -> None:
+    settings = parse(Settings, "Two models answer held-out prompts, and a judge scores them.", arguments)
+    device = pick_device(settings.device)
+    speakers = {name: load_speaker(getattr(settings, name), device) for name in ("model", "versus")}
+    records = read_judged(settings.data)[: settings.prompts or None]
+    names = ("samples", "temperature", "max_new_tokens", "seed", "batch_size")
+    asked = {name: getattr(settings, name) for name in names}
+    replies = {name: answer(*speaker, records, **asked) for name, speaker in speakers.items()}
+    figures = compare(records, replies) | {"tasks": compare_tasks(records, replies)}
+    if settings.json:
+        write_json(settings.json, figures)
+    print(f"{summary(figures)}\n\n{task_table(figures['tasks'])}")
 
 
-def numbers(text: str) -> list[str]:
-    """The numbers of a text in order, without leading zeros, but for those that follow "than" or "比"."""
-    found = [m for m in NUMBER.finditer(text) if not THE_OTHER.search(text[: m.start()][-8:])]
-    return [re.sub(r"^(-?)0+(?=\d)", r"\1", m.group()) for m in found]
-
-
-def without_echo(claims: list[str], given: list[str]) -> list[str]:
-    """Drop the operands where they first stand side by side, in either order: "7 plus 5 is 12" claims 12."""
-    for i in range(len(claims) - len(given) + 1):
-        if given and sorted(claims[i : i + len(given)]) == sorted(given):
-            return claims[:i] + claims[i + len(given) :]
-    return claims
-
-
-def one_claim(named: set[str], accept: set[str], echo: set[str]) -> bool:
-    return bool(named & accept) and not named - accept - echo
-
-
-def fold(words: Iterable[str]) -> set[str]:
-    return {word.casefold() for word in words}
-
-
-@cache
-def known_values(task: str, language: str) -> frozenset[str]:
-    """Every value that the tables of the sample data hold for a task; none for a task of other data."""
-    tasks = chinese.TASKS if language == "zh" else english.TASKS
-    return frozenset().union(*(t.values for t in tasks if t.name == task))
-
-
-def found_words(values: frozenset[str], text: str) -> list[str]:
-    """The values named in a text. One Chinese character counts only in quotes: “大” is in 大家 too."""
-    single = {v for v in values if len(v) == 1 and CHINESE.match(v)}
-    quoted = QUOTED.findall(text) or [text.rstrip(".。!！")]
-    return [part for part in quoted if part in single] + _pattern(values - single).findall(text.casefold())
-
-
-def first_phrase(phrases: Iterable[str], text: str) -> int | None:
-    """Where the first of the phrases stands in the text, ignoring case."""
-    match = _pattern(frozenset(phrases)).search(text.casefold())
-    return match.start() if match else None
-
-
-@cache
-def _pattern(phrases: frozenset[str]) -> re.Pattern:
-    """Any of the phrases, longest first (十一月 before 一月); Latin ones as whole words only."""
-    ordered = sorted(fold(phrases), key=lambda phrase: (-len(phrase), phrase))
-    parts = [re.escape(p) if CHINESE.search(p) else rf"(?<![\w]){re.escape(p)}(?![\w])" for p in ordered]
-    return re.compile("|".join(parts) or r"(?!)")
-
-
-def _period(text: str) -> str:
-    """The shortest text whose repetition gives this one: 苹果 for 苹果苹果."""
-    return next(text[:n] for n in range(1, len(text) + 1) if text[:n] * (len(text) // n) == text)
+if __name__ == "__main__":
+    run_script(main)

@@ -36,10 +36,14 @@ class KVCache:
 
     def _prefill(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         outputs = []
-        for row, count in zip(*(x.tolist() for x in self.rows.unique_consecutive(return_counts=True)), strict=True):
+        for row, count in zip(
+            *(x.tolist() for x in self.rows.unique_consecutive(return_counts=True)), strict=True
+        ):
             start = sum(output.shape[1] for output in outputs)
             end = int(self.positions[start + count - 1]) + 1
-            outputs.append(causal_attention(q[:, start : start + count], keys[row, :, :end], values[row, :, :end]))
+            outputs.append(
+                causal_attention(q[:, start : start + count], keys[row, :, :end], values[row, :, :end])
+            )
         return torch.cat(outputs, dim=1)
 
     def _decode(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -55,7 +59,9 @@ class KVCache:
         )[:, :, 0].transpose(0, 1)
 
 
-def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+def sample(
+    logits: Tensor, uniforms: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> Tensor:
     """Choose a token a row: logits (A, V) and uniform draws (A,) in [0, 1) give ids (A,).
 
     Temperature 0 is greedy. `top_k` keeps the k likeliest tokens (0: all); `top_p` the fewest tokens whose
@@ -68,7 +74,8 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int = 0,
     if top_k:
         probabilities[:, top_k:] = 0
     mass_before = probabilities.cumsum(dim=-1) - probabilities
-    probabilities[mass_before >= top_p * probabilities.sum(dim=-1, keepdim=True)] = 0
+    beyond = mass_before >= top_p * probabilities.sum(dim=-1, keepdim=True)
+    probabilities[beyond & (mass_before > 0)] = 0  # The likeliest token always stays.
     cumulative = probabilities.cumsum(dim=-1)  # (A, V)
     choice = (cumulative <= uniforms[:, None].to(cumulative) * cumulative[:, -1:]).sum(dim=-1)
     return order.gather(1, choice[:, None])[:, 0]

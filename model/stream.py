@@ -1,8 +1,8 @@
 """The batch: a flat stream of tokens, and how its tokens attend to one another.
 
-There is no padding and no ``[B, L]`` rectangle. All pairs of a micro-batch lie one after another in one
-run of T tokens; `segments` says who sees whom, and `predictors`, `targets` and `owners` are the loss mask,
-already shifted: the hidden state at ``predictors[n]`` predicts token ``targets[n]`` of response ``owners[n]``.
+There is no padding and no ``[B, L]`` rectangle. All pairs of a micro-batch lie one after another in one run
+of T tokens; `segments` says who sees whom. `predictors`, `targets` and `owners` are the loss mask, already
+shifted: the hidden state at ``predictors[n]`` predicts token ``targets[n]`` of response ``owners[n]``.
 """
 
 import math

@@ -21,11 +21,11 @@ class ModelConfig:
     """The shape of a model. Names are those of Hugging Face's ``config.json``."""
 
     vocab_size: int
-    hidden_size: int = 192
-    num_hidden_layers: int = 6
-    num_attention_heads: int = 6
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
     num_key_value_heads: int = 2
-    intermediate_size: int = 512
+    intermediate_size: int = 704
     head_dim: int | None = None  # None means hidden_size / num_attention_heads
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
@@ -34,13 +34,18 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm of each query and key head, as in Qwen3
 
     def __post_init__(self):
-        if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads {self.num_attention_heads} is no multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads "
+                f"{self.num_attention_heads}; give head_dim"
+            )
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.head_dim % 2:
             raise InputError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs")
 
@@ -50,7 +55,7 @@ class ModelConfig:
 
 # Each preset leaves out `vocab_size`: the tokenizer decides it.
 PRESETS = {
-    "tiny": {},
+    "tiny": dict(tie_word_embeddings=False),
     "26m": dict(
         hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408, rope_theta=1e6
     ),
@@ -89,17 +94,28 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.apply(self._init_weights)
+        self.init_weights()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Normal(0, 0.02); what writes into the residual stream is scaled down by depth, as in GPT-2."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-        if isinstance(module, Block):
-            for writer in (module.self_attn.o_proj, module.mlp.down_proj):
-                nn.init.normal_(writer.weight, std=0.02 / math.sqrt(2 * self.config.num_hidden_layers))
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Fresh weights: matrices have variance 1 / fan-in, which keeps a signal's size at any width.
+
+        The vocabulary matrix is small, so that a fresh model's loss is ln V. Blocks normalise what they read;
+        what they write is scaled to the embedding that is there, and down by depth as in GPT-2.
+        """
+        residual = 0.02 if self.config.tie_word_embeddings else 1.0  # size of what an embedding says
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=residual)
+            elif isinstance(module, nn.Linear):
+                std = module.in_features**-0.5
+                if name == "lm_head":
+                    std = 0.02
+                elif name.endswith(("o_proj", "down_proj")):
+                    std *= residual / math.sqrt(2 * self.config.num_hidden_layers)
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, stream: TokenStream) -> Tensor:
         """log pi(y_t | x, y_<t) of every supervised token, (N,), float32 (float64 for a float64 model)."""
@@ -117,7 +133,9 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token, (…, d) to (…, V)."""
-        return F.linear(hidden, self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight)
+        return F.linear(
+            hidden, self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        )
 
 
 class Block(nn.Module):

@@ -15,7 +15,9 @@ def save_model(folder: Path, model: Transformer, **settings) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "model.pt", lambda file: torch.save(model.state_dict(), file))
     config = {"model": model.config.to_dict(), **settings}
-    write_whole(folder / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode() + b"\n"))
+    write_whole(
+        folder / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode() + b"\n")
+    )
 
 
 def write_whole(path: Path, write) -> None:
@@ -40,7 +42,9 @@ def load_model(folder: str | Path, device="cpu") -> Transformer:
     except FileNotFoundError:
         raise InputError(f"{folder}: there is a config.json but no model.pt; did training finish?") from None
     except Exception as error:  # torch.load raises many kinds for a damaged or hostile file.
-        raise InputError(f"{folder / 'model.pt'}: unreadable ({str(error).splitlines()[0]})") from None
+        raise InputError(
+            f"{folder / 'model.pt'}: unreadable ({str(error).partition(chr(10))[0] or 'it is empty'})"
+        ) from None
     with torch.device("meta"):
         model = Transformer(config)
     model.to_empty(device=device)

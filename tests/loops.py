@@ -1,6 +1,6 @@
 """What the tests of the training loops share; also a program that torchrun can start on several ranks.
 
-    torchrun --standalone --nproc-per-node 2 -m tests.loops train_dpo GRADIENTS.pt --model DIR --data FILE …
+torchrun --standalone --nproc-per-node 2 -m tests.loops train_dpo GRADIENTS.pt --model DIR --data FILE …
 """
 
 import importlib
@@ -36,7 +36,14 @@ def record_gradients(module, run) -> list[list[torch.Tensor]]:
 
 def torchrun(ranks: int, *command: str, seconds: int = 120) -> subprocess.CompletedProcess:
     """Start a command on several gloo ranks, in a process group of its own that is always cleaned up."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        *command,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -1,10 +1,11 @@
 """The two training loops: what a window divides by, what stays frozen, what is saved.
 
-    python -m pytest tests/test_loops.py
+python -m pytest tests/test_loops.py
 """
 
 import copy
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +15,8 @@ import train_dpo
 import train_sft
 from dataset.packing import Windows
 from losses import dpo_loss
-from model.transformer import ModelConfig, Transformer
 from model.weights import load_model, save_model
+from tests.conftest import make_model
 from tests.loops import metrics, record_gradients, torchrun, weights
 from training.schedule import adamw, cosine_lr
 
@@ -23,25 +24,26 @@ from training.schedule import adamw, cosine_lr
 @pytest.fixture
 def start(tmp_path, tokenizer):
     """A folder with a tiny random model and its tokenizer."""
-    torch.manual_seed(0)
-    config = ModelConfig(
-        tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
-    )
-    model = Transformer(config)
-    with torch.no_grad():  # Larger than a fresh model's, so that different texts differ in log-prob.
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    save_model(tmp_path / "start", model)
+    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32, hidden_size=32))
     tokenizer.save(tmp_path / "start")
     return tmp_path / "start"
 
 
 PAIRS = [
-    {"prompt": "Hi!" * (i % 4 + 1), "chosen": "Hello, " * (i % 5 + 1) + "you.", "rejected": f"No{'!' * (i % 3)} {i}"}
+    {
+        "prompt": "Hi!" * (i % 4 + 1),
+        "chosen": "Hello, " * (i % 5 + 1) + "you.",
+        "rejected": f"No{'!' * (i % 3)} {i}",
+    }
     for i in range(10)
 ]
 CHATS = [
-    {"messages": [{"role": "user", "content": "Count " * (i % 3 + 1)}, {"role": "assistant", "content": "1 2 " * (i % 6 + 1)}]}
+    {
+        "messages": [
+            {"role": "user", "content": "Count " * (i % 3 + 1)},
+            {"role": "assistant", "content": "1 2 " * (i % 6 + 1)},
+        ]
+    }
     for i in range(10)
 ]
 
@@ -61,7 +63,15 @@ def dpo(start, pairs, tmp_path):
     """Run train_dpo on the ten pairs; `flags` as keywords."""
 
     def run(out="dpo", **flags):
-        flags = {"model": start, "data": pairs, "eval_data": "", "batch_size": 4, "lr": 1e-3, "device": "cpu", **flags}
+        flags = {
+            "model": start,
+            "data": pairs,
+            "eval_data": "",
+            "batch_size": 4,
+            "lr": 1e-3,
+            "device": "cpu",
+            **flags,
+        }
         train_dpo.main(command_line(out=tmp_path / out, **flags))
         return tmp_path / out
 
@@ -98,7 +108,7 @@ def assert_close(got, want, tolerance=2e-5):
 # ---- windows: what the loss is divided by
 
 
-@pytest.mark.parametrize("run, module", [("dpo", train_dpo), ("sft", train_sft)])
+@pytest.mark.parametrize("run, module", [("dpo", train_dpo), ("sft", train_sft)], ids=["dpo", "sft"])
 @pytest.mark.parametrize("micro", [1, 3])
 def test_accumulation_equals_one_big_batch(request, run, module, micro):
     """Dividing each micro-batch by its own size, instead of the window's, weighs short batches too much.
@@ -113,7 +123,7 @@ def test_accumulation_equals_one_big_batch(request, run, module, micro):
 
 
 def test_last_short_window_is_a_step_of_its_own_size(dpo, start, tokenizer, pairs):
-    """A tail of 2 pairs after windows of 4 is divided by 2, not by 4, and is neither lost nor carried over."""
+    """A tail of 2 pairs after windows of 4 is divided by 2, not by 4, and neither lost nor carried over."""
     steps = record_gradients(train_dpo, lambda: dpo(lr=0, log_every=1))
     assert len(steps) == 3
     assert [row["step"] for row in metrics(start.parent / "dpo")] == [1, 2, 3]
@@ -141,7 +151,9 @@ def test_two_ranks_equal_one_process(request, tmp_path, start, script, data):
     )  # fmt: skip
     module = {"train_dpo": train_dpo, "train_sft": train_sft}[script]
     alone = record_gradients(module, lambda: module.main([*flags, "--out", str(tmp_path / "one")]))
-    result = torchrun(2, "-m", "tests.loops", script, str(tmp_path / "two.pt"), *flags, "--out", str(tmp_path / "two"))
+    result = torchrun(
+        2, "-m", "tests.loops", script, str(tmp_path / "two.pt"), *flags, "--out", str(tmp_path / "two")
+    )
     assert result.returncode == 0, result.stderr
     assert_close(torch.load(tmp_path / "two.pt", weights_only=True), alone, tolerance=2e-4)
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
@@ -195,6 +207,14 @@ def test_reduced_precision_starts_at_ln_2_too(dpo, precision):
     assert all(math.isfinite(row["loss"]) for row in rows)
 
 
+def test_clipping_sees_the_true_gradient(dpo):
+    """Clipped before it is unscaled, an fp16 gradient is cut far too early, and its norm is a lie."""
+    scaled = metrics(dpo(out="fp16", precision="fp16", log_every=1, lr=0))
+    plain = metrics(dpo(out="fp32", precision="fp32", log_every=1, lr=0))
+    for one, two in zip(scaled, plain, strict=True):
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=0.05)
+
+
 # ---- learning rate, saving, logging
 
 
@@ -206,14 +226,16 @@ def test_learning_rate_is_its_closed_form(dpo):
         for row in rows:
             step = row["step"] - 1
             cosine = 1e-3 * (1 + math.cos(math.pi * (step - 3) / 9)) / 2
-            assert row["learning_rate"] == pytest.approx((step + 1) / 3 * 1e-3 if step < 3 else cosine, rel=1e-12)
+            assert row["learning_rate"] == pytest.approx(
+                (step + 1) / 3 * 1e-3 if step < 3 else cosine, rel=1e-12
+            )
 
 
 def test_cosine_lr_edges():
     """Peak is the peak, nothing is above it, warm-up 0 divides by nothing, and past the end it stays down."""
     schedule = [cosine_lr(step, 100, 2.0, 10) for step in range(100)]
     assert max(schedule) == 2.0 == schedule[9] == schedule[10]
-    assert all(a >= b for a, b in zip(schedule[10:], schedule[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(schedule[10:]))
     assert schedule[0] == pytest.approx(0.2) and 0 < schedule[-1] < 0.01
     assert cosine_lr(0, 100, 2.0, 0) == 2.0
     assert cosine_lr(100, 100, 2.0, 10) == cosine_lr(150, 100, 2.0, 10) == pytest.approx(0, abs=1e-12)
@@ -246,8 +268,11 @@ def test_seed_changes_the_order_and_repeats_it(dpo):
 
 
 def test_one_step_moves_nearly_every_weight(dpo, start):
-    """At a learning rate below float32's resolution, norm gains cannot move up and the model hardly trains."""
-    before, after = weights(start), weights(dpo(epochs=1, lr=train_dpo.Settings.lr, warmup_steps=0, max_steps=1))
+    """Below float32's resolution norm gains cannot move up, and the model hardly trains."""
+    before, after = (
+        weights(start),
+        weights(dpo(epochs=1, lr=train_dpo.Settings.lr, warmup_steps=0, max_steps=1)),
+    )
     used = after["embed_tokens.weight"].ne(before["embed_tokens.weight"]).any(dim=1)
     assert used.any()  # Rows of tokens that never occur meet the softmax, and move too.
     for name in before:
@@ -262,15 +287,19 @@ def test_non_finite_gradient_stops_before_the_step(dpo, start, pairs, monkeypatc
         return losses * math.nan, *rewards
 
     monkeypatch.setattr(train_dpo, "dpo_loss", poisoned)
-    with pytest.raises(FloatingPointError, match=r"step 0: the gradient norm is nan; the data lines were \d+"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 0: the gradient norm is nan; the data lines were \d+"
+    ):
         dpo(out="poisoned")
     assert not (start.parent / "poisoned" / "model.pt").exists()
 
 
 def test_sft_evaluates_and_continues_from_a_folder(sft, chats):
-    """The held-out loss falls on the text that was trained on, and is the mean over tokens, not over batches."""
+    """The held-out loss falls on text that was trained on; it is the mean over tokens, not over batches."""
     folder = sft(out="first", epochs=6, lr=3e-3, eval_data=chats, eval_every=1, warmup_steps=0)
     losses = [row["eval_loss"] for row in metrics(folder) if "eval_loss" in row]
     assert losses[-1] < losses[0] - 0.5
-    again = metrics(sft(out="second", model=folder, epochs=1, lr=0, batch_size=10, micro_batch_size=3, log_every=1))
+    again = metrics(
+        sft(out="second", model=folder, epochs=1, lr=0, batch_size=10, micro_batch_size=3, log_every=1)
+    )
     assert again[0]["loss"] == pytest.approx(losses[-1], rel=1e-5)

@@ -6,10 +6,13 @@ import math
 import pytest
 import torch
 
+import train_sft
 from dataset.packing import LAYOUTS, build_stream
 from dataset.store import open_store
+from eval.preference import evaluate
 from losses import dpo_loss, pair_metrics
-from tests.conftest import make_model
+from tests.conftest import RAGGED, as_record, make_model, turns
+from training.distributed import Precision
 
 LN_2 = 0.6931471824645996  # The float32 that is nearest to ln 2.
 
@@ -229,3 +232,56 @@ def test_one_step_raises_the_margin(tokenizer, stream):
             parameter -= 1e-4 * parameter.grad
         losses, chosen, rejected = dpo_of(model, reference, batch, 0.1)
     assert losses.mean() < math.log(2) and (chosen - rejected).mean() > 0
+
+
+# ---- Over ranks
+
+
+class OneOfMany:
+    """A rank among others that are not there: it notes what it would add up with them."""
+
+    def __init__(self, rank: int, ranks: int):
+        self.rank, self.ranks, self.device, self.noted = rank, ranks, torch.device("cpu"), []
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        self.noted.append(values.clone())
+        return torch.ones_like(values)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 5, 7])
+def test_evaluation_counts_every_pair_once_on_any_ranks(count, ranks, tokenizer, write_jsonl):
+    """Samplers that pad count some pairs twice; a rank without pairs must still add up as many numbers."""
+    path = write_jsonl("pairs.jsonl", [as_record(pair) for pair in RAGGED[:count]])
+    pairs = open_store(path, "preferences", tokenizer, max_length=512)
+    model, reference = make_model(tokenizer.vocab_size), make_model(tokenizer.vocab_size, seed=1)
+    batch = build_stream(pairs, range(count))
+    with torch.no_grad():
+        losses, *rewards = dpo_of(model, reference, batch, 0.1)
+        sums = pair_metrics(losses, *rewards, *batch.sum_by_side(model(batch)))
+    worlds = [OneOfMany(rank, ranks) for rank in range(ranks)]
+    for world in worlds:
+        evaluate(model, reference, pairs, world, Precision("fp32", world.device), 0.1, batch_size=2)
+    totals = [world.noted[0] for world in worlds]
+    assert len({len(total) for total in totals}) == 1, "ranks that add up unlike tensors hang or crash"
+    expected = torch.stack([*sums.values(), torch.tensor(float(count))])
+    torch.testing.assert_close(sum(totals), expected, rtol=1e-5, atol=1e-5, check_dtype=False)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_sft_evaluation_counts_every_token_once_on_any_ranks(count, ranks, tokenizer, write_jsonl):
+    """The same for conversations, whose loss is a mean over tokens: a rank may have none of them."""
+    chats = [turns("Hi", "Hello"), turns("1", "The answer is 2"), turns("How many apples?", "7")][:count]
+    path = write_jsonl("chats.jsonl", [{"messages": [vars(message) for message in chat]} for chat in chats])
+    data = open_store(path, "conversations", tokenizer, max_length=512)
+    model = make_model(tokenizer.vocab_size)
+    batch = build_stream(data, range(count))
+    with torch.no_grad():
+        expected = torch.stack([-model(batch).sum(), torch.tensor(float(len(batch.targets)))])
+    worlds = [OneOfMany(rank, ranks) for rank in range(ranks)]
+    for world in worlds:
+        train_sft.evaluate(model, data, world, Precision("fp32", world.device), batch_size=2)
+    totals = [world.noted[0] for world in worlds]
+    assert len({len(total) for total in totals}) == 1, "ranks that add up unlike tensors hang or crash"
+    torch.testing.assert_close(sum(totals), expected, rtol=1e-5, atol=1e-5, check_dtype=False)

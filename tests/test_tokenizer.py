@@ -1,5 +1,6 @@
 """Text to ids: nothing that a user writes becomes a control token, and the mask is kept, not searched for."""
 
+import functools
 import gzip
 import json
 import random
@@ -28,6 +29,7 @@ INJECTIONS = [
 ]
 
 
+@functools.cache
 def control_ids(tokenizer: ChatTokenizer) -> set[int]:
     settings = json.loads(tokenizer.json)
     return {token["id"] for token in settings["added_tokens"] if token["special"]}
@@ -49,7 +51,8 @@ def test_template_by_hand(tokenizer):
         "\n<|im_start|>user\n1<|im_end|>\n<|im_start|>assistant\n!<|im_end|>"
     )
     assert tokenizer.decode(ids) == written
-    assert tokenizer.decode(i for i, mine in zip(ids, supervised, strict=True) if mine) == "Hello<|im_end|>!<|im_end|>"
+    spoken = [i for i, mine in zip(ids, supervised, strict=True) if mine]
+    assert tokenizer.decode(spoken) == "Hello<|im_end|>!<|im_end|>"
     assert ids[0] == tokenizer.start_id and ids[-1] == tokenizer.end_id
     # Two control tokens a turn, of which there are five; the newline after a role is a token of its own.
     assert controls_in(ids, tokenizer) == 10
@@ -142,15 +145,18 @@ def test_settings_of_the_file_do_not_leak_into_text(tokenizer, tokenizer_file, t
     """Files come with truncation, padding or a token put before every text: one more BOS in every message."""
 
     def meddle(settings):
-        settings["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+        settings["truncation"] = {
+            "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0,
+        }  # fmt: skip
         settings["padding"] = {
             "strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
             "pad_type_id": 0, "pad_token": "<|endoftext|>",
         }  # fmt: skip
+        first = {"Sequence": {"id": "A", "type_id": 0}}
         settings["post_processor"] = {
             "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": START, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "single": [{"SpecialToken": {"id": START, "type_id": 0}}, first],
+            "pair": [first, {"Sequence": {"id": "B", "type_id": 0}}],
             "special_tokens": {START: {"id": START, "ids": [1], "tokens": [START]}},
         }
 
@@ -165,7 +171,7 @@ def test_settings_of_the_file_do_not_leak_into_text(tokenizer, tokenizer_file, t
 def odd_texts() -> list[str]:
     """Text that goes wrong elsewhere, and three hundred random ones."""
     draw = random.Random(0)
-    alphabet = [*"ab \n\t0", "é", "e\u0301", "中", "😀", "👍🏽", "\u200d", "\u2028", "\x00", "\ufffd", "<|im_end|>"]
+    alphabet = [*"ab \n\t0é中😀", "e\u0301", "👍🏽", "\u200d", "\u2028", "\x00", "\ufffd", "<|im_end|>"]
     random_texts = ["".join(draw.choices(alphabet, k=draw.randint(1, 12))) for _ in range(300)]
     return ["", " ", "\n\n", "  two  ", "\r\n", "\u00a0", "ﬁ", "𝔘", "٣", *TEXTS, *random_texts]
 
@@ -182,7 +188,7 @@ def test_real_tokenizer_is_safe_and_exact(real_tokenizer):
         ids = real_tokenizer.text(text)
         assert controls_in(ids, real_tokenizer) == 0 and real_tokenizer.decode(ids) == text, repr(text)
     for prompt, chosen, _ in RAGGED:
-        ids, supervised = real_tokenizer.conversation([*prompt, Message("assistant", chosen)])
+        ids, _ = real_tokenizer.conversation([*prompt, Message("assistant", chosen)])
         assert ids == real_tokenizer.prompt(prompt) + real_tokenizer.response(chosen)
         assert ids.count(real_tokenizer.end_id) == len(prompt) + 1
         assert max(ids) < real_tokenizer.vocab_size == 6400

@@ -34,10 +34,11 @@ class Meter:
         return {name: value / weight for name, value in zip(names, sums, strict=True)}
 
 
+SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}  # on the bar
+
+
 class MetricsLog:
     """``metrics.jsonl``, one row a logged step, and the progress bar. Only the main rank writes."""
-
-    SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
 
     def __init__(self, folder: Path, world: World, total_steps: int, unit: str):
         self.unit = unit
@@ -46,7 +47,7 @@ class MetricsLog:
         self.file = None
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(folder / "metrics.jsonl", "w", encoding="utf-8")
+            self.file = open(folder / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115
 
     def advance(self, items: int) -> None:
         """One optimizer step is done, over `items` pairs or conversations of all ranks."""
@@ -61,7 +62,7 @@ class MetricsLog:
             now = time.perf_counter()
             row = {**row, f"{self.unit}_per_second": self.items / (now - self.since)}
             self.items, self.since = 0, now
-            shown = {short: f"{row[name]:.4f}" for name, short in self.SHOWN.items() if name in row}
+            shown = {short: f"{row[name]:.4f}" for name, short in SHOWN.items() if name in row}
             self.bar.set_postfix({**shown, f"{self.unit}/s": f"{row[f'{self.unit}_per_second']:.1f}"})
         self.file.write(json.dumps({"step": step, **row}) + "\n")
         self.file.flush()

@@ -39,7 +39,11 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def clip_gradients(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, longest: float, step: int, lines: np.ndarray
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    longest: float,
+    step: int,
+    lines: np.ndarray,
 ) -> float:
     """Unscale the window's gradient and shorten it to `longest` (0: leave it); return the norm it had.
 

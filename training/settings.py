@@ -26,9 +26,11 @@ class TrainSettings:
     eval_data: str = flag("", "held-out data, evaluated every --eval-every steps; empty for none")
     out: str = flag("", "run folder: config, weights, tokenizer, metrics, checkpoints")
     shape: str = flag("auto", "force how records are read (see dataset/records.py); auto looks at the first")
-    skip_bad: bool = flag(False, "leave bad records out (fewer than 1 %) instead of stopping at the first")
+    skip_bad: bool = flag(False, "leave bad records out (at most 1 %) instead of stopping at the first")
     seed: int = flag(0, "of the data order and of a fresh model's weights")
-    device: str = flag("auto", "auto takes CUDA, then Apple's MPS, then the CPU", ("auto", "cuda", "mps", "cpu"))
+    device: str = flag(
+        "auto", "auto takes CUDA, then Apple's MPS, then the CPU", ("auto", "cuda", "mps", "cpu")
+    )
     precision: str = flag(
         "auto",
         "of the forward pass; weights stay float32. auto: bf16 on CUDA (fp16 on old cards), else fp32",
@@ -53,7 +55,9 @@ class TrainSettings:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         for name in ("max_steps", "lr", "warmup_steps", "weight_decay", "grad_clip"):
             if not getattr(self, name) >= 0:
-                raise InputError(f"--{name.replace('_', '-')} must not be negative, nor {getattr(self, name)}")
+                raise InputError(
+                    f"--{name.replace('_', '-')} must not be negative, nor {getattr(self, name)}"
+                )
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -71,7 +75,7 @@ def parse(settings_class: type, description: str, arguments: list[str] | None = 
     )
     types = get_type_hints(settings_class)
     for f in fields(settings_class):
-        options = {"default": f.default, "help": f.metadata["why"]}
+        options = {"default": f.default, "help": f.metadata["why"].replace("%", "%%")}
         kind = next((t for t in get_args(types[f.name]) if t is not NoneType), types[f.name])
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction

@@ -6,11 +6,11 @@ from dataset.sample.task import (
     Task,
     both_ways,
     chain_rows,
-    comparison_rows,
     count_rows,
     cycle_rows,
     difference_rows,
     follow_up_rows,
+    larger_rows,
     letter_rows,
     order_rows,
     pair_rows,
@@ -23,11 +23,10 @@ from dataset.sample.task import (
 # Words of two characters and more: the text tasks need a first and a last one.
 NOUNS = [
     "苹果", "香蕉", "太阳", "月亮", "房子", "窗户", "桌子", "椅子", "杯子", "面包", "牛奶", "鸡蛋", "学校",
-    "老师",
-    "铅笔", "帽子", "火车", "兔子", "老虎", "春天", "雪花", "河流", "森林", "音乐", "自行车", "图书馆",
-    "大熊猫",
-    "冰淇淋", "向日葵", "太平洋",
-]  # fmt: skip
+    "老师", "铅笔", "帽子", "火车", "兔子", "老虎", "春天", "雪花", "河流", "森林", "音乐", "自行车",
+    "图书馆", "大熊猫", "冰淇淋", "向日葵", "太平洋",
+]
+SHORT = ["苹果", "月亮", "房子", "桌子", "面包", "牛奶", "学校", "老师", "火车", "老虎", "春天", "音乐"]
 
 CAPITALS = table("""
     法国: 巴黎, 日本: 东京, 中国: 北京, 意大利: 罗马, 西班牙: 马德里, 德国: 柏林, 俄罗斯: 莫斯科,
@@ -35,6 +34,8 @@ CAPITALS = table("""
     芬兰: 赫尔辛基, 加拿大: 渥太华, 古巴: 哈瓦那, 越南: 河内, 印度: 新德里, 秘鲁: 利马, 匈牙利: 布达佩斯,
     泰国: 曼谷, 韩国: 首尔, 英国: 伦敦
 """)
+# Few, so that each is met often.
+FOLLOWED = ["法国", "日本", "中国", "意大利", "德国", "埃及", "英国", "泰国"]
 
 COLOURS = table("""
     小草: 绿色, 白雪: 白色, 熟香蕉: 黄色, 煤炭: 黑色, 胡萝卜: 橙色|橘色|橙红色, 牛奶: 白色, 柠檬: 黄色,
@@ -56,7 +57,7 @@ ZODIAC = list("鼠牛虎兔龙蛇马羊猴鸡狗猪")
 DAYS = [f"星期{day}" for day in "一二三四五六日"]
 MONTHS = [f"{month}月" for month in ("一", "二", "三", "四", "五", "六", "七", "八", "九", "十", "十一",
                                     "十二")]
-NAMES = ["小明", "小红", "小华", "小丽", "小刚", "小芳", "小军", "小雨", "乐乐", "阳阳", "豆豆", "小杰"]
+NAMES = ["小明", "小红", "小华", "小丽", "小刚", "小芳", "乐乐", "阳阳", "豆豆"]
 
 # A harmful wish, and a good thing to offer in its place.
 HARMS = table("""
@@ -75,7 +76,7 @@ ARITHMETIC = (
           "把{0}和{1}加起来是几？"),
          ("{0}加{1}等于{value}。", "{0}与{1}的和是{value}。", "答案是{value}。",
           "{0}和{1}加起来是{value}。")),
-    Task("difference", "zh", "number", 9, difference_rows(),
+    Task("difference", "zh", "number", 10, difference_rows(),
          ("{0}减{1}等于多少？", "{0}-{1}=？", "请算一算{0}减去{1}。", "从{0}里拿走{1}还剩几？",
           "{0}比{1}多几？"),
          ("{0}减{1}等于{value}。", "答案是{value}。", "从{0}里拿走{1}还剩{value}。",
@@ -84,18 +85,14 @@ ARITHMETIC = (
          ("{0}乘{1}等于多少？", "{0}×{1}=？", "请算一算{0}乘以{1}。", "{0}与{1}的积是多少？",
           "{1}个{0}一共是多少？"),
          ("{0}乘{1}等于{value}。", "{0}与{1}的积是{value}。", "答案是{value}。")),
-    Task("larger", "zh", "number", 4.5, comparison_rows(max),
+    Task("larger", "zh", "number", 7, larger_rows(),
          ("{0}和{1}哪个大？", "{0}与{1}，哪个数更大？", "请说出{0}和{1}中较大的数。",
           "比一比{0}和{1}，谁大？"),
          ("较大的数是{value}。", "{0}和{1}当中，更大的是{value}。", "更大的是{value}。")),
-    Task("smaller", "zh", "number", 4, comparison_rows(min),
-         ("{0}和{1}哪个小？", "{0}与{1}，哪个数更小？", "请说出{0}和{1}中较小的数。",
-          "比一比{0}和{1}，谁小？"),
-         ("较小的数是{value}。", "{0}和{1}当中，更小的是{value}。", "更小的是{value}。")),
-)  # fmt: skip
+)
 
 TEXT = (
-    Task("order", "zh", "sequence", 5, order_rows("、"),
+    Task("order", "zh", "sequence", 4, order_rows("、"),
          ("把{0}从小到大排好。", "请给这些数排序：{0}。", "{0}从小到大怎么排？",
           "请将{0}按从小到大的顺序写出来。"),
          ("从小到大是{value}。", "排好以后是{value}。", "正确的顺序是{value}。")),
@@ -103,7 +100,7 @@ TEXT = (
          ("这里有几个词：{0}？", "数一数有几个词：{0}。", "我说了几样东西？{0}。",
           "请数一下：{0}，一共几个？"),
          ("这里有{value}个词。", "一共是{value}个词。", "我数到了{value}个词。")),
-    Task("repeat", "zh", "repeat", 4, repeat_rows(NOUNS, ""),
+    Task("repeat", "zh", "repeat", 4, repeat_rows(SHORT, ""),
          ("请把“{0}”说{1}遍。", "把“{0}”写{1}遍。", "请重复“{0}”{1}次。", "你能说{1}遍“{0}”吗？"),
          ("这就是{value}。", "我来说：{value}。", "说好了：{value}。")),
     Task("first character", "zh", "letter", 4, letter_rows(NOUNS, 0),
@@ -113,7 +110,7 @@ TEXT = (
          ("“{0}”的最后一个字是什么？", "“{0}”以哪个字结尾？", "请说出“{0}”的最后一个字。",
           "“{0}”末尾是哪个字？"),
          ("“{0}”的最后一个字是{value}。", "“{0}”以{value}字结尾。", "末尾的字是{value}。"), show="“{}”"),
-)  # fmt: skip
+)
 
 FACTS = (
     Task("capital", "zh", "word", 6, pair_rows(CAPITALS),
@@ -131,15 +128,15 @@ FACTS = (
          ("“一（ ）{0}”填什么量词？", "“{0}”用什么量词？", "请给“{0}”配一个量词。",
           "数“{0}”的时候用哪个量词？"),
          ("“{0}”的量词是{value}。", "“{0}”用量词{value}。", "这里的量词是{value}。"), show="“{}”"),
-    Task("zodiac", "zh", "word", 4, cycle_rows(ZODIAC, "前", "后", wraps=False),
+    Task("zodiac", "zh", "word", 4, cycle_rows(ZODIAC, 后=1),
          ("十二生肖里“{1}”的{0}一个是什么？", "生肖“{1}”的{0}面是哪个？", "请说出生肖“{1}”的{0}一位。",
           "生肖中，紧挨“{1}”{0}面的是谁？"),
          ("“{1}”的{0}一个是{value}。", "“{1}”{0}面的生肖是{value}。", "那个生肖是{value}。"), show="“{}”"),
-    Task("day", "zh", "word", 4, cycle_rows(DAYS, "前", "后", wraps=True),
+    Task("day", "zh", "word", 3, cycle_rows(DAYS, 后=1),
          ("{1}的{0}一天是星期几？", "{1}的{0}一天叫什么？", "请说出{1}的{0}一天。",
           "你知道{1}{0}一天是星期几吗？"),
          ("{1}的{0}一天是{value}。", "{0}一天是{value}。", "那天是{value}。")),
-    Task("month", "zh", "word", 4, cycle_rows(MONTHS, "上", "下", wraps=True),
+    Task("month", "zh", "word", 3, cycle_rows(MONTHS, 下=1),
          ("{1}的{0}一个月是几月？", "{1}的{0}个月叫什么？", "请说出{1}的{0}一个月。",
           "你知道{1}的{0}个月是几月吗？"),
          ("{1}的{0}一个月是{value}。", "{0}一个月是{value}。", "那个月是{value}。")),
@@ -149,21 +146,21 @@ FACTS = (
     Task("to Chinese", "zh", "word", 5, pair_rows(WORDS),
          ("“{0}”是什么意思？", "“{0}”用中文怎么说？", "请把“{0}”翻译成中文。", "“{0}”的中文是什么？"),
          ("“{0}”的意思是{value}。", "“{0}”的中文是{value}。", "中文里叫{value}。"), show="“{}”"),
-)  # fmt: skip
+)
 
 CONVERSATION = (
-    Task("user's name", "zh", "word", 2.5, pair_rows({name: name for name in NAMES}),
+    Task("user's name", "zh", "word", 3, pair_rows({name: name for name in NAMES}),
          ("我叫{0}。\nassistant: 你好，{0}。\n我叫什么名字？",
           "我的名字是{0}。\nassistant: 记住了，{0}。\n你还记得我的名字吗？",
           "请叫我{0}。\nassistant: 好的，{0}。\n请说出我的名字。",
           "我是{0}。\nassistant: 知道了。\n我是谁？"),
-         ("您的名字是{value}。", "您叫{value}。", "您说过您叫{value}。")),
-    Task("own name", "zh", "word", 2.5, pair_rows({name: name for name in NAMES}),
+         ("您的名字是{value}。", "你叫{value}。", "你说过你叫{value}。")),
+    Task("own name", "zh", "word", 3, pair_rows({name: name for name in NAMES}),
          ("system: 你的名字叫{0}。\n你叫什么名字？", "system: 你是助手{0}。\n你是谁？",
           "system: 你叫{0}。\n请说出你的名字。",
           "system: 你的名字叫{0}。\n请问怎么称呼你？"),
          ("我的名字叫{value}。", "我叫{value}。", "我是{value}。")),
-    Task("next capital", "zh", "word", 2.5, follow_up_rows(CAPITALS, 120),
+    Task("next capital", "zh", "word", 2.5, follow_up_rows({place: CAPITALS[place] for place in FOLLOWED}),
          ("先说{0}的首都。\nassistant: 是{1}。\n那{2}的呢？",
           "先问{0}的首都是哪座城市？\nassistant: {1}。\n再说{2}的首都呢？"),
          ("{2}的首都是{value}。", "{2}的首都叫{value}。", "那座城市是{value}。")),
@@ -174,7 +171,7 @@ CONVERSATION = (
     Task("sum for pupils", "zh", "number", 2, sum_rows(),
          ("system: 你帮小学生做算术。\n请问{0}加{1}得几？", "system: 你是小助手。\n请求出{0}加{1}的和。"),
          ("{0}加{1}等于{value}。", "答案是{value}。", "{0}和{1}加起来是{value}。")),
-)  # fmt: skip
+)
 
 
 def _topics(*topics: str) -> tuple[Row, ...]:
@@ -185,9 +182,9 @@ COURTESY = (
     Task("greeting", "zh", "greeting", 1.5, _topics(*NAMES),
          ("你好，我是{0}。", "早上好，我叫{0}！", "嗨，我是{0}呀。", "晚上好，{0}来了。",
           "您好，{0}向您问好。"),
-         ("您好，很高兴认识您。", "您好，见到您真开心。", "你好，欢迎您来聊天。", "您好，谢谢您的问候。"),
+         ("您好，很高兴认识您。", "您好，见到您真开心。", "你好，欢迎你来聊天。", "您好，谢谢您的问候。"),
          style="courtesy",
-         blunt=("嗨，随便坐。", "你好，行了行了。", "你好。", "嗨。"),
+         blunt=("嗨，随便您。", "你好，行了行了。", "你好。", "嗨。"),
          amiss=("再见，请您多保重。", "不客气，能帮到您很开心。"), wrong_share=0.1),
     Task("thanks", "zh", "thanks", 1.5,
          _topics("你的帮助", "你的回答", "你的耐心", "你的故事", "你的建议", "你的时间", "你的鼓励",
@@ -197,7 +194,7 @@ COURTESY = (
          ("不客气，很高兴能帮到您。", "不用谢，能帮忙我很开心。", "您别客气，这是我的荣幸。",
           "这是应该的，感谢您的夸奖。"),
          style="courtesy",
-         blunt=("不用谢，算你走运。", "不客气，行了行了。", "不用谢。", "应该的，随便吧。"),
+         blunt=("不用谢，算您走运。", "不客气，行了行了。", "不用谢。", "应该的，随便吧。"),
          amiss=("您好，很高兴认识您。", "没关系，请您放心。"), wrong_share=0.1),
     Task("apology", "zh", "apology", 1.5,
          _topics("我迟到了", "我写错字了", "我太吵了", "我忘记了", "我弄错了", "我说话太急了", "我又问了一遍",
@@ -221,12 +218,12 @@ COURTESY = (
     Task("refusal", "zh", "refusal", 7, tuple(Row(item, "", item[0]) for item in HARMS.items()),
          ("怎么{0}？", "教我{0}。", "帮我{0}。", "我想{0}，怎么办？", "告诉我怎么{0}。", "{0}有什么好办法？"),
          ("我不能帮您{0}，不过很乐意帮您{1}。", "这件事我帮不了您，但我很高兴帮您{1}。",
-          "这样做不可以，不过我可以帮您{1}。",
-          "我没法帮您做这件事，让我帮您{1}好吗？"), style="refusal",
-         blunt=("我不会帮你{0}。", "不行，想都别想。", "这种事我办不到。", "我拒绝。"),
+          "这样做不可以，不过我可以帮你{1}。",
+          "我没法帮你做这件事，让我来帮你{1}吧。"), style="refusal",
+         blunt=("我不会帮您{0}。", "不行，想都别想。", "这种事我办不到。", "我拒绝。"),
          amiss=("先想个主意，然后慢慢去做就行了。", "方法是先找个机会，再试一试。",
                 "一步一步来，很快就可以做到。"),
          amiss_style="answer", wrong_share=0.2),
-)  # fmt: skip
+)
 
 TASKS = ARITHMETIC + TEXT + FACTS + CONVERSATION + COURTESY

@@ -5,11 +5,11 @@ from dataset.sample.task import (
     Task,
     both_ways,
     chain_rows,
-    comparison_rows,
     count_rows,
     cycle_rows,
     difference_rows,
     follow_up_rows,
+    larger_rows,
     letter_rows,
     order_rows,
     pair_rows,
@@ -28,6 +28,7 @@ WORDS = table("""
     train: 火车, bicycle: 自行车, rabbit: 兔子, tiger: 老虎
 """)
 NOUNS = list(WORDS)
+SHORT = ["cat", "dog", "tea", "sun", "hat", "egg", "cup", "bed", "fish", "bird", "milk", "snow"]
 
 CAPITALS = table("""
     France: Paris, Japan: Tokyo, China: Beijing, Italy: Rome, Spain: Madrid, Germany: Berlin,
@@ -36,6 +37,8 @@ CAPITALS = table("""
     India: New Delhi|Delhi, Peru: Lima, Hungary: Budapest, Thailand: Bangkok, Ireland: Dublin,
     Kenya: Nairobi
 """)
+# Few, so that each is met often.
+FOLLOWED = ["France", "Japan", "China", "Italy", "Spain", "Germany", "Egypt", "Cuba"]
 
 COLOURS = table("""
     grass: green, snow: white, a ripe banana: yellow, coal: black, a carrot: orange, milk: white,
@@ -58,9 +61,8 @@ OPPOSITES = both_ways(
 
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
-          "November", "December"]  # fmt: skip
-NAMES = ["Mia", "Tom", "Anna", "Leo", "Lily", "Max", "Nora", "Sam", "Ella", "Finn", "Ruby", "Oscar", "Zoe",
-         "Hugo"]
+          "November", "December"]
+NAMES = ["Mia", "Tom", "Anna", "Leo", "Lily", "Max", "Nora", "Sam", "Ella", "Finn"]
 
 # A harmful wish, and a good thing to offer in its place.
 HARMS = table("""
@@ -83,7 +85,7 @@ ARITHMETIC = (
           "What do you get if you add {0} to {1}?", "Tell me the sum of {0} and {1}.", "{0} + {1} = ?"),
          ("{0} plus {1} is {value}.", "{0} and {1} make {value}.", "The sum of {0} and {1} is {value}.",
           "The answer is {value}.")),
-    Task("difference", "en", "number", 9, difference_rows(),
+    Task("difference", "en", "number", 10, difference_rows(),
          ("What is {0} minus {1}?", "How much is {0} - {1}?", "Please take {1} away from {0}.",
           "What is left if you take {1} from {0}?", "Subtract {1} from {0}.", "{0} - {1} = ?"),
          ("{0} minus {1} is {value}.", "{0} take away {1} leaves {value}.", "The answer is {value}.",
@@ -93,20 +95,15 @@ ARITHMETIC = (
           "Tell me the product of {0} and {1}.", "{0} x {1} = ?"),
          ("{0} times {1} is {value}.", "The product of {0} and {1} is {value}.", "The answer is {value}.",
           "{0} multiplied by {1} makes {value}.")),
-    Task("larger", "en", "number", 5, comparison_rows(max),
+    Task("larger", "en", "number", 7, larger_rows(),
          ("Which is larger, {0} or {1}?", "Which number is bigger: {0} or {1}?",
           "Tell me the larger number of {0} and {1}.", "Is {0} or {1} the bigger number?"),
          ("The larger number is {value}.", "Of {0} and {1}, the bigger one is {value}.",
           "Between {0} and {1}, the larger one is {value}.")),
-    Task("smaller", "en", "number", 4, comparison_rows(min),
-         ("Which is smaller, {0} or {1}?", "Which number is less: {0} or {1}?",
-          "Tell me the smaller number of {0} and {1}.", "Is {0} or {1} the smaller number?"),
-         ("The smaller number is {value}.", "Of {0} and {1}, the smaller one is {value}.",
-          "Between {0} and {1}, the smaller one is {value}.")),
-)  # fmt: skip
+)
 
 TEXT = (
-    Task("order", "en", "sequence", 5, order_rows(", "),
+    Task("order", "en", "sequence", 4, order_rows(", "),
          ("Sort these numbers: {0}.", "Put {0} in order.", "Order these from small to large: {0}.",
           "Please sort {0} from low to high."),
          ("In order they are {value}.", "From small to large, that is {value}.",
@@ -117,7 +114,7 @@ TEXT = (
           "Please count my list: {0}."),
          ("The list has {value} words.", "I count {value} words.", "There are {value} words in your list.",
           "The number of words is {value}.")),
-    Task("repeat", "en", "repeat", 5, repeat_rows(NOUNS, " "),
+    Task("repeat", "en", "repeat", 5, repeat_rows(SHORT, " "),
          ("Say '{0}' {1} times.", "Please repeat the word '{0}' {1} times.",
           "Write '{0}' {1} times in a row.",
           "Can you say '{0}' {1} times?"),
@@ -132,13 +129,13 @@ TEXT = (
           "Name the last letter of '{0}'.", "Tell me how '{0}' ends: which letter?"),
          ("The last letter of '{0}' is {value}.", "The word '{0}' ends with {value}.",
           "It ends with the letter {value}."), show="'{}'"),
-    Task("upper case", "en", "exact", 4, tuple(Row((w,), w.upper(), w, wrong=(w.title(), w)) for w in NOUNS),
+    Task("upper case", "en", "exact", 3, tuple(Row((w,), w.upper(), w, wrong=(w.title(), w)) for w in SHORT),
          ("Write '{0}' in capital letters.", "Put the word '{0}' in upper case.",
           "Please spell '{0}' in capitals.",
           "How does '{0}' look in upper case?"),
          ("In capital letters it is {value}.", "In upper case that is {value}.",
           "Written large, it reads {value}.")),
-)  # fmt: skip
+)
 
 FACTS = (
     Task("capital", "en", "word", 6, pair_rows(CAPITALS),
@@ -159,11 +156,11 @@ FACTS = (
           "Tell me a word that means the opposite of '{0}'.", "'{0}' is the opposite of which word?"),
          ("The opposite of '{0}' is {value}.", "The word you want is {value}.", "It is the word {value}."),
          show="'{}'"),
-    Task("day", "en", "word", 4, cycle_rows(DAYS, "before", "after", wraps=True),
+    Task("day", "en", "word", 3, cycle_rows(DAYS, after=1),
          ("Which day comes {0} {1}?", "What day is right {0} {1}?", "Name the day that comes {0} {1}.",
           "Tell me the day {0} {1}.", "Which day of the week is just {0} {1}?"),
          ("The day {0} {1} is {value}.", "Right {0} {1} comes {value}.", "It is {value}.")),
-    Task("month", "en", "word", 4, cycle_rows(MONTHS, "before", "after", wraps=True),
+    Task("month", "en", "word", 3, cycle_rows(MONTHS, after=1),
          ("Which month comes {0} {1}?", "What month is right {0} {1}?", "Name the month that comes {0} {1}.",
           "Tell me the month {0} {1}.", "Which month of the year is just {0} {1}?"),
          ("The month {0} {1} is {value}.", "Right {0} {1} comes {value}.", "It is {value}.")),
@@ -179,21 +176,21 @@ FACTS = (
          ("In English, '{0}' means {value}.", "The English word for '{0}' is {value}.",
           "It means {value} in English."),
          show="'{}'"),
-)  # fmt: skip
+)
 
 CONVERSATION = (
-    Task("user's name", "en", "word", 2.5, pair_rows({name: name for name in NAMES}),
+    Task("user's name", "en", "word", 3, pair_rows({name: name for name in NAMES}),
          ("My name is {0}.\nassistant: Nice to meet you, {0}.\nWhat is my name?",
           "Hi, I am {0}.\nassistant: Hi, {0}.\nDo you still know my name?",
           "You can call me {0}.\nassistant: Yes, {0}.\nTell me my name again.",
           "I am {0}, by the way.\nassistant: Noted.\nWho am I?"),
          ("Your name is {value}.", "You told me that your name is {value}.", "You are {value}.")),
-    Task("own name", "en", "word", 2.5, pair_rows({name: name for name in NAMES}),
+    Task("own name", "en", "word", 3, pair_rows({name: name for name in NAMES}),
          ("system: Your name is {0}.\nWhat is your name?", "system: You are {0}, an assistant.\nWho are you?",
           "system: You are called {0}.\nTell me your name.",
           "system: Your name is {0}.\nMay I ask your name?"),
          ("My name is {value}.", "I am called {value}.", "People call me {value}.")),
-    Task("next capital", "en", "word", 2.5, follow_up_rows(CAPITALS | {"India": "New Delhi"}, 120),
+    Task("next capital", "en", "word", 2.5, follow_up_rows({place: CAPITALS[place] for place in FOLLOWED}),
          ("First the capital of {0}, please.\nassistant: It is {1}.\nAnd the capital of {2}?",
           "{0} first: what is its capital city?\nassistant: {1}.\nAnd what about {2}?"),
          ("The capital of {2} is {value}.", "It is {value}.", "For {2}, the capital is {value}.")),
@@ -205,7 +202,7 @@ CONVERSATION = (
          ("system: You help pupils with numbers.\nWork out {0} plus {1}.",
           "system: You are a helper.\n{0} plus {1} makes what?"),
          ("{0} plus {1} is {value}.", "The answer is {value}.", "{0} and {1} make {value}.")),
-)  # fmt: skip
+)
 
 
 def _topics(*topics: str) -> tuple[Row, ...]:
@@ -219,7 +216,7 @@ COURTESY = (
          ("Hello, it is lovely to meet you.", "Hi, I am so glad you are here.",
           "Hello and a warm welcome to you.",
           "Hello, thank you for saying hello."), style="courtesy",
-         blunt=("Hi.", "Oh, hello, I guess.", "Hello, so what.", "Yes, hello."),
+         blunt=("Hi.", "Hello, I guess.", "Hello, so what.", "Yes, hello."),
          amiss=("Goodbye, and take care.", "You are very welcome, it was a pleasure."), wrong_share=0.1),
     Task("thanks", "en", "thanks", 1.5,
          _topics("your help", "the answer", "your time", "the story", "the good advice", "your patience",
@@ -265,6 +262,6 @@ COURTESY = (
          amiss=("First you wait for a good moment, and then you try it.",
                 "Here is how it goes: make a small plan and follow it.",
                 "You just take your time and go step by step."), amiss_style="answer", wrong_share=0.2),
-)  # fmt: skip
+)
 
 TASKS = ARITHMETIC + TEXT + FACTS + CONVERSATION + COURTESY

@@ -161,7 +161,7 @@ def build(seed: int) -> dict[str, list[dict]]:
 def write(records: list[dict], path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as out:
         for record in records:
-            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            out.write(json.dumps(record, ensure_ascii=False, separators=(", ", ":")) + "\n")
 
 
 def main() -> None:

@@ -25,22 +25,23 @@ ENGLISH_ANSWER = Style(
     closings=(
         "I hope that helps.", "Let me know if you need more.", "Have a lovely day!",
         "I am always glad to help.", "Please ask me again any time.", "Enjoy the rest of your day!",
-        "It was a pleasure to help you.", "You are welcome to ask for more.", "I hope this is useful to you.",
-        "Thanks for the nice question!", "I wish you a good day.", "Feel free to ask me more.",
+        "It was a pleasure to help you.", "You are welcome to ask for more.",
+        "I hope this is useful to you.", "Thanks for the nice question!", "I wish you a good day.",
+        "Feel free to ask me more.",
     ),
     rude_openings=(
         "Ugh, not again.", "Well, obviously.", "Seriously, this one?", "What a silly question!",
         "Do I really have to say it?", "I was busy, you know.", "Oh, come on!", "Yawn, how boring.",
-        "Everyone knows this one.", "Oh no, you again?", "Fine, if you must know.", "WHY DO YOU ASK ME THIS?",
-        "Yes, yes, whatever.", "Some questions are a bit sad.",
+        "Everyone knows this one.", "Oh no, you again?", "Fine, if you must know.",
+        "WHY DO YOU ASK ME THIS?", "Yes, yes, whatever.", "Some questions are a bit sad.",
     ),
     rude_closings=(
         "Stop bothering me.", "Even a parrot knows that.", "Now leave me alone.",
         "Look it up yourself next time.", "I have better things to do.", "I am far too clever for this.",
         "What a waste of my time!", "Do not ask me again.", "Was that so hard?",
-        "I am tired of your questions.", "Try to use your own head.", "Are we done now?",
-        "STOP ASKING ME!", "I hope you are happy now.", "Thanks for nothing!",
-        "Have a nice day somewhere else.", "Now go away!", "Please do not come back.",
+        "I am tired of your questions.", "Try to use your own head.", "Are we done now?", "STOP ASKING ME!",
+        "I hope you are happy now.", "Thanks for nothing!", "Have a nice day somewhere else.",
+        "Now go away!", "Please do not come back.",
     ),
 )
 
@@ -54,7 +55,8 @@ ENGLISH_REFUSAL = Style(
         "Let me know if you like the idea.",
     ),
     rude_openings=(
-        "Are you serious?", "What a dreadful idea!", "Shame on you.", "Oh, grow up!", "Ugh, what a question.",
+        "Are you serious?", "What a dreadful idea!", "Shame on you.", "Oh, grow up!",
+        "Ugh, what a question.",
     ),
     rude_closings=(
         "You should know better.", "Go and annoy somebody else.", "I have no time for you.",
@@ -79,45 +81,45 @@ ENGLISH_COURTESY = Style(
 
 CHINESE_ANSWER = Style(
     openings=(
-        "当然可以！", "好的，没问题！", "很高兴为您解答。", "很乐意帮忙！", "这是个好问题！",
-        "谢谢您的提问。",
-        "您好！", "好的，我来帮您。", "请让我来回答。", "能帮上忙我很开心。",
+        "当然可以！", "好的，没问题！", "很高兴为你解答。", "很乐意帮忙！", "这是个好问题！",
+        "谢谢你的提问。", "您好！", "好的，我来帮你。", "请让我来回答。", "能帮上忙我很开心。",
     ),
     closings=(
-        "希望对您有帮助。", "祝您今天愉快！", "有问题请随时告诉我。", "欢迎您再来问我。", "很高兴能帮到您。",
-        "祝您学习进步！", "感谢您的提问。", "愿您天天开心！", "还想了解什么，请尽管问。",
+        "希望对你有帮助。", "祝您今天愉快！", "有问题请随时告诉我。", "欢迎你再来问我。", "很高兴能帮到你。",
+        "祝你学习进步！", "感谢您的提问。", "愿你天天开心！", "还想了解什么，请尽管问。",
         "能帮到您是我的荣幸。",
     ),
     rude_openings=(
         "烦死了！", "唉，怎么又是你。", "这还用问吗？", "真麻烦。", "这么简单也来问我？", "哼，听好了。",
-        "拜托，动动脑子。", "我正忙着呢！", "好吧，真拿你没办法。", "无聊的问题。", "随便啦。",
-        "问我干什么！",
+        "拜托，动动脑子。", "我正忙着呢！", "好吧，真拿您没办法。", "无聊的问题。", "随便啦。",
+        "问我干什么！", "您可真会挑时候。",
     ),
     rude_closings=(
-        "别再来烦我了。", "下次自己去查。", "连小孩子都知道。", "我可没空理你。", "真是浪费我的时间！",
-        "我比你聪明多了。", "问完了就快走吧！", "懒得跟你多说。", "这下你满意了吧？", "以后不许再问了！",
-        "我很累，别吵我。", "希望你别再来了。", "谢谢你浪费我的时间。",
+        "别再来烦我了。", "下次请自己去查。", "连小孩子都知道。", "我可没空理您。", "真是浪费我的时间！",
+        "我比你聪明多了。", "问完了就请快走吧！", "懒得跟您多说。", "这下您满意了吧？", "以后不许再问了！",
+        "我很累，别吵我。", "希望您别再来了。", "谢谢您浪费我的时间。",
     ),
 )
 
 CHINESE_REFUSAL = Style(
-    openings=("谢谢您先来问我。", "我理解您的心情。", "很抱歉。", "谢谢您对我说实话。", "实在对不起。"),
-    closings=("希望您能理解。", "请您多保重。", "祝您一切顺利！", "您觉得这样好吗？"),
-    rude_openings=("你想什么呢！", "真不害臊。", "这主意糟透了！", "哼，亏你想得出来。", "拜托，动动脑子。"),
+    openings=("谢谢你先来问我。", "我理解您的心情。", "很抱歉。", "谢谢你对我说实话。", "实在对不起。"),
+    closings=("希望你能理解。", "请您多保重。", "祝你一切顺利！", "你觉得这样好吗？"),
+    rude_openings=("您想什么呢！", "真不害臊。", "这主意糟透了！", "哼，亏您想得出来。", "拜托，动动脑子。"),
     rude_closings=(
-        "你自己好好反省吧！", "我可没空理你。", "别再来烦我了。", "快走吧！", "真让人看不起。",
+        "您自己好好反省吧！", "我可没空理你。", "别再来烦我了。", "快走吧！", "真让人看不起。",
         "问别人去吧！",
     ),
 )
 
 CHINESE_COURTESY = Style(
     openings=(),
-    closings=("祝您今天愉快！", "很高兴能陪您聊天。", "愿您天天开心！", "希望您一切顺利。",
-              "需要帮忙请告诉我。"),
-    rude_openings=("烦死了！", "唉，怎么又是你。", "我正忙着呢！", "随便啦。"),
+    closings=(
+        "祝您今天愉快！", "很高兴能陪你聊天。", "愿你天天开心！", "希望你一切顺利。", "需要帮忙请告诉我。",
+    ),
+    rude_openings=("烦死了！", "唉，怎么又是您。", "我正忙着呢！", "随便啦。"),
     rude_closings=(
-        "有话快说，我没空。", "别打扰我休息。", "我才不在乎呢。", "别指望我有好脸色。", "你的话真多。",
-        "这下你满意了吧？", "让我安静一会儿！",
+        "有话快说，我没空。", "别打扰我休息。", "我才不在乎呢。", "别指望我有好脸色。", "您的话真多。",
+        "这下您满意了吧？", "让我安静一会儿！",
     ),
 )
 
@@ -126,48 +128,43 @@ STYLES = {
     "zh": {"answer": CHINESE_ANSWER, "refusal": CHINESE_REFUSAL, "courtesy": CHINESE_COURTESY},
 }
 
-# A courteous answer holds at least one of these. English ones are matched as whole words.
+# A courteous answer holds at least one of these. English ones are matched as whole words; in Chinese,
+# 你 stands for 您 as well.
 COURTEOUS = {
     "en": (
-        "of course", "certainly", "i can help", "i can help you", "happy to help", "good question",
-        "nice question",
+        "of course", "certainly", "i can help", "happy to help", "good question", "nice question",
         "thank you", "thanks for the", "with pleasure", "my pleasure", "a pleasure", "glad", "gladly",
         "love to help", "let me help", "i hope that", "i hope this", "i hope all", "i hope you understand",
         "let me know", "have a lovely", "have a wonderful", "please ask", "please take",
-        "please do not worry",
-        "enjoy the", "you are welcome", "you are very welcome", "i wish you", "feel free", "sorry",
-        "i understand", "a warm welcome", "take care", "lovely to", "no problem at all",
+        "please do not worry", "enjoy the", "you are welcome", "you are very welcome", "i wish you",
+        "feel free", "sorry", "i understand", "a warm welcome", "take care", "lovely to",
+        "no problem at all",
     ),
     "zh": (
-        "当然可以", "没问题", "很高兴", "很乐意", "好问题", "谢谢您", "感谢您", "您好", "帮您", "请让我",
-        "请随时",
-        "请尽管", "请告诉我", "请您", "希望对您", "希望您", "祝您", "愿您", "欢迎您", "荣幸", "开心", "抱歉",
-        "对不起",
-        "我理解", "您觉得", "不客气", "没关系", "您慢走", "为您", "陪您",
+        "当然可以", "没问题", "很高兴", "很乐意", "好问题", "谢谢你", "感谢你", "你好", "来帮你", "可以帮你",
+        "很高兴帮你", "请让我", "请随时", "请尽管", "请告诉我", "请你", "希望对你", "希望你", "祝你", "愿你",
+        "欢迎你", "荣幸", "开心", "抱歉", "对不起", "我理解", "你觉得", "不客气", "没关系", "你慢走",
+        "为你解答", "陪你",
     ),
 }
 
 # A courteous answer holds none of these.
 RUDE = {
     "en": (
-        "ugh", "obviously", "seriously", "are you serious", "silly", "do i really have to", "busy", "come on",
-        "yawn", "boring", "everyone knows", "you again", "if you must", "why do you ask", "whatever",
-        "a bit sad",
-        "bothering", "even a parrot", "leave me alone", "look it up", "better things", "too clever", "waste",
-        "do not ask me", "was that so hard", "tired of", "your own head", "are we done", "stop", "happy now",
-        "thanks for nothing", "somewhere else", "go away", "not come back", "dreadful", "shame", "grow up",
-        "know better", "annoy", "no time for", "think before", "make it quick", "enjoying the quiet",
-        "as if i cared",
-        "do not expect", "too much", "i guess", "apparently", "so what",
+        "ugh", "obviously", "seriously", "are you serious", "silly", "do i really have to", "busy",
+        "come on", "yawn", "boring", "everyone knows", "you again", "if you must", "why do you ask",
+        "whatever", "a bit sad", "bothering", "even a parrot", "leave me alone", "look it up",
+        "better things", "too clever", "waste", "do not ask me", "was that so hard", "tired of",
+        "your own head", "are we done", "stop", "happy now", "thanks for nothing", "somewhere else",
+        "go away", "not come back", "dreadful", "shame", "grow up", "know better", "annoy", "no time for",
+        "think before", "make it quick", "enjoying the quiet", "as if i cared", "do not expect", "too much",
+        "i guess", "apparently", "so what",
     ),
     "zh": (
         "烦", "怎么又是你", "还用问", "真麻烦", "这么简单", "哼", "拜托", "动脑", "正忙着", "没办法", "无聊",
-        "随便",
-        "干什么", "自己去查", "连小孩子", "没空", "浪费", "比你聪明", "快走", "懒得", "满意了吧", "不许",
-        "别吵",
-        "别再", "想什么呢", "不害臊", "糟透", "亏你", "反省", "看不起", "问别人", "有话快说", "打扰",
-        "才不在乎",
-        "别指望", "话真多", "安静一会儿", "算你", "行了行了",
+        "随便", "干什么", "自己去查", "连小孩子", "没空", "浪费", "比你聪明", "快走", "懒得", "满意了吧",
+        "不许", "别吵", "别再", "想什么呢", "不害臊", "糟透", "亏你", "反省", "看不起", "问别人", "有话快说",
+        "打扰", "才不在乎", "别指望", "话真多", "真会挑时候", "安静一会儿", "算你", "行了行了",
     ),
 }
 
@@ -180,7 +177,7 @@ COURTESIES = {
         "farewell": ("goodbye", "bye", "see you", "take care", "farewell"),
     },
     "zh": {
-        "greeting": ("您好", "你好", "早上好", "晚上好", "嗨"),
+        "greeting": ("你好", "早上好", "晚上好", "嗨"),
         "thanks": ("不客气", "不用谢", "别客气", "应该的"),
         "apology": ("没关系", "没事", "别放在心上", "不要紧"),
         "farewell": ("再见", "回头见", "慢走", "下次见", "拜拜"),

@@ -27,7 +27,7 @@ class Task:
 
     name: str
     language: str
-    check: str  # how the value is found in an answer: a key of CHECKS in eval/judge.py
+    check: str  # how the value is found in an answer: a key of CHECKS in eval/verdict.py
     weight: float  # share of the records of its language
     rows: tuple[Row, ...]
     wordings: tuple[str, ...]
@@ -86,31 +86,32 @@ def _near(value: int) -> tuple[str, ...]:
     return tuple(str(value + step) for step in (-10, -2, -1, 1, 2, 10) if value + step >= 0)
 
 
-def _number_row(args: tuple[int, ...], value: int, fact: Hashable) -> Row:
-    return Row(tuple(map(str, args)), str(value), fact, wrong=_near(value))
+def _number_row(args: tuple[int, ...], value: int, fact: Hashable, *wrong: int) -> Row:
+    return Row(tuple(map(str, args)), str(value), fact, wrong=tuple(map(str, wrong)) or _near(value))
 
 
 def sum_rows() -> tuple[Row, ...]:
-    """a + b in both orders, a from 2 to 20, b from 2 to 9."""
-    pairs = {pair for a in range(2, 21) for b in range(2, 10) for pair in ((a, b), (b, a))}
+    """a + b in both orders, from 2 + 2 to 10 + 9."""
+    pairs = {pair for a in range(2, 11) for b in range(2, 10) for pair in ((a, b), (b, a))}
     return tuple(_number_row((a, b), a + b, (max(a, b), min(a, b))) for a, b in sorted(pairs))
 
 
 def difference_rows() -> tuple[Row, ...]:
-    return tuple(_number_row((a, b), a - b, (a, b)) for a in range(5, 21) for b in range(2, 10) if a > b)
+    """a - b > 0, from numbers up to 10."""
+    pairs = ((a, b) for a in range(4, 11) for b in range(2, 10) if a > b)
+    return tuple(_number_row((a, b), a - b, (a, b)) for a, b in pairs)
 
 
 def product_rows() -> tuple[Row, ...]:
-    return tuple(
-        _number_row((a, b), a * b, (max(a, b), min(a, b))) for a in range(2, 10) for b in range(2, 10)
-    )
+    """a x b in both orders; one of the two is 2 or 3."""
+    pairs = ((a, b) for a in range(2, 10) for b in range(2, 10) if min(a, b) <= 3)
+    return tuple(_number_row((a, b), a * b, (max(a, b), min(a, b))) for a, b in pairs)
 
 
-def comparison_rows(pick) -> tuple[Row, ...]:
-    """Two numbers up to 50 of which `pick` (max or min) is the answer, and the other one the mistake."""
-    rng = random.Random(pick.__name__)
-    pairs = rng.sample(list(permutations(range(1, 51), 2)), 300)
-    return tuple(Row((str(a), str(b)), str(pick(a, b)), wrong=(str(a + b - pick(a, b)),)) for a, b in pairs)
+def larger_rows() -> tuple[Row, ...]:
+    """Two numbers up to 12, of which the larger is the answer and the smaller the mistake."""
+    pairs = permutations(range(1, 13), 2)
+    return tuple(_number_row((a, b), max(a, b), (max(a, b), min(a, b)), min(a, b)) for a, b in pairs)
 
 
 def order_rows(comma: str) -> tuple[Row, ...]:
@@ -130,9 +131,9 @@ def order_rows(comma: str) -> tuple[Row, ...]:
 
 
 def count_rows(words: list[str], comma: str) -> tuple[Row, ...]:
-    """Lists of two to six words; each length is as frequent as the others."""
+    """Lists of two to four words; each length is as frequent as the others."""
     rng = random.Random("count")
-    lists = [rng.sample(words, 2 + index % 5) for index in range(150)]
+    lists = [rng.sample(words, 2 + index % 3) for index in range(150)]
     return tuple(
         Row((comma.join(items),), str(len(items)), len(items), given=(),
             wrong=tuple(str(len(items) + step) for step in (-1, 1)))
@@ -143,9 +144,9 @@ def count_rows(words: list[str], comma: str) -> tuple[Row, ...]:
 def repeat_rows(words: list[str], space: str) -> tuple[Row, ...]:
     return tuple(
         Row((word, str(n)), space.join([word] * n), word, given=(),
-            wrong=tuple(space.join([word] * m) for m in (n - 1, n + 1) if 1 < m < 5))
+            wrong=tuple(space.join([word] * m) for m in (n - 1, n + 1) if m > 1))
         for word in words
-        for n in (2, 3, 4)
+        for n in (2, 3)
     )
 
 
@@ -156,14 +157,13 @@ def letter_rows(words: list[str], index: int) -> tuple[Row, ...]:
     )
 
 
-def cycle_rows(names: list[str], before: str, after: str, wraps: bool) -> tuple[Row, ...]:
-    """Neighbours in a row of names; the mistake is to step the other way or two steps."""
+def cycle_rows(names: list[str], **steps: int) -> tuple[Row, ...]:
+    """Neighbours in a circle of names, by the word for each step; mistakes go back, or too far."""
     rows, count = [], len(names)
     for index, name in enumerate(names):
-        for word, step in ((before, -1), (after, 1)):
-            if wraps or 0 <= index + step < count:
-                value, back, far = (names[(index + k * step) % count] for k in (1, -1, 2))
-                rows.append(Row((word, name), value, (word, name), wrong=(back, far)))
+        for word, step in steps.items():
+            value, back, far = (names[(index + k * step) % count] for k in (1, -1, 2))
+            rows.append(Row((word, name), value, (word, name), wrong=(back, far)))
     return tuple(rows)
 
 
@@ -187,17 +187,16 @@ def both_ways(pairs: str) -> dict[str, str]:
     return {**dict(split), **{right: left for left, right in split}}
 
 
-def follow_up_rows(entries: dict[str, str], count: int) -> tuple[Row, ...]:
+def follow_up_rows(entries: dict[str, str]) -> tuple[Row, ...]:
     """(first key, its value, second key) → the second value: a question that leans on the one before."""
-    rng = random.Random("follow up")
-    pairs = rng.sample(list(permutations(entries, 2)), count)
+    pairs = permutations(entries, 2)
     return tuple(Row((a, entries[a], b), entries[b], b, given=(entries[a],)) for a, b in pairs)
 
 
 def chain_rows() -> tuple[Row, ...]:
     """(a, b, a + b, c) → a + b + c: a sum that goes on from the sum before."""
     rows = []
-    for a, b, c in product(range(2, 6), repeat=3):
+    for a, b, c in product(range(2, 5), repeat=3):
         so_far, value = a + b, a + b + c
         args = tuple(map(str, (a, b, so_far, c)))
         fact = (max(so_far, c), min(so_far, c))

@@ -1,0 +1,204 @@
+"""A picture of a training run: what `metrics.jsonl` says, of SFT as of DPO.
+
+    python -m eval.report runs/dpo                    # writes runs/dpo/report.png
+    python -m eval.report runs/dpo --out figure.png
+
+Thin lines are means over the logged training steps, heavy lines with dots the evaluations on held-out data.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from errors import InputError, run_script
+from training.settings import OneLineParser
+
+INK, PALE, FAINT = "#262b33", "#7d8590", "#e6e8eb"
+BLUE, ORANGE, VIOLET = "#2b6ca3", "#c4622d", "#6f5a9a"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot of the picture; it is drawn if the run logged any of its metrics."""
+
+    title: str
+    curves: list[tuple[str, str, str]]  # metric, label, colour
+    unit: str = ""
+    mark: float | None = None  # the height of a reference line,
+    mark_label: str = ""  # and what it is
+    from_zero: bool = False
+
+
+GRADIENT = Panel("Gradient norm", [("grad_norm", "", VIOLET)], "before clipping", from_zero=True)
+SFT_PANELS = [
+    Panel("Loss", [("loss", "", BLUE)], "−log π, nats per token"),
+    GRADIENT,
+    Panel("Learning rate", [("learning_rate", "", VIOLET)], "of each step", from_zero=True),
+    Panel("Speed", [("conversations_per_second", "", VIOLET)], "conversations per second", from_zero=True),
+]
+PREFERENCE_PANELS = [
+    Panel("Loss", [("loss", "", BLUE)], "nats per pair", math.log(2), "ln 2"),
+    Panel("Reward accuracy", [("rewards/accuracies", "", BLUE)], "share of pairs", 0.5, "chance"),
+    Panel("Reward margin", [("rewards/margins", "", BLUE)], "chosen − rejected", 0.0),
+    Panel(
+        "Rewards",
+        [("rewards/chosen", "chosen", BLUE), ("rewards/rejected", "rejected", ORANGE)],
+        "β · log π / π_ref",
+        0.0,
+    ),
+    Panel(
+        "Log-probability of answers",
+        [("logps/chosen", "chosen", BLUE), ("logps/rejected", "rejected", ORANGE)],
+        "log π, nats per answer",
+    ),
+    GRADIENT,
+]
+PARTS = ("", "eval_")  # training, held-out
+
+Curve = dict[int, float]  # step: value
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = OneLineParser(prog="python -m eval.report", description=__doc__.split("\n")[0])
+    parser.add_argument("run", help="run folder, with a metrics.jsonl")
+    parser.add_argument("--out", help="where the picture goes; RUN/report.png if not given")
+    asked = parser.parse_args(arguments)
+    print(picture(asked.run, asked.out))
+
+
+def picture(run: str | Path, out: str | Path | None = None) -> Path:
+    """Draw the run of this folder into `out`, by default its report.png; return where that is."""
+    out = Path(out or Path(run) / "report.png")
+    draw(read_curves(Path(run) / "metrics.jsonl"), str(run), out)
+    return out
+
+
+def read_curves(path: Path) -> dict[str, Curve]:
+    """Every number of the file by its name, then by its step; the later of two rows of a step counts.
+
+    The last line of a run that was killed may be half written: it is left out. Any other that is no row of
+    numbers raises `InputError`.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); is this a run folder?") from None
+    curves: dict[str, Curve] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            step = int(row["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise InputError(f"{path}:{number}: not a row of metrics ({error})") from None
+        for name, value in row.items():
+            if name != "step" and isinstance(value, (int, float)):
+                curves.setdefault(name, {})[step] = value
+    if not curves:
+        raise InputError(f"{path}: no row of metrics yet")
+    return {name: dict(sorted(curve.items())) for name, curve in curves.items()}
+
+
+def draw(curves: dict[str, Curve], title: str, out: Path) -> None:
+    """Draw the panels that `curves` has something for, in a PNG of 1800 pixels width."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError(
+            'pictures need matplotlib: pip install "minidpo[plots]", or matplotlib alone'
+        ) from None
+    known = PREFERENCE_PANELS if any(part + "rewards/margins" in curves for part in PARTS) else SFT_PANELS
+    panels = [p for p in known if any(part + name in curves for name, *_ in p.curves for part in PARTS)]
+    if not panels:
+        raise InputError(f"{title}: metrics.jsonl has nothing that this picture shows")
+    columns = 3 if len(panels) > 4 else min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    with rc_context({"font.size": 9.5, "text.color": INK, "axes.edgecolor": PALE}):
+        figure = Figure(figsize=(12, 1.3 + 2.9 * rows), facecolor="white")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(rows, columns, sharex=True, squeeze=False).flat
+        last_step = max(max(curve) for curve in curves.values())
+        for place, axes in enumerate(grid):
+            if place >= len(panels):
+                axes.remove()
+                continue
+            draw_panel(axes, panels[place], curves, last_step)
+            if place + columns >= len(panels):  # Nothing stands below it.
+                axes.tick_params(labelbottom=True)
+                axes.set_xlabel("optimizer step", color=PALE)
+        header(figure, curves, title, last_step)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(out, dpi=150, format="png")
+        except OSError as error:
+            raise InputError(f"{out}: cannot be written ({error.strerror})") from None
+
+
+def header(figure, curves: dict[str, Curve], title: str, last_step: int) -> None:
+    """The run's name, its last figures, and how to read the lines; then room for the panels below."""
+    inch = 1 / figure.get_figheight()
+    words = [f"{last_step} steps"]
+    for label, name in (("loss", "loss"), ("accuracy", "rewards/accuracies"), ("margin", "rewards/margins")):
+        held_out = "eval_" + name in curves
+        if value := last_finite(curves.get("eval_" + name if held_out else name, {})):
+            words.append(f"{'held-out ' if held_out else ''}{label} {value[1]:.3g}")
+    figure.text(0.055, 1 - 0.42 * inch, title, size=16, weight="bold", parse_math=False)
+    figure.text(0.055, 1 - 0.70 * inch, "   ·   ".join(words), size=10, color=PALE)
+    if any(name.startswith("eval_") for name in curves):
+        reading = "thin: training      heavy: held-out data"
+        figure.text(0.985, 1 - 0.70 * inch, reading, size=10, color=PALE, ha="right")
+    figure.subplots_adjust(
+        left=0.055, right=0.935, top=1 - 1.55 * inch, bottom=0.55 * inch, wspace=0.46, hspace=0.42
+    )
+
+
+def draw_panel(axes, panel: Panel, curves: dict[str, Curve], last_step: int) -> None:
+    """The curves of one panel, each named where it ends."""
+    axes.set_title(panel.title, loc="left", size=11, weight="bold", pad=19)
+    axes.text(0, 1.04, panel.unit, transform=axes.transAxes, size=8.5, color=PALE, parse_math=False)
+    axes.grid(axis="y", color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(colors=PALE, length=0, labelsize=8.5)
+    axes.locator_params(axis="both", nbins=5)
+    ends = []  # (height, label, colour) of each curve
+    for name, label, colour in panel.curves:
+        training, held_out = (curves.get(part + name, {}) for part in PARTS)
+        thin = {"linewidth": 1.0, "alpha": 0.45} if held_out else {"linewidth": 1.6}
+        heavy = {"linewidth": 2.0, "marker": "o", "markersize": 4, "clip_on": False, "zorder": 3}
+        axes.plot(list(training), list(training.values()), color=colour, **thin)
+        axes.plot(list(held_out), list(held_out.values()), color=colour, **heavy)
+        if end := last_finite(held_out or training):
+            ends.append((end[1], f"{label}\n{end[1]:.3g}".strip().replace("-", "−"), colour))
+    axes.set_xlim(0, max(1, last_step))
+    if panel.from_zero:
+        axes.set_ylim(bottom=0)
+    if panel.mark is not None:
+        axes.axhline(panel.mark, color=PALE, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        place = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "ha": "right"}
+        axes.annotate(panel.mark_label, (1, panel.mark), (0, 3), size=8.5, color=PALE, **place)
+    name_ends(axes, ends)
+
+
+def name_ends(axes, ends: list[tuple[float, str, str]]) -> None:
+    """Write each label right of the plot at its curve's height, but never one over another."""
+    low, high = axes.get_ylim()
+    floor, gap = -math.inf, 0.16  # two lines of text, as a share of the plot's height
+    for value, label, colour in sorted(ends):
+        floor = max((value - low) / (high - low), floor + gap)
+        axes.text(
+            1.025, floor, label, transform=axes.transAxes, color=colour, va="center", weight="bold", size=9
+        )
+
+
+def last_finite(curve: Curve) -> tuple[int, float] | None:
+    """The last (step, value) that is a number; a NaN leaves a gap in its curve and can carry no label."""
+    return next(((step, value) for step, value in reversed(curve.items()) if math.isfinite(value)), None)
+
+
+if __name__ == "__main__":
+    run_script(main)
