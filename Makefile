@@ -6,8 +6,6 @@
 # CUDA build of torch in it for example, name its interpreter: make demo PYTHON=python
 
 PYTHON = .venv/bin/python
-# Threads that wait for work sleep instead of spinning: several times faster when other programs run as well.
-export OMP_WAIT_POLICY = PASSIVE
 ifeq ($(PYTHON),.venv/bin/python)
 RUN_READY = .venv/run-ready
 DEV_READY = .venv/dev-ready
@@ -28,7 +26,7 @@ lint: $(DEV_READY)
 sample: $(RUN_READY)
 	$(PYTHON) -m dataset.sample.generate
 	$(PYTHON) -m dataset.tokenizer dataset/sample/sft.jsonl dataset/sample/preferences.jsonl \
-		--out dataset/sample/tokenizer.json
+		--out dataset/sample/tokenizer.json --vocab-size 2048
 
 .venv/run-ready: requirements.txt
 	python3 -m venv .venv

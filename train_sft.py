@@ -33,10 +33,9 @@ class Settings(TrainSettings):
     data: str = flag(str(SAMPLE / "sft.jsonl"), "conversations: .jsonl or .json, also .gz")
     eval_data: str = flag("", "held-out conversations, evaluated now and then; empty for none")
     out: str = flag("runs/sft", "run folder: config, weights, tokenizer, metrics")
-    epochs: int = flag(4, "times every conversation is seen")
+    epochs: int = flag(5, "times every conversation is seen")
     batch_size: int = flag(16, "conversations per optimizer step, over all ranks and micro-batches")
     lr: float = flag(2e-3, "peak learning rate")
-    weight_decay: float = flag(0.1, "AdamW's, on matrices only")
     warmup_steps: int = flag(50, "steps of linear warm-up before the cosine")
 
 
@@ -66,6 +65,7 @@ def train(settings: Settings, world) -> None:
     precision = Precision(settings.precision, world.device)
     optimizer = adamw(model, settings.weight_decay)
     world.print(f"{settings.data}: {conversations.report}")
+    world.print(windows.describe(total_steps, world.ranks, settings.micro_batch_size))
     log = MetricsLog(Path(settings.out), world, total_steps, unit="conversations")
     meter = Meter(world)
 

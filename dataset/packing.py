@@ -29,6 +29,14 @@ class Windows:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.rows)
         return self._order[window * self.batch_size : (window + 1) * self.batch_size]
 
+    def describe(self, total_steps: int, ranks: int, micro_batch_size: int) -> str:
+        """The arithmetic of a run in one line."""
+        rounds = math.ceil(min(self.batch_size, self.rows) / (ranks * micro_batch_size))
+        return (
+            f"{total_steps} steps, {self.per_epoch} an epoch, of {self.batch_size} records: "
+            f"{ranks} rank(s) x {rounds} micro-batch(es) of at most {micro_batch_size}"
+        )
+
 
 def deal(
     window: np.ndarray, lengths: np.ndarray, ranks: int, micro_batch_size: int

@@ -18,7 +18,9 @@ class TokenStream:
 
     tokens: Tensor  # (T,) token ids of all pairs, one after another
     positions: Tensor  # (T,) RoPE position; a fork restarts it at the end of its prompt
-    segments: Tensor  # (S, 4) query start, query end, prefix start, prefix end; stays on the CPU
+    # (S, 4) query start, query end, prefix start, prefix end; stays on the CPU. Segments lie one after
+    # another and cover the stream; a prefix is a whole earlier segment.
+    segments: Tensor
     predictors: Tensor  # (N,) index of the hidden state that predicts a supervised token
     targets: Tensor  # (N,) the supervised token's id
     owners: Tensor  # (N,) which response it belongs to: 2 * pair + (0 chosen, 1 rejected)
@@ -47,13 +49,19 @@ class TokenStream:
 
         q is (H, T, D), k and v are (G, T, D); returns (H, T, D). `layer` is for contexts that remember.
         """
+        starts, ends, prefix_starts, prefix_ends = self.segments.T.tolist()
+        segment_at = {start: index for index, start in enumerate(starts)}
+        lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+        # Split, not sliced: the gradient of S slices would be S tensors as long as the stream.
+        queries, keys, values = (x.split(lengths, dim=1) for x in (q, k, v))
         outputs = []
-        for start, end, prefix_start, prefix_end in self.segments.tolist():
-            keys, values = k[:, start:end], v[:, start:end]
+        for query, key, value, prefix_start, prefix_end in zip(
+            queries, keys, values, prefix_starts, prefix_ends, strict=True
+        ):
             if prefix_end > prefix_start:
-                keys = torch.cat([k[:, prefix_start:prefix_end], keys], dim=1)
-                values = torch.cat([v[:, prefix_start:prefix_end], values], dim=1)
-            outputs.append(causal_attention(q[:, start:end], keys, values))
+                prefix = segment_at[prefix_start]
+                key, value = torch.cat([keys[prefix], key], dim=1), torch.cat([values[prefix], value], dim=1)
+            outputs.append(causal_attention(query, key, value))
         return torch.cat(outputs, dim=1)
 
 
@@ -66,9 +74,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     (heads, queries, size), (groups, keys, _) = q.shape, k.shape
     # The query heads of a group are laid one below another, so that no key is ever copied.
-    rows = heads // groups * queries
-    scores = (q.reshape(groups, rows, size) / math.sqrt(size)) @ k.transpose(1, 2)  # (G, rows, Lk)
-    future = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(keys - queries + 1)
-    scores = scores.view(heads, queries, keys).masked_fill(future, -math.inf)
-    weights = scores.softmax(dim=-1).to(v.dtype)  # (H, Lq, Lk)
-    return (weights.view(groups, rows, keys) @ v).view(heads, queries, size)
+    shared = heads // groups
+    future = q.new_full((queries, keys), -math.inf).triu(keys - queries + 1).repeat(shared, 1)
+    q = q.reshape(groups, shared * queries, size)
+    scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=size**-0.5)  # (G, H / G * Lq, Lk)
+    return (scores.softmax(dim=-1).to(v.dtype) @ v).view(heads, queries, size)

@@ -167,10 +167,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], context) -> Tensor:
         q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)  # (heads, T, D)
+            project(x).unflatten(-1, (-1, self.head_dim))  # (T, heads, D)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (heads, T, D)
         return self.o_proj(context.attend(self.index, q, k, v).transpose(0, 1).flatten(1))  # (T, d)
 
 
@@ -188,16 +189,16 @@ class FeedForward(nn.Module):
 
 
 def rotary(positions: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles, each (T, D/2) in float32 (Su et al. 2021, arXiv 2104.09864)."""
+    """cos and sin of the rotary angles, each (T, 1, D/2) in float32 (Su et al. 2021, arXiv 2104.09864)."""
     frequencies = theta ** (-torch.arange(0, size, 2, device=positions.device).float() / size)  # (D/2,)
-    angles = positions[:, None].float() * frequencies
+    angles = positions[:, None, None].float() * frequencies
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair (x_i, x_{i + D/2}) by its angle: the half-split layout of Llama checkpoints."""
     cos, sin = rotation
-    first, second = x.chunk(2, dim=-1)  # each (heads, T, D/2)
+    first, second = x.chunk(2, dim=-1)  # each (T, heads, D/2)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 

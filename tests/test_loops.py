@@ -70,6 +70,7 @@ def dpo(start, pairs, tmp_path):
             "batch_size": 4,
             "lr": 1e-3,
             "device": "cpu",
+            "precision": "fp32",
             **flags,
         }
         train_dpo.main(command_line(out=tmp_path / out, **flags))
@@ -81,7 +82,15 @@ def dpo(start, pairs, tmp_path):
 @pytest.fixture
 def sft(start, chats, tmp_path):
     def run(out="sft", **flags):
-        flags = {"model": start, "data": chats, "batch_size": 4, "epochs": 1, "device": "cpu", **flags}
+        flags = {
+            "model": start,
+            "data": chats,
+            "batch_size": 4,
+            "epochs": 1,
+            "device": "cpu",
+            "precision": "fp32",
+            **flags,
+        }
         train_sft.main(command_line(out=tmp_path / out, **flags))
         return tmp_path / out
 
@@ -147,7 +156,7 @@ def test_two_ranks_equal_one_process(request, tmp_path, start, script, data):
     """
     flags = command_line(
         model=start, data=request.getfixturevalue(data), eval_data="", batch_size=3, micro_batch_size=1,
-        epochs=2, lr=1e-3, log_every=1, warmup_steps=1, device="cpu",
+        epochs=2, lr=1e-3, log_every=1, warmup_steps=1, device="cpu", precision="fp32",
     )  # fmt: skip
     module = {"train_dpo": train_dpo, "train_sft": train_sft}[script]
     alone = record_gradients(module, lambda: module.main([*flags, "--out", str(tmp_path / "one")]))

@@ -57,7 +57,7 @@ def test_counts_sizes_and_line_endings(files):
     assert 2500 <= len(files["preferences"]) <= 4000
     assert 300 <= len(files["heldout"]) <= 500
     raw = [(FOLDER / f"{name}.jsonl").read_bytes() for name in NAMES]
-    assert sum(map(len, raw)) < 4_000_000
+    assert sum(map(len, raw)) < 4_900_000
     assert all(b"\r" not in text and b"\\u" not in text and text.endswith(b"\n") for text in raw)
 
 

@@ -87,6 +87,12 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for it; without them bf16 is emulated and slower than float32."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # Not public; absent in some versions.
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
 class Precision:
     """What the forward pass computes in. Weights, gradients and optimizer state stay float32."""
 
@@ -95,6 +101,8 @@ class Precision:
             name = "fp32"
             if device.type == "cuda":
                 name = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+            elif device.type == "cpu" and cpu_multiplies_bf16():
+                name = "bf16"
         self.name = name
         self.device_type = device.type
         # Only fp16 can underflow; for the others the scaler passes everything through.

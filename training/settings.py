@@ -33,7 +33,7 @@ class TrainSettings:
     )
     precision: str = flag(
         "auto",
-        "of the forward pass; weights stay float32. auto: bf16 on CUDA (fp16 on old cards), else fp32",
+        "of the forward pass; weights stay float32. auto: bf16 if the hardware has it",
         ("auto", "fp32", "bf16", "fp16"),
     )
     epochs: int = flag(1, "times every record is seen")

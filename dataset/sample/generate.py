@@ -19,7 +19,7 @@ from dataset.sample import chinese, english
 from dataset.sample.manners import STYLES, Style
 from dataset.sample.task import Case, Task, cases
 
-SFT, PAIRS, HELD_OUT = 9000, 3000, 400
+SFT, PAIRS, HELD_OUT = 12000, 3000, 400
 ENGLISH_SHARE = 0.6
 WRONG_PAIRS = 0.15  # pairs whose sides have the same good manners, and whose rejected side is wrong
 
