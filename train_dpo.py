@@ -38,8 +38,7 @@ class Settings(TrainSettings):
         str(SAMPLE / "heldout.jsonl"), "held-out pairs, evaluated now and then; empty for none"
     )
     out: str = flag("runs/dpo", "run folder: config, weights, tokenizer, metrics")
-    epochs: int = flag(2, "times every pair is seen")
-    lr: float = flag(1e-4, "peak learning rate; with three times more the tiny model's answers fall apart")
+    lr: float = flag(2e-4, "peak learning rate; with much more the tiny model's answers fall apart")
     beta: float = flag(0.1, "how strongly the reference holds the policy back: larger stays closer")
     layout: str = flag("forked", "forked computes a prompt once for both sides, twin once for each", LAYOUTS)
 

@@ -33,7 +33,7 @@ class Settings(TrainSettings):
     data: str = flag(str(SAMPLE / "sft.jsonl"), "conversations: .jsonl or .json, also .gz")
     eval_data: str = flag("", "held-out conversations, evaluated now and then; empty for none")
     out: str = flag("runs/sft", "run folder: config, weights, tokenizer, metrics")
-    epochs: int = flag(5, "times every conversation is seen")
+    epochs: int = flag(4, "times every conversation is seen")
     batch_size: int = flag(16, "conversations per optimizer step, over all ranks and micro-batches")
     lr: float = flag(2e-3, "peak learning rate")
     warmup_steps: int = flag(50, "steps of linear warm-up before the cosine")

@@ -50,7 +50,7 @@ class TokenStream:
         q is (H, T, D), k and v are (G, T, D); returns (H, T, D). `layer` is for contexts that remember.
         """
         starts, ends, prefix_starts, prefix_ends = self.segments.T.tolist()
-        segment_at = {start: index for index, start in enumerate(starts)}
+        segment_at = {span: index for index, span in enumerate(zip(starts, ends, strict=True))}
         lengths = [end - start for start, end in zip(starts, ends, strict=True)]
         # Split, not sliced: the gradient of S slices would be S tensors as long as the stream.
         queries, keys, values = (x.split(lengths, dim=1) for x in (q, k, v))
@@ -59,7 +59,7 @@ class TokenStream:
             queries, keys, values, prefix_starts, prefix_ends, strict=True
         ):
             if prefix_end > prefix_start:
-                prefix = segment_at[prefix_start]
+                prefix = segment_at[prefix_start, prefix_end]
                 key, value = torch.cat([keys[prefix], key], dim=1), torch.cat([values[prefix], value], dim=1)
             outputs.append(causal_attention(query, key, value))
         return torch.cat(outputs, dim=1)

@@ -645,7 +645,7 @@ MUTANTS = [
         "model/weights.py",
         "strict=True",
         "strict=False",
-        "tests/test_weights.py::test_weights_that_do_not_fit_are_refused_by_name",
+        "tests/test_weights.py::test_weights_that_do_not_fit_are_refused_by_name[missing]",
     ),
     Mutant(
         "file-is-unpickled",

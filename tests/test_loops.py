@@ -122,12 +122,12 @@ def assert_close(got, want, tolerance=2e-5):
 def test_accumulation_equals_one_big_batch(request, run, module, micro):
     """Dividing each micro-batch by its own size, instead of the window's, weighs short batches too much.
 
-    With micro-batches of 3 a window of 4 is dealt 2 + 2, and with 1 the ragged texts meet singly: means of
-    means would differ from the window's mean in both.
+    With micro-batches of 3 a window of 5 is dealt 3 + 2, and with 1 the ragged texts meet singly: means of
+    means would differ from the window's mean, of pairs in the first case, of tokens in both.
     """
     run = request.getfixturevalue(run)
-    whole = record_gradients(module, lambda: run(micro_batch_size=4, lr=0))
-    split = record_gradients(module, lambda: run(micro_batch_size=micro, lr=0))
+    whole = record_gradients(module, lambda: run(batch_size=5, micro_batch_size=5, lr=0))
+    split = record_gradients(module, lambda: run(batch_size=5, micro_batch_size=micro, lr=0))
     assert_close(split, whole)
 
 

@@ -89,7 +89,7 @@ def test_rope_angles_are_float32_under_autocast():
     positions = torch.tensor([0, 1, 255, 257, 4001])
     with torch.autocast("cpu", torch.bfloat16):
         cos, sin = rotary(positions, 16, 10_000.0)
-    angles = positions[:, None].double() * 10_000.0 ** (-torch.arange(8).double() / 8)
+    angles = positions[:, None, None].double() * 10_000.0 ** (-torch.arange(8).double() / 8)
     assert cos.dtype == sin.dtype == torch.float32
     torch.testing.assert_close(cos.double(), angles.cos(), rtol=0, atol=5e-4)
     torch.testing.assert_close(sin.double(), angles.sin(), rtol=0, atol=5e-4)

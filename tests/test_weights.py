@@ -52,6 +52,7 @@ def change(folder, edit):
         (lambda weights: weights.update(extra=torch.zeros(1)), "Unexpected key.*extra"),
         (lambda weights: weights.update({"norm.weight": torch.ones(3)}), r"size mismatch for norm\.weight"),
     ],
+    ids=["missing", "unexpected", "shape"],
 )
 def test_weights_that_do_not_fit_are_refused_by_name(folder, edit, reason):
     """Loading what fits and leaving the rest random gives a model that trains, from noise."""

@@ -30,7 +30,7 @@ def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     decayed = [p for p in trainable if p.dim() >= 2 and id(p) not in embeddings]
     plain = [p for p in trainable if p.dim() < 2 or id(p) in embeddings]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
