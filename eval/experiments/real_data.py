@@ -25,9 +25,9 @@ SFT = "sft/rasbt_instruction-data.json.gz"
 RASBT = "preferences/rasbt_instruction-data-with-preference.json.gz"
 PAIRS = {
     # name: file, flags of the DPO run
-    "rasbt": (RASBT, ["--epochs", "2", "--lr", "1e-4"]),
-    "hh": ("preferences/hh_rlhf_harmless-base_test.jsonl.gz", ["--max-steps", "60", "--lr", "1e-4"]),
-    "ultrafeedback": ("preferences/ultrafeedback_train_1000.jsonl.gz", ["--max-steps", "30", "--lr", "1e-4"]),
+    "rasbt": (RASBT, ["--epochs", "2"]),
+    "hh": ("preferences/hh_rlhf_harmless-base_test.jsonl.gz", ["--max-steps", "40", "--lr", "2e-4"]),
+    "ultrafeedback": ("preferences/ultrafeedback_train_1000.jsonl.gz", ["--max-steps", "20", "--lr", "2e-4"]),
 }
 
 
