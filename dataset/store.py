@@ -113,10 +113,11 @@ def open_store(
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such data file")
-    key = (VERSION, file_hash(path), tokenizer.fingerprint, kind, max_length, shape, skip_bad)
+    content = file_hash(path)
+    key = (VERSION, content, tokenizer.fingerprint, kind, max_length, shape, skip_bad)
     folder = cache_folder() / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     if not folder.is_dir():
-        _build(folder, path, kind, tokenizer, max_length, shape, skip_bad)
+        _build(folder, path, content, kind, tokenizer, max_length, shape, skip_bad)
     return TokenStore(folder)
 
 
@@ -134,15 +135,14 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _build(folder: Path, path: Path, kind, tokenizer, max_length, shape, skip_bad) -> None:
+def _build(folder: Path, path: Path, content: str, kind, tokenizer, max_length, shape, skip_bad) -> None:
     """Tokenise into a folder beside the final one, and rename it when it is whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    before = file_hash(path)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
     unfinished.chmod(0o755)  # Another user may share the cache.
     try:
         _write(unfinished, path, kind, tokenizer, max_length, shape, skip_bad)
-        if file_hash(path) != before:
+        if file_hash(path) != content:
             raise InputError(f"{path}: the file changed while it was read")
         try:
             unfinished.rename(folder)
