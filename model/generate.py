@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.stream import causal_attention
+from model.stream import attention, causal_bias
 from model.transformer import ModelConfig, Transformer
 
 
@@ -41,9 +41,8 @@ class KVCache:
         ):
             start = sum(output.shape[1] for output in outputs)
             end = int(self.positions[start + count - 1]) + 1
-            outputs.append(
-                causal_attention(q[:, start : start + count], keys[row, :, :end], values[row, :, :end])
-            )
+            query, bias = q[:, start : start + count], causal_bias(count, end, like=q)
+            outputs.append(attention(query, keys[row, :, :end], values[row, :, :end], bias))
         return torch.cat(outputs, dim=1)
 
     def _decode(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -7,9 +7,13 @@ shifted: the hidden state at ``predictors[n]`` predicts token ``targets[n]`` of 
 
 import math
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+BLOCK = 256  # tokens that attend in one call, if they are of several trees
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class TokenStream:
     tokens: Tensor  # (T,) token ids of all pairs, one after another
     positions: Tensor  # (T,) RoPE position; a fork restarts it at the end of its prompt
     # (S, 4) query start, query end, prefix start, prefix end; stays on the CPU. Segments lie one after
-    # another and cover the stream; a prefix is a whole earlier segment.
+    # another and cover the stream. A tree is a segment without a prefix and those after it that fork from it.
     segments: Tensor
     predictors: Tensor  # (N,) index of the hidden state that predicts a supervised token
     targets: Tensor  # (N,) the supervised token's id
@@ -49,33 +53,85 @@ class TokenStream:
 
         q is (H, T, D), k and v are (G, T, D); returns (H, T, D). `layer` is for contexts that remember.
         """
-        starts, ends, prefix_starts, prefix_ends = self.segments.T.tolist()
-        segment_at = {span: index for index, span in enumerate(zip(starts, ends, strict=True))}
-        lengths = [end - start for start, end in zip(starts, ends, strict=True)]
         # Split, not sliced: the gradient of S slices would be S tensors as long as the stream.
+        lengths = [len(block.bias) for block in self.blocks]
         queries, keys, values = (x.split(lengths, dim=1) for x in (q, k, v))
         outputs = []
-        for query, key, value, prefix_start, prefix_end in zip(
-            queries, keys, values, prefix_starts, prefix_ends, strict=True
-        ):
-            if prefix_end > prefix_start:
-                prefix = segment_at[prefix_start, prefix_end]
-                key, value = torch.cat([keys[prefix], key], dim=1), torch.cat([values[prefix], value], dim=1)
-            outputs.append(causal_attention(query, key, value))
+        for block, query, key, value in zip(self.blocks, queries, keys, values, strict=True):
+            if block.prefix is not None:
+                key = torch.cat([keys[block.prefix], key], dim=1)
+                value = torch.cat([values[block.prefix], value], dim=1)
+            outputs.append(attention(query, key, value, block.bias.to(q)))
         return torch.cat(outputs, dim=1)
 
+    @cached_property
+    def blocks(self) -> list["Block"]:
+        """The stream cut into runs that attend in one call each, the same for every layer and model.
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, where the last query sees every key, the one before it one key less, ...
+        Many small calls cost more than some scores between strangers, computed and then hidden. So trees (a
+        prompt with its branches, or a segment alone) share a block of up to BLOCK tokens. In a larger tree
+        each segment is a block, and its prefix another.
+        """
+        runs: list[list[list[int]]] = []
+        for tree in self._trees():
+            room = BLOCK - (tree[-1][1] - runs[-1][0][0]) if runs else -1
+            if room >= 0:
+                runs[-1] += tree
+            elif tree[-1][1] - tree[0][0] <= BLOCK:
+                runs.append(tree)
+            else:
+                runs += [[segment] for segment in tree]
+        block_at = {run[0][0]: index for index, run in enumerate(runs)}
+        return [Block.of(run, block_at, self.tokens.device) for run in runs]
 
-    q is (H, Lq, D); k and v are (G, Lk, D) with Lk >= Lq; each of the G key heads serves H / G query heads
-    (Ainslie et al. 2023, arXiv 2305.13245). Written out because SDPA's `is_causal` aligns queries with the
-    *first* keys, which is wrong as soon as there is a prefix. Returns (H, Lq, D).
+    def _trees(self) -> list[list[list[int]]]:
+        """The segments, each that has no prefix followed by those that fork from it."""
+        trees: list[list[list[int]]] = []
+        for segment in self.segments.tolist():
+            _, _, prefix_start, prefix_end = segment
+            if prefix_end == prefix_start:
+                trees.append([])
+            trees[-1].append(segment)
+        return trees
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of Lq tokens that attend in one call, to the Lk tokens of its prefix and its own."""
+
+    bias: Tensor  # (Lq, Lk) added to the scores: 0 where a query sees a key, -inf where it does not
+    prefix: int | None  # which earlier block comes before its own tokens as keys; None: none
+
+    @classmethod
+    def of(cls, run: list[list[int]], block_at: dict[int, int], device: torch.device) -> "Block":
+        """The block of neighbouring segments whose prefixes are among them, or of one segment."""
+        first, last = run[0][0], run[-1][1]
+        bias = torch.full((last - first, last - first), -math.inf, device=device)
+        for start, end, prefix_start, prefix_end in run:
+            bias[start - first : end - first, start - first : end - first].triu_(1)
+            if prefix_start >= first:
+                bias[start - first : end - first, prefix_start - first : prefix_end - first] = 0
+            elif prefix_end > prefix_start:
+                return cls(F.pad(bias, (prefix_end - prefix_start, 0)), block_at[prefix_start])
+        return cls(bias, None)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D) + bias) v, where `bias` (Lq, Lk) is 0 or -inf.
+
+    q is (H, Lq, D), k and v are (G, Lk, D): each of the G key heads serves H / G query heads (Ainslie et al.
+    2023, arXiv 2305.13245). Written out because that is faster than SDPA on a CPU. Returns (H, Lq, D).
     """
-    (heads, queries, size), (groups, keys, _) = q.shape, k.shape
+    (heads, queries, size), groups = q.shape, len(k)
     # The query heads of a group are laid one below another, so that no key is ever copied.
-    shared = heads // groups
-    future = q.new_full((queries, keys), -math.inf).triu(keys - queries + 1).repeat(shared, 1)
-    q = q.reshape(groups, shared * queries, size)
-    scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=size**-0.5)  # (G, H / G * Lq, Lk)
+    q = q.reshape(groups, heads // groups * queries, size)
+    scores = torch.baddbmm(bias.repeat(heads // groups, 1), q, k.mT, alpha=size**-0.5)  # (G, H/G * Lq, Lk)
     return (scores.softmax(dim=-1).to(v.dtype) @ v).view(heads, queries, size)
+
+
+def causal_bias(queries: int, keys: int, like: Tensor) -> Tensor:
+    """(Lq, Lk): the last query sees every key, the one before it one key less, ...
+
+    Not SDPA's `is_causal`, which aligns queries with the *first* keys: wrong as soon as there is a prefix.
+    """
+    return like.new_full((queries, keys), -math.inf).triu(keys - queries + 1)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from errors import InputError
-from model.stream import TokenStream, causal_attention
+from model.stream import TokenStream, attention, causal_bias
 from model.transformer import PRESETS, ModelConfig, Transformer, rotary, rotate, token_logps
 from tests.conftest import MODEL_OPTIONS, make_model, plain_logits
 from training.schedule import adamw
@@ -109,7 +109,8 @@ def test_causal_attention_equals_sdpa_with_a_mask(queries, keys, groups):
     expected = F.scaled_dot_product_attention(
         q, k.repeat_interleave(6 // groups, 0), v.repeat_interleave(6 // groups, 0), attn_mask=mask
     )
-    torch.testing.assert_close(causal_attention(q, k, v), expected, rtol=0, atol=1e-12)
+    got = attention(q, k, v, causal_bias(queries, keys, like=q))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
 def test_gqa_equals_mha_with_repeated_heads():

@@ -355,6 +355,26 @@ def test_batch_mates_are_invisible(tokenizer, ragged):
         assert_close(stream.sum_by_response(model(stream)), alone, 1e-11)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("block", [0, 40, 60])
+def test_block_size_changes_nothing(block, layout, tokenizer, ragged, monkeypatch):
+    """Large trees attend segment by segment and small ones together: same log-probs, same gradients."""
+    model = make_model(tokenizer.vocab_size)
+    store = open_store(ragged, "preferences", tokenizer, max_length=512)
+    results = []
+    for size in (block, 10_000):
+        monkeypatch.setattr("model.stream.BLOCK", size)
+        stream = build_stream(store, range(7), layout)
+        sums = stream.sum_by_response(model(stream))
+        grads = gradients(model, lambda sums=sums: weighted_sum(sums, range(7)))
+        results.append((len(stream.blocks), sums, grads))
+    (blocks, sums, grads), (whole, expected_sums, expected_grads) = results
+    assert blocks > whole == 1
+    assert_close(sums, expected_sums.detach(), 1e-11)
+    for got, want in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
 def test_a_response_in_two_parts_adds_up():
     """log pi(y1 y2 | x) = log pi(y1 | x) + log pi(y2 | x y1): true of a sum, false of a mean."""
     prompt, first, second = [5, 9, 2], [7, 7, 1, 3], [4, 8]
@@ -392,12 +412,15 @@ def visible_places(rows, layout):
             end += len(side)
 
 
+@pytest.mark.parametrize("block", [0, 10, 128])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_who_sees_whom(layout):
+def test_who_sees_whom(layout, block, monkeypatch):
     """A token depends on the prompt and on its own side before it; on everything else by exactly nothing.
 
     What leaks from the future, from the chosen side or from a neighbour makes the loss better, not worse.
+    However many trees share a block: each segment alone, the first tree alone, all.
     """
+    monkeypatch.setattr("model.stream.BLOCK", block)
     rows = Rows(([1, 2, 3], [4, 5, 6, 7], [8, 9, 10]), ([11, 12], [13], [14, 15]))
     stream = build_stream(rows, [0, 1], layout)
     depends = embedding_gradients(make_model(16), stream)
