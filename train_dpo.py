@@ -2,6 +2,7 @@
 
     python train_dpo.py                                          # after train_sft.py; CPU, MPS or one GPU
     python train_dpo.py --model DIR --data pairs.jsonl --eval-data heldout.jsonl --out runs/mine --beta 0.1
+    python train_dpo.py --loss simpo --beta 2                    # another objective: README, losses.py
     torchrun --standalone --nproc-per-node 4 train_dpo.py        # four GPUs of one machine
 
 The data is pairs: a prompt x with a chosen answer y_w and a rejected answer y_l. The loss of a pair is
@@ -9,6 +10,7 @@ The data is pairs: a prompt x with a chosen answer y_w and a rejected answer y_l
     -log sigmoid( beta [ log pi(y_w|x)/pi_ref(y_w|x)  -  log pi(y_l|x)/pi_ref(y_l|x) ] )
 
 where pi is the model in training and pi_ref a frozen copy of where it started (arXiv 2305.18290, eq. 7).
+That is `losses.sigmoid`, the default of --loss.
 """
 
 import copy
@@ -22,8 +24,8 @@ from dataset.store import open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import run_script
 from eval.preference import evaluate
-from losses import dpo_loss, pair_metrics
 from model.weights import load_model, save_model
+from objective import Objective, ObjectiveSettings, Pairs, no_reference, pair_metrics
 from training.distributed import Precision, exchange_gradients, join, wrap
 from training.metrics import Meter, MetricsLog
 from training.schedule import adamw, clip_gradients, cosine_lr, set_lr
@@ -31,7 +33,7 @@ from training.settings import SAMPLE, TrainSettings, flag, parse
 
 
 @dataclass
-class Settings(TrainSettings):
+class Settings(ObjectiveSettings, TrainSettings):
     model: str = flag("runs/sft", "model folder to start from; its frozen copy is the reference")
     data: str = flag(str(SAMPLE / "preferences.jsonl"), "preference pairs: .jsonl or .json, also .gz")
     eval_data: str = flag(
@@ -39,7 +41,6 @@ class Settings(TrainSettings):
     )
     out: str = flag("runs/dpo", "run folder: config, weights, tokenizer, metrics")
     lr: float = flag(2e-4, "peak learning rate; with much more the tiny model's answers fall apart")
-    beta: float = flag(0.1, "how strongly the reference holds the policy back: larger stays closer")
     layout: str = flag("forked", "forked computes a prompt once for both sides, twin once for each", LAYOUTS)
 
 
@@ -50,18 +51,24 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def train(settings: Settings, world) -> None:
+    objective = Objective(settings)  # what is minimised: DPO's loss, unless other flags say otherwise
+
     # ---- the two models: the policy learns, the reference remembers where it started
     model = load_model(settings.model, world.device)
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
-    reference = copy.deepcopy(model).eval().requires_grad_(False)
+    reference = no_reference
+    if objective.needs_reference:
+        reference = copy.deepcopy(model).eval().requires_grad_(False)
     policy = wrap(model, world)
 
     # ---- the data: pairs, and which of them each optimizer step sees
     def open_pairs(path):
         with world.main_first():
-            return open_store(
+            store = open_store(
                 path, "preferences", tokenizer, settings.max_length, settings.shape, settings.skip_bad
             )
+        objective.check_data(store, path)
+        return store
 
     pairs = open_pairs(settings.data)
     eval_pairs = open_pairs(settings.eval_data) if settings.eval_data else None
@@ -77,7 +84,7 @@ def train(settings: Settings, world) -> None:
 
     def evaluate_now(step: int) -> None:
         if eval_pairs:
-            how = settings.beta, settings.layout, settings.micro_batch_size
+            how = objective, settings.layout, settings.micro_batch_size
             figures = evaluate(model, reference, eval_pairs, world, precision, *how)
             log.write(step, {f"eval_{name}": value for name, value in figures.items()})
 
@@ -93,22 +100,20 @@ def train(settings: Settings, world) -> None:
             stream = build_stream(pairs, rows, settings.layout).to(world.device)
             with exchange_gradients(policy, when=number == len(micro_batches)):
                 with precision.autocast():
-                    policy_logps = policy(stream)  # (N,) log pi(y_t | x, y_<t)
+                    # (N,) log pi(y_t | x, y_<t). Only WPO asks for more: log sum over v of pi(v | x, y_<t)^2.
+                    policy_logps, collisions = (
+                        policy(stream, collisions=True) if settings.wpo else (policy(stream), None)
+                    )
                     with torch.no_grad():
                         reference_logps = reference(stream)  # (N,)
 
-                # A response's log-prob is the sum over its tokens: (N,) to twice (B,).
-                policy_chosen, policy_rejected = stream.sum_by_side(policy_logps)
-                reference_chosen, reference_rejected = stream.sum_by_side(reference_logps)
-                losses, chosen_rewards, rejected_rewards = dpo_loss(
-                    policy_chosen, policy_rejected, reference_chosen, reference_rejected, settings.beta
-                )
+                # A response's log-prob is the sum over its tokens: (N,) to (B,) for each side and model.
+                labels = pairs.score_margins[rows]
+                batch = Pairs.of(stream, policy_logps, reference_logps, labels, collisions)
+                losses = objective(batch, training=True)  # (B,); for DPO -log sigmoid(beta * margins)
                 # A mean over the window, however it was dealt. Ranks' gradients are averaged, hence `ranks`.
                 precision.scaler.scale(losses.sum() * world.ranks / len(window)).backward()
-            meter.add(
-                len(rows),
-                pair_metrics(losses, chosen_rewards, rejected_rewards, policy_chosen, policy_rejected),
-            )
+            meter.add(len(rows), pair_metrics(losses, batch, settings.beta))
 
         grad_norm = clip_gradients(optimizer, precision.scaler, settings.grad_clip, step, pairs.lines[window])
         precision.scaler.step(optimizer)
@@ -116,6 +121,7 @@ def train(settings: Settings, world) -> None:
         optimizer.zero_grad()
 
         done = step + 1
+        objective.after_step(done, model, reference, world.sum)
         log.advance(len(window))
         if done % settings.log_every == 0 or done == total_steps:
             log.write(done, {**meter.mean(), "grad_norm": grad_norm, "learning_rate": lr})

@@ -39,6 +39,7 @@ from errors import InputError
 
 # A record with one of these has its prompt there. Looking for it inside chosen and rejected would drop it.
 PROMPT_KEYS = ("prompt", "question", "instruction", "input", "query", "conversations", "messages", "history")
+SCORE_KEYS = ("score_chosen", "score_rejected")
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,15 @@ def is_number(value) -> bool:
 
 
 def scores(record: dict) -> tuple[float, float] | None:
-    """(score_chosen, score_rejected) from the record or from its ``metadata``, if both are numbers there."""
+    """(score_chosen, score_rejected) from the record or from its ``metadata``, if they are there."""
     for place in (record, record.get("metadata")):
-        if isinstance(place, dict):
-            chosen, rejected = place.get("score_chosen"), place.get("score_rejected")
-            if is_number(chosen) and is_number(rejected):
-                return float(chosen), float(rejected)
+        both = [place.get(key) for key in SCORE_KEYS] if isinstance(place, dict) else [None, None]
+        if both == [None, None]:
+            continue
+        for key, value in zip(SCORE_KEYS, both, strict=True):
+            if not is_number(value):
+                raise Fault(f"{key}: expected a number, found {kind(value)}; a pair has both scores or none")
+        return float(both[0]), float(both[1])
     return None
 
 

@@ -7,6 +7,7 @@ rank, every restart and every later run maps the same arrays, so a file larger t
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -21,7 +22,7 @@ from dataset.records import Conversation, DataError, Preference, read_conversati
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError
 
-VERSION = 1  # Of the arrays below; a new layout must not read an old folder.
+VERSION = 2  # Of the arrays below; a new layout must not read an old folder.
 BAD_SHARE = 0.01  # With skip_bad, more bad records than this are a wrong file, not a few bad lines.
 
 Branch = tuple[list[int], list[bool]]  # ids, and for each whether it is supervised
@@ -49,6 +50,16 @@ def reason_to_drop(branches: list[Branch], max_length: int) -> str | None:
     if len(branches) == 3 and branches[1] == branches[2]:
         return "chosen equals rejected"
     return None
+
+
+def score_margin(record: Preference | Conversation) -> float:
+    """score_chosen - score_rejected, or the logit of win_probability if it is there; NaN without labels."""
+    if isinstance(record, Preference) and record.win_probability is not None:
+        p = record.win_probability
+        return math.log(p) - math.log1p(-p) if 0 < p < 1 else math.copysign(math.inf, p - 0.5)
+    if isinstance(record, Preference) and record.scores is not None:
+        return record.scores[0] - record.scores[1]
+    return math.nan
 
 
 @dataclass
@@ -86,6 +97,7 @@ class TokenStore:
         self.tokens = np.memmap(folder / "tokens.bin", np.int32, "r")
         self.supervised = np.memmap(folder / "supervised.bin", np.bool_, "r")
         self.targets = np.load(folder / "targets.npy", mmap_mode="r")  # (rows,) supervised tokens
+        self.score_margins = np.load(folder / "score_margins.npy", mmap_mode="r")  # (rows,) NaN: has none
         self.lengths = self.bounds[:, -1] - self.bounds[:, 0]  # (rows,) tokens of all branches
 
     def __len__(self) -> int:
@@ -156,7 +168,7 @@ def _build(folder: Path, path: Path, content: str, kind, tokenizer, max_length, 
 def _write(folder: Path, path: Path, kind, tokenizer, max_length, shape, skip_bad) -> None:
     read = {"preferences": read_preferences, "conversations": read_conversations}[kind]
     report, bad = Report(), 0
-    bounds, lines, targets, offset = array("q"), array("q"), array("q"), 0
+    bounds, lines, targets, margins, offset = array("q"), array("q"), array("q"), array("d"), 0
     with open(folder / "tokens.bin", "wb") as tokens, open(folder / "supervised.bin", "wb") as supervised:
         for record in read(path, shape):
             if isinstance(record, DataError):
@@ -179,6 +191,7 @@ def _write(folder: Path, path: Path, kind, tokenizer, max_length, shape, skip_ba
                 bounds.append(offset)
             lines.append(record.line)
             targets.append(sum(sum(mask) for _, mask in branches))
+            margins.append(score_margin(record))
     if bad > BAD_SHARE * report.total():
         raise InputError(f"{path}: {bad} of {report.total()} records are bad, more than 1 %: {report}")
     if not report.kept:
@@ -186,4 +199,5 @@ def _write(folder: Path, path: Path, kind, tokenizer, max_length, shape, skip_ba
     np.save(folder / "bounds.npy", np.asarray(bounds).reshape(report.kept, -1))
     np.save(folder / "lines.npy", np.asarray(lines))
     np.save(folder / "targets.npy", np.asarray(targets))
+    np.save(folder / "score_margins.npy", np.asarray(margins))
     (folder / "report.json").write_text(json.dumps(report.__dict__))

@@ -7,7 +7,8 @@
 Besides what the training log has: `pairs`, and `kl_per_token`, the exact KL(pi || pi_ref) between the two
 models' next-token distributions, in nats, averaged over every position of the data that predicts a token of
 a response, chosen or rejected, end tokens included. It says how far the model has moved on *this* text; on
-text that the model writes itself the mean would be another one.
+text that the model writes itself the mean would be another one. The loss is DPO's, whatever the model was
+trained with, so that models can be compared.
 """
 
 import json
@@ -21,10 +22,10 @@ from dataset.packing import LAYOUTS, build_stream, share
 from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script
-from losses import dpo_loss, pair_metrics
 from model.stream import TokenStream
 from model.transformer import Transformer
 from model.weights import load_model
+from objective import Objective, ObjectiveSettings, Pairs, pair_metrics
 from training.distributed import Precision, World, join
 from training.metrics import Meter
 from training.settings import SAMPLE, flag, parse
@@ -79,10 +80,11 @@ def measure(settings: Settings, world: World) -> dict[str, float]:
         )
     world.print(f"{settings.data}: {pairs.report}")
     precision = Precision(settings.precision, world.device)
+    objective = Objective(ObjectiveSettings(beta=settings.beta))
     asked = {"layout": settings.layout, "batch_size": settings.batch_size}
     return {
         "pairs": len(pairs),
-        **evaluate(policy, reference, pairs, world, precision, settings.beta, **asked),
+        **evaluate(policy, reference, pairs, world, precision, objective, **asked),
         **evaluate_kl(policy, reference, pairs, world, precision, **asked),
     }
 
@@ -94,21 +96,27 @@ def evaluate(
     pairs: TokenStore,
     world: World,
     precision: Precision,
-    beta: float,
+    objective: Objective,
     layout: str = "forked",
     batch_size: int = 32,
 ) -> dict[str, float]:
-    """Loss, rewards, accuracy and log-probs over all pairs, each counted once on any number of ranks."""
-    meter = Meter(world)
+    """Loss, rewards, accuracy and log-probs over all pairs, each counted once on any number of ranks.
+
+    They do not depend on the batch size; but the losses of `kto_pair`, `aot` and `aot_unpaired` do, since the
+    pairs of a batch depend on one another there.
+    """
+    meter, settings = Meter(world), objective.settings
     for rows in share(len(pairs), world.rank, world.ranks, batch_size):
         stream = build_stream(pairs, rows, layout).to(world.device)
         with precision.autocast():
-            policy_chosen, policy_rejected = stream.sum_by_side(policy(stream))
-            reference_chosen, reference_rejected = stream.sum_by_side(reference(stream))
-        losses, *rewards = dpo_loss(
-            policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta
-        )
-        meter.add(len(losses), pair_metrics(losses, *rewards, policy_chosen, policy_rejected))
+            policy_logps, collisions = (
+                policy(stream, collisions=True) if settings.wpo else (policy(stream), None)
+            )
+            reference_logps = reference(stream)
+        labels = pairs.score_margins[rows]
+        batch = Pairs.of(stream, policy_logps, reference_logps, labels, collisions)
+        losses = objective(batch)
+        meter.add(len(losses), pair_metrics(losses, batch, settings.beta))
     return meter.mean()
 
 

@@ -46,7 +46,18 @@ class TokenStream:
 
     def lengths(self) -> Tensor:
         """|y|: the supervised tokens of each response, its end token included, (R,)."""
-        return torch.bincount(self.owners, minlength=self.responses)
+        return self.sum_by_response(torch.ones_like(self.owners))
+
+    def beyond_the_shorter(self) -> Tensor:
+        """Whether a token of a pair stands beyond the length of the pair's shorter response, (N,).
+
+        Counted from the start of the response: the prompt is no part of it.
+        """
+        lengths = self.lengths()
+        starts = lengths.cumsum(0) - lengths  # Responses lie one after another.
+        shorter = lengths.view(-1, 2).amin(1).repeat_interleave(2)  # (R,)
+        places = torch.arange(len(self.owners), device=self.owners.device) - starts[self.owners]
+        return places >= shorter[self.owners]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Each segment's queries see its prefix and, causally, themselves.

@@ -117,11 +117,16 @@ class Transformer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, stream: TokenStream) -> Tensor:
-        """log pi(y_t | x, y_<t) of every supervised token, (N,), float32 (float64 for a float64 model)."""
+    def forward(self, stream: TokenStream, collisions: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """log pi(y_t | x, y_<t) of every supervised token, (N,), float32 (float64 for a float64 model).
+
+        With `collisions` also `collision_logps` at the same places, (N,).
+        """
         hidden = self.hidden(stream.tokens, stream.positions, stream)  # (T, d)
         # Only the positions that predict a supervised token meet the vocabulary matrix.
-        return token_logps(self.logits(hidden[stream.predictors]), stream.targets)
+        logits = self.logits(hidden[stream.predictors])  # (N, V)
+        logps = token_logps(logits, stream.targets)
+        return (logps, collision_logps(logits)) if collisions else logps
 
     def hidden(self, tokens: Tensor, positions: Tensor, context) -> Tensor:
         """Final hidden states, (T, d). `context.attend` decides who sees whom: a stream or a KV cache."""
@@ -210,3 +215,10 @@ def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return -F.cross_entropy(logits, targets, reduction="none")
+
+
+@torch.no_grad()
+def collision_logps(logits: Tensor) -> Tensor:
+    """log sum over v of pi(v)^2, the log-prob that two draws are one token: (N, V) to (N,), no gradient."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (2 * logits).logsumexp(dim=-1) - 2 * logits.logsumexp(dim=-1)

@@ -21,6 +21,7 @@ from eval import chat, demo, judge, preference, report
 from eval.judge import Reply, compare, win_interval
 from eval.verdict import Verdict
 from model.weights import save_model
+from objective import Objective, ObjectiveSettings
 from tests.conftest import RAGGED, TEXTS, as_record, make_model, plain_ids, plain_logits
 from tests.loops import ROOT, torchrun
 from training.distributed import Precision, World
@@ -28,6 +29,7 @@ from training.distributed import Precision, World
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
 FP32 = Precision("fp32", CPU)
+DPO = Objective(ObjectiveSettings(beta=0.1))
 JUDGE = {"task": "sum", "language": "en", "check": "number", "accept": ["3"], "given": ["1", "2"]}
 
 
@@ -89,7 +91,7 @@ def test_each_pair_counts_once_on_any_number_of_ranks(pairs, tokenizer, n):
     store = pairs(n)
     policy, reference = (make_model(tokenizer.vocab_size, torch.float32, seed=s) for s in (1, 2))
     for measure in (preference.evaluate, preference.evaluate_kl):
-        options = {"beta": 0.1} if measure is preference.evaluate else {}
+        options = {"objective": DPO} if measure is preference.evaluate else {}
 
         def call(world, size=n, measure=measure, options=options):
             return measure(policy, reference, store, world, FP32, **options, batch_size=size)
@@ -107,7 +109,7 @@ def test_each_pair_counts_once_on_any_number_of_ranks(pairs, tokenizer, n):
 def test_a_policy_that_is_its_reference_has_loss_ln_2_and_accuracy_a_half(pairs, tokenizer):
     """Counting ties as right or wrong would give 1 or 0."""
     model = make_model(tokenizer.vocab_size, torch.float32)
-    figures = preference.evaluate(model, model, pairs(7), ALONE, FP32, beta=0.1)
+    figures = preference.evaluate(model, model, pairs(7), ALONE, FP32, DPO)
     assert figures["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert figures["rewards/accuracies"] == 0.5
     assert figures["rewards/margins"] == figures["rewards/chosen"] == figures["rewards/rejected"] == 0

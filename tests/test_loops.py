@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import losses
 import train_dpo
 import train_sft
 from dataset.packing import Windows
-from losses import dpo_loss
 from model.weights import load_model, save_model
 from tests.conftest import make_model
 from tests.loops import metrics, record_gradients, torchrun, weights
@@ -141,9 +141,9 @@ def test_last_short_window_is_a_step_of_its_own_size(dpo, start, tokenizer, pair
     store = train_dpo.open_store(pairs, "preferences", tokenizer, 512)
     stream = train_dpo.build_stream(store, Windows(10, 4, seed=0)[2])
     chosen, rejected = stream.sum_by_side(model(stream))
-    losses, _, _ = dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), beta=0.1)
-    assert len(losses) == 2
-    losses.mean().backward()
+    margins = (chosen - chosen.detach()) - (rejected - rejected.detach())
+    assert len(margins) == 2
+    losses.sigmoid(margins, beta=0.1).mean().backward()
     wanted = [p.grad for group in adamw(model, 0).param_groups for p in group["params"]]
     assert_close(steps[2:], [wanted])
 
@@ -291,11 +291,7 @@ def test_one_step_moves_nearly_every_weight(dpo, start):
 def test_non_finite_gradient_stops_before_the_step(dpo, start, pairs, monkeypatch):
     """One NaN in a gradient turns every weight into NaN at the next step; the run must stop and say where."""
 
-    def poisoned(*arguments):
-        losses, *rewards = dpo_loss(*arguments)
-        return losses * math.nan, *rewards
-
-    monkeypatch.setattr(train_dpo, "dpo_loss", poisoned)
+    monkeypatch.setitem(losses.LOSSES, "sigmoid", lambda margins: margins * math.nan)
     with pytest.raises(
         FloatingPointError, match=r"step 0: the gradient norm is nan; the data lines were \d+"
     ):

@@ -10,15 +10,24 @@ import train_sft
 from dataset.packing import LAYOUTS, build_stream
 from dataset.store import open_store
 from eval.preference import evaluate
-from losses import dpo_loss, pair_metrics
+from objective import Objective, ObjectiveSettings, Pairs, pair_metrics
 from tests.conftest import RAGGED, as_record, make_model, turns
 from training.distributed import Precision
 
+DPO = Objective(ObjectiveSettings(beta=0.1))
 LN_2 = 0.6931471824645996  # The float32 that is nearest to ln 2.
 
 
 def numbers(*values: float, dtype=torch.float64) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype)
+
+
+def dpo_loss(*inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The default objective of four sums and beta, and the rewards that it logs of each pair, (B,) each."""
+    *logps, beta = inputs
+    losses = Objective(ObjectiveSettings(beta=beta))(Pairs(*logps))
+    logged = [pair_metrics(loss, Pairs(*pair), beta) for loss, *pair in zip(losses, *logps, strict=True)]
+    return losses, *(torch.stack([m[f"rewards/{side}"] for m in logged]) for side in ("chosen", "rejected"))
 
 
 def loss_of_margin(z, beta: float) -> torch.Tensor:
@@ -39,11 +48,11 @@ def test_loss_by_hand():
     gain = math.log(2)
     policy = numbers(-10 + gain, -30), numbers(-20 - 2 * gain, -7 + 3 * gain)
     reference = numbers(-10, -30), numbers(-20, -7)
-    losses, chosen, rejected = dpo_loss(*policy, *reference, beta=1.0)
+    losses, chosen, rejected = dpo_loss(*policy, *reference, 1.0)
     torch.testing.assert_close(losses, numbers(math.log(9 / 8), math.log(9)))
     torch.testing.assert_close(chosen, numbers(gain, 0.0))
     torch.testing.assert_close(rejected, numbers(-2 * gain, 3 * gain))
-    losses, chosen, rejected = dpo_loss(*policy, *reference, beta=1 / 3)
+    losses, chosen, rejected = dpo_loss(*policy, *reference, 1 / 3)
     torch.testing.assert_close(losses, numbers(math.log(3 / 2), math.log(3)))
     torch.testing.assert_close(rejected, numbers(-2 * gain / 3, gain))
 
@@ -51,10 +60,9 @@ def test_loss_by_hand():
 def test_rewards_carry_no_gradient():
     """They are figures for a log; a gradient through them would be a second objective."""
     inputs = [numbers(-1.0, -2.0).requires_grad_() for _ in range(4)]
-    losses, *rewards = dpo_loss(*inputs, beta=0.1)
-    assert losses.requires_grad and not any(reward.requires_grad for reward in rewards)
-    metrics = pair_metrics(losses, *rewards, *inputs[:2])
-    assert not any(value.requires_grad for value in metrics.values())
+    losses = Objective(ObjectiveSettings())(Pairs(*inputs))
+    metrics = pair_metrics(losses, Pairs(*inputs), beta=0.1)
+    assert losses.requires_grad and not any(value.requires_grad for value in metrics.values())
 
 
 def test_swapping_the_sides_turns_the_margin():
@@ -112,8 +120,9 @@ def test_a_larger_beta_lets_go_of_won_pairs_sooner():
 
 def test_metrics_are_sums_and_a_tie_is_half():
     """A tie counted as a win makes step 0 look perfect, as a loss hopeless; it is neither."""
-    losses, chosen, rejected = numbers(1, 2, 4), numbers(3, 5, 7), numbers(3, 6, 1)
-    metrics = pair_metrics(losses, chosen, rejected, numbers(-1, -2, -3), numbers(-4, -5, -6))
+    policy = numbers(-1, -2, -3), numbers(-4, -5, -6)
+    reference = numbers(-7, -12, -17), numbers(-10, -17, -8)
+    metrics = pair_metrics(numbers(1, 2, 4), Pairs(*policy, *reference), beta=0.5)
     assert {name: value.item() for name, value in metrics.items()} == {
         "loss": 7.0,
         "rewards/chosen": 15.0,
@@ -257,11 +266,11 @@ def test_evaluation_counts_every_pair_once_on_any_ranks(count, ranks, tokenizer,
     model, reference = make_model(tokenizer.vocab_size), make_model(tokenizer.vocab_size, seed=1)
     batch = build_stream(pairs, range(count))
     with torch.no_grad():
-        losses, *rewards = dpo_of(model, reference, batch, 0.1)
-        sums = pair_metrics(losses, *rewards, *batch.sum_by_side(model(batch)))
+        losses, *_ = dpo_of(model, reference, batch, 0.1)
+        sums = pair_metrics(losses, Pairs.of(batch, model(batch), reference(batch)), 0.1)
     worlds = [OneOfMany(rank, ranks) for rank in range(ranks)]
     for world in worlds:
-        evaluate(model, reference, pairs, world, Precision("fp32", world.device), 0.1, batch_size=2)
+        evaluate(model, reference, pairs, world, Precision("fp32", world.device), DPO, batch_size=2)
     totals = [world.noted[0] for world in worlds]
     assert len({len(total) for total in totals}) == 1, "ranks that add up unlike tensors hang or crash"
     expected = torch.stack([*sums.values(), torch.tensor(float(count))])

@@ -6,6 +6,7 @@
 import gzip
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -139,6 +140,13 @@ BAD = {
     "blank both": (chat([role("user", " "), role("assistant")]), r"chosen: turn 0 \(user\) is empty", 2),
     "system is no text": (text(system=3), r"system: expected text, found a number", 2),
     "win probability": (text(win_probability=1.5), r"expected a number from 0 to 1, found 1\.5", 2),
+    "text probability": (text(win_probability="0.9"), r"expected a number from 0 to 1, found '0\.9'", 2),
+    "NaN probability": (text(win_probability=math.nan), r"NaN is not JSON", 2),
+    "text score": (text(score_chosen=9, score_rejected="7"), r"score_rejected: .* found text", 2),
+    "true score": (text(score_chosen=True, score_rejected=7), r"score_chosen: .* found true or false", 2),
+    "NaN score": (text(score_chosen=math.nan, score_rejected=7), r"NaN is not JSON", 2),
+    "one score": (text(score_chosen=9), r"score_rejected: .* found null; a pair has both scores or none", 2),
+    "one score of metadata": (text(metadata={"score_rejected": 9}), r"score_chosen: .* found null", 2),
     "true probability": (text(win_probability=True), r"win_probability.*found true or false", 2),
     "tools": (text(tools=[{"name": "search"}]), r"the record: 'tools' is not supported", 2),
     "images": (text(images=["cat.png"]), r"the record: 'images' is not supported", 2),
@@ -458,9 +466,8 @@ def test_scores_and_win_probability(write):
     extras = [
         ({"score_chosen": 9, "score_rejected": 7.5}, (9.0, 7.5), None),
         ({"metadata": {"score_chosen": 1.0, "score_rejected": 1.0}}, (1.0, 1.0), None),
-        ({"score_chosen": 9, "metadata": {"score_chosen": 1.0, "score_rejected": 2}}, (1.0, 2.0), None),
-        ({"score_chosen": 9}, None, None),
-        ({"score_chosen": "9", "score_rejected": True, "metadata": None}, None, None),
+        ({"score_chosen": 9, "score_rejected": 0, "metadata": {"score_chosen": "?"}}, (9.0, 0.0), None),
+        ({"score_chosen": None, "score_rejected": None, "metadata": None}, None, None),
         ({"win_probability": 0.25}, None, 0.25),
         ({"win_probability": 1}, None, 1.0),
         ({"win_probability": None}, None, None),
