@@ -90,7 +90,7 @@ class Pairs:
         lengths = stream.sum_by_side(torch.ones_like(policy_logps))
         tails = (policy_logps - reference_logps) * stream.beyond_the_shorter()
         if score_margins is not None:
-            score_margins = torch.as_tensor(score_margins).to(policy_logps)
+            score_margins = policy_logps.new_tensor(score_margins)
         weights = None
         if collision_logps is not None:
             weights = wpo_weights(*stream.sum_by_side(policy_logps.detach() - collision_logps), *lengths)

@@ -1,6 +1,7 @@
 """Files to arrays to batches: nothing lost, nothing cut, nothing twice, and all of it counted."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -47,6 +48,27 @@ def test_rows_are_the_records_in_order(tokenizer, ragged):
             assert ids.tolist() == plain_ids(tokenizer, prompt, answer)[1] and supervised.all()
         assert store.lengths[index] == sum(len(ids) for ids, _ in store.row(index))
         assert store.targets[index] == sum(len(ids) for ids, _ in branches)
+
+
+def test_score_margins_are_those_of_the_records(tokenizer, write_jsonl):
+    """A difference of scores, or the logit of a win probability, which goes first; NaN where there is neither."""
+    labels = [
+        ({}, math.nan),
+        ({"score_chosen": 9, "score_rejected": 7.5}, 1.5),
+        ({"score_chosen": -1, "score_rejected": 1}, -2),
+        ({"win_probability": 0.8}, math.log(4)),
+        ({"win_probability": 0.8, "score_chosen": 1, "score_rejected": 2}, math.log(4)),
+        ({"win_probability": 0}, -math.inf),
+        ({"win_probability": 1}, math.inf),
+    ]
+    rows = [{**as_record(pair), **extra} for pair, (extra, _) in zip(RAGGED, labels, strict=True)]
+    rows.insert(2, {**rows[1], "chosen": "same", "rejected": "same", "score_chosen": 0})  # Dropped.
+    store = open_store(write_jsonl("scored.jsonl", rows), "preferences", tokenizer, 512)
+    expected = np.array([margin for _, margin in labels])
+    assert store.score_margins.dtype == np.float64
+    np.testing.assert_allclose(store.score_margins, expected, rtol=1e-15)
+    chat = write_jsonl("chat.jsonl", [{"messages": [vars(m) for m in turns("Hi", "Hello")]}])
+    assert np.isnan(open_store(chat, "conversations", tokenizer, 512).score_margins).all()
 
 
 def test_targets_of_conversations_are_what_assistants_say(tokenizer, write_jsonl):

@@ -1,0 +1,880 @@
+"""Every objective and option: against closed forms written by hand, at its limits, and through the loop."""
+
+import copy
+import inspect
+import itertools
+import math
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import losses as module
+import train_dpo
+from dataset.packing import build_stream
+from dataset.store import open_store
+from errors import InputError
+from eval.preference import evaluate
+from losses import DIVERGENCES, LOSSES
+from model.transformer import collision_logps
+from model.weights import load_model, save_model
+from objective import Objective, ObjectiveSettings, Pairs, no_reference, pair_metrics, wpo_weights
+from tests.conftest import RAGGED, as_record, make_model, plain_ids, plain_logits
+from tests.loops import metrics, record_gradients, torchrun
+from training.distributed import Precision, World
+
+ALONE = World(0, 1, torch.device("cpu"))
+FP32 = Precision("fp32", ALONE.device)
+REFERENCE_FREE = {"simpo", "orpo", "sft"}
+
+
+def objective(loss="sigmoid", beta=0.3, delta=0.0, **options) -> Objective:
+    if loss == "robust":
+        options = {"label_smoothing": 0.1, **options}
+    made = Objective(ObjectiveSettings(loss=loss, beta=beta, **options))
+    made.load_state_dict({"reward_sum": 4 * delta, "reward_count": 4.0})
+    return made
+
+
+def float64(values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# Six pairs: log-ratios of both signs, won and lost, near 0 and far from it. Lengths and scores go with them.
+A = [0.4, -1.3, 5.0, -0.2, 2.1, -7.5]
+B = [-0.9, 0.8, -3.0, 0.1, 2.0, -4.0]
+REFERENCE = [-12.0, -9.5, -30.0, -17.0, -8.0, -25.0], [-11.0, -14.0, -21.0, -19.5, -10.0, -22.0]
+LENGTHS = [4, 3, 9, 5, 2, 7], [3, 6, 5, 8, 4, 1]
+SCORES = [1.5, -0.5, 0.0, 8.0, -3.0, math.inf]
+DELTA = 0.37
+
+
+def make_pairs(a=A, b=B, dtype=torch.float64, **more) -> Pairs:
+    """Pairs with these log-ratios, of which the policy's log-probs ask for a gradient."""
+    first, second, *rest = (torch.tensor(x, dtype=dtype) for x in (a, b, *REFERENCE, *LENGTHS, SCORES))
+    policy = [(first + rest[0]).requires_grad_(), (second + rest[1]).requires_grad_()]
+    return Pairs(*policy, *rest[:4], **{"score_margins": rest[4], **more})
+
+
+def swapped(pairs: Pairs) -> Pairs:
+    """The same pairs with chosen and rejected exchanged."""
+    other = {"chosen": "rejected", "rejected": "chosen"}
+
+    def exchanged(name: str) -> str:
+        return re.sub("chosen|rejected", lambda found: other[found[0]], name)
+
+    return Pairs(**{exchanged(name): value for name, value in vars(pairs).items()})
+
+
+def gradients(losses: torch.Tensor, pairs: Pairs) -> list[torch.Tensor]:
+    wrt = [pairs.policy_chosen_logps, pairs.policy_rejected_logps]
+    return list(torch.autograd.grad(losses.sum(), wrt, materialize_grads=True))
+
+
+# ---- The closed forms: of one pair its loss, and its slopes in log pi(y_w) and log pi(y_l)
+
+
+def s(z: float) -> float:
+    return 1 / (1 + math.exp(-z))
+
+
+def ls(z: float) -> float:
+    return -math.log(1 + math.exp(-z))
+
+
+def of_margin(value, slope):
+    """A loss of h = beta (a - b), from its value and its slope in h."""
+
+    def form(a, b, beta, **o):
+        h = beta * (a - b)
+        return value(h, **o), beta * slope(h, **o), -beta * slope(h, **o)
+
+    return lambda p, beta, **o: form(p["a"], p["b"], beta, **o)
+
+
+def logistic(z, slope_w, slope_l):
+    return -ls(z), -s(-z) * slope_w, -s(-z) * slope_l
+
+
+def square_form(p, beta, by_length):
+    w, r = (p["nw"], p["nl"]) if by_length else (1, 1)
+    x = p["a"] / w - p["b"] / r - 1 / (2 * beta)
+    return x * x, 2 * x / w, -2 * x / r
+
+
+def exo_form(h, e=1e-3):
+    return s(h) * (ls(h) - math.log(1 - e)) + s(-h) * (ls(-h) - math.log(e))
+
+
+def discopop_form(h, t=0.05):
+    m = s(h / t)
+    return (1 - m) * -ls(h) + m * math.exp(-h)
+
+
+def discopop_slope(h, t=0.05):
+    m = s(h / t)
+    return m * (1 - m) / t * (ls(h) + math.exp(-h)) - (1 - m) * s(-h) - m * math.exp(-h)
+
+
+def dpop_form(p, beta, k=50.0):
+    a, b = p["a"], p["b"]
+    return logistic(beta * (a - b - k * max(0, -a)), beta * (1 + k * (a < 0)), -beta)
+
+
+def nca_form(p, beta):
+    a, b = beta * p["a"], beta * p["b"]
+    return -ls(a) - ls(-a) / 2 - ls(-b) / 2, beta * (s(a) / 2 - s(-a)), beta * s(b) / 2
+
+
+def bco_form(p, beta):
+    a, b = beta * p["a"] - DELTA, beta * p["b"] - DELTA
+    return -ls(a) - ls(-b), -beta * s(-a), beta * s(b)
+
+
+def kto_form(p, beta):
+    kl_w, kl_l = max(0, p["mean a"]), max(0, p["mean b"])
+    a, b = s(beta * (p["a"] - kl_l)), s(beta * (kl_w - p["b"]))
+    return (1 - a + 1 - b) / 2, -beta * a * (1 - a) / 2, beta * b * (1 - b) / 2
+
+
+def apo_zero_form(p, beta):
+    a, b = s(beta * p["a"]), s(beta * p["b"])
+    return 1 - a + b, -beta * a * (1 - a), beta * b * (1 - b)
+
+
+def apo_down_form(p, beta):
+    a, h = s(beta * p["a"]), s(beta * (p["a"] - p["b"]))
+    return a + 1 - h, beta * (a * (1 - a) - h * (1 - h)), beta * h * (1 - h)
+
+
+def sppo_form(p, beta):
+    a, b = p["a"] - 0.5 / beta, p["b"] + 0.5 / beta
+    return a * a + b * b, 2 * a, 2 * b
+
+
+def simpo_form(p, beta, g=0.5):
+    return logistic(beta * (p["pw"] / p["nw"] - p["pl"] / p["nl"]) - g, beta / p["nw"], -beta / p["nl"])
+
+
+def orpo_form(p, beta):
+    w, r = p["pw"] / p["nw"], p["pl"] / p["nl"]
+    z = math.log(math.exp(w) / (1 - math.exp(w))) - math.log(math.exp(r) / (1 - math.exp(r)))
+    slopes = beta / (1 - math.exp(w)) / p["nw"], -beta / (1 - math.exp(r)) / p["nl"]
+    value, *odds = logistic(z, *slopes)
+    return beta * value - w, odds[0] - 1 / p["nw"], odds[1]
+
+
+CLOSED_FORMS = [
+    ("sigmoid", {}, of_margin(lambda h: -ls(h), lambda h: -s(-h))),
+    ("sigmoid", {"label_smoothing": 0.2},
+     of_margin(lambda h: -0.8 * ls(h) - 0.2 * ls(-h), lambda h: s(h) - 0.8)),
+    ("soft", {}, lambda p, beta: soft_form(p, beta, 1.0)),
+    ("soft", {"score_scale": 0.25}, lambda p, beta: soft_form(p, beta, 0.25)),
+    ("robust", {"label_smoothing": 0.2},
+     of_margin(lambda h: (-0.8 * ls(h) + 0.2 * ls(-h)) / 0.6, lambda h: (-0.8 * s(-h) - 0.2 * s(h)) / 0.6)),
+    ("hinge", {}, of_margin(lambda h: max(0, 1 - h), lambda h: -1 if h < 1 else 0)),
+    ("ipo", {}, lambda p, beta: square_form(p, beta, by_length=False)),
+    ("ipo_norm", {}, lambda p, beta: square_form(p, beta, by_length=True)),
+    ("exo_pair", {}, of_margin(exo_form, lambda h: s(h) * s(-h) * (h - math.log(0.999 / 0.001)))),
+    ("exo_pair", {"label_smoothing": 0.2},
+     of_margin(lambda h: exo_form(h, 0.2), lambda h: s(h) * s(-h) * (h - math.log(0.8 / 0.2)))),
+    ("discopop", {}, of_margin(discopop_form, discopop_slope)),
+    ("discopop", {"discopop_tau": 0.7},
+     of_margin(lambda h: discopop_form(h, 0.7), lambda h: discopop_slope(h, 0.7))),
+    ("dpop", {}, dpop_form),
+    ("dpop", {"dpop_lambda": 5.0}, lambda p, beta: dpop_form(p, beta, 5.0)),
+    ("sigmoid_norm", {}, lambda p, beta:
+     logistic(beta * (p["a"] / p["nw"] - p["b"] / p["nl"]), beta / p["nw"], -beta / p["nl"])),
+    ("nca_pair", {}, nca_form),
+    ("bco_pair", {}, bco_form),
+    ("kto_pair", {}, kto_form),
+    ("apo_zero", {}, apo_zero_form),
+    ("apo_down", {}, apo_down_form),
+    ("sppo_hard", {}, sppo_form),
+    ("simpo", {}, simpo_form),
+    ("simpo", {"simpo_gamma": 1.25}, lambda p, beta: simpo_form(p, beta, 1.25)),
+    ("orpo", {}, orpo_form),
+    ("sft", {}, lambda p, beta: (-p["pw"] / p["nw"], -1 / p["nw"], 0)),
+]  # fmt: skip
+IDS = ["-".join([name, *map(str, options.values())]) for name, options, _ in CLOSED_FORMS]
+
+
+def soft_form(p, beta, scale):
+    wins, h = s(min(scale * p["score"], 700)), beta * (p["a"] - p["b"])
+    return -wins * ls(h) - (1 - wins) * ls(-h), beta * (s(h) - wins), -beta * (s(h) - wins)
+
+
+def described(pairs: Pairs) -> list[dict]:
+    """Each pair as plain numbers under short names."""
+    names = {
+        "a": pairs.chosen_logratios, "b": pairs.rejected_logratios,
+        "pw": pairs.policy_chosen_logps, "pl": pairs.policy_rejected_logps,
+        "nw": pairs.chosen_lengths, "nl": pairs.rejected_lengths, "score": pairs.score_margins,
+        "mean a": pairs.chosen_logratios.mean().repeat(len(A)),
+        "mean b": pairs.rejected_logratios.mean().repeat(len(A)),
+    }  # fmt: skip
+    columns = [column.tolist() for column in names.values()]
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.9])
+@pytest.mark.parametrize("name, options, form", CLOSED_FORMS, ids=IDS)
+def test_value_and_gradient_are_the_closed_form(name, options, form, beta):
+    """Value and both slopes of each pair, in float64. The slopes are derived by hand, not by autograd."""
+    for shift in (0, 3):  # With positive means, kto_pair's KLs are not 0.
+        pairs = make_pairs([x + shift for x in A], [x + shift for x in B])
+        losses = objective(name, beta, DELTA, **options)(pairs)
+        expected = float64([form(pair, beta) for pair in described(pairs)]).T
+        found = torch.stack([losses.detach(), *gradients(losses, pairs)])
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_aot_is_a_plain_loop_over_quantiles(name, smoothing):
+    """Quantile by quantile; a slope goes back to the pair that holds the quantile."""
+    beta, pairs = 0.4, make_pairs()
+    rows = described(pairs)
+    r_w, r_l = REFERENCE
+    if name == "aot":
+        first, second = [p["pw"] - p["pl"] for p in rows], [w - x for w, x in zip(r_w, r_l, strict=True)]
+    else:
+        first, second = A, B
+    by_first, by_second = (sorted(range(6), key=values.__getitem__) for values in (first, second))
+    values, slopes = [], ([0.0] * 6, [0.0] * 6)
+    for i, j in zip(by_first, by_second, strict=True):
+        h = beta * (first[i] - second[j])
+        values.append(-(1 - smoothing) * ls(h) - smoothing * ls(-h))
+        slopes[0][i] = beta * (s(h) - (1 - smoothing))
+        slopes[1][i if name == "aot" else j] = -slopes[0][i]
+    losses = objective(name, beta, label_smoothing=smoothing or None)(pairs)
+    torch.testing.assert_close(losses.detach(), float64(values), rtol=1e-10, atol=1e-10)
+    for found, expected in zip(gradients(losses, pairs), slopes, strict=True):
+        torch.testing.assert_close(found, float64(expected), rtol=1e-10, atol=1e-10)
+    assert by_first != by_second
+
+
+def test_every_loss_has_a_closed_form():
+    assert {name for name, *_ in CLOSED_FORMS} | {"aot", "aot_unpaired"} == LOSSES.keys()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradcheck(name, divergence):
+    """Finite differences in the policy's log-probs. The means are negative, so kto_pair's KLs rest at 0."""
+    options = {"f_divergence": divergence} if uses("margins", name) else {}
+    made, pairs = objective(name, delta=DELTA, **options), make_pairs()
+
+    def loss(chosen, rejected):
+        return made(replace(pairs, policy_chosen_logps=chosen, policy_rejected_logps=rejected))
+
+    at = [x.detach().requires_grad_() for x in (pairs.policy_chosen_logps, pairs.policy_rejected_logps)]
+    assert torch.autograd.gradcheck(loss, at)
+
+
+def uses(parameter: str, name: str) -> bool:
+    return parameter in LOSSES[name].__code__.co_varnames[: LOSSES[name].__code__.co_argcount]
+
+
+# ---- Where policy and reference agree; where the sides are exchanged; far out
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_constants_where_policy_is_reference(beta):
+    """What the first row of a log must show."""
+    ln2, zeros = math.log(2), [0.0] * 6
+    smoothed = -ln2 - (math.log(0.999) + math.log(0.001)) / 2
+    constants = {
+        **dict.fromkeys(["sigmoid", "soft", "robust", "dpop", "sigmoid_norm", "aot", "aot_unpaired"], ln2),
+        **{"hinge": 1, "ipo": 1 / (4 * beta**2), "ipo_norm": 1 / (4 * beta**2), "exo_pair": smoothed},
+        **{"nca_pair": 2 * ln2, "bco_pair": 2 * ln2, "kto_pair": 0.5, "apo_zero": 1, "apo_down": 1},
+        **{"sppo_hard": 1 / (2 * beta**2), "discopop": ln2 / 2 + 0.5},
+    }
+    assert constants.keys() == LOSSES.keys() - REFERENCE_FREE
+    for name, constant in constants.items():
+        pairs = make_pairs(zeros, zeros)
+        losses = objective(name, beta)(pairs)
+        torch.testing.assert_close(losses.detach(), torch.full((6,), constant, dtype=torch.float64), msg=name)
+        assert all(gradient.any() for gradient in gradients(losses, pairs)) or name == "apo_down"
+
+
+# L(pairs) - L(pairs with their sides exchanged), summed over pairs, as a function of a pair.
+SWAPPED = {
+    "sigmoid": lambda p: -0.3 * (p["a"] - p["b"]),
+    "robust": lambda p: -0.3 * (p["a"] - p["b"]) / 0.8,
+    "ipo": lambda p: -2 * (p["a"] - p["b"]) / 0.3,
+    "exo_pair": lambda p: -math.tanh(0.15 * (p["a"] - p["b"])) * math.log(0.999 / 0.001),
+    "sigmoid_norm": lambda p: -0.3 * (p["a"] / p["nw"] - p["b"] / p["nl"]),
+    "ipo_norm": lambda p: -2 * (p["a"] / p["nw"] - p["b"] / p["nl"]) / 0.3,
+    "nca_pair": lambda p: ls(0.3 * p["b"]) - ls(0.3 * p["a"]),
+    "bco_pair": lambda p: -0.3 * (p["a"] - p["b"]),
+    "apo_zero": lambda p: 2 * (s(0.3 * p["b"]) - s(0.3 * p["a"])),
+    "sppo_hard": lambda p: -2 * (p["a"] - p["b"]) / 0.3,
+    "aot": lambda p: -0.3 * (p["a"] - p["b"]),
+    "aot_unpaired": lambda p: -0.3 * (p["a"] - p["b"]),
+    "sft": lambda p: p["pl"] / p["nl"] - p["pw"] / p["nw"],
+}
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_exchanging_the_sides(name):
+    """Labels that get mixed up on the way show in no value, but in this difference."""
+    pairs, made = make_pairs(), objective(name, delta=DELTA)
+    difference = (made(pairs) - made(swapped(pairs))).sum().item()
+    assert difference == pytest.approx(sum(map(SWAPPED[name], described(pairs))), rel=1e-10)
+
+
+def test_laws_between_losses():
+    """Each says the same as another where it should."""
+    pairs = make_pairs()
+    scores = {p: replace(pairs, score_margins=float64([math.log(p / (1 - p))] * 6)) for p in (0.7, 0.5)}
+    certain = replace(pairs, score_margins=float64([math.inf] * 6))
+    assert torch.equal(objective("soft")(certain), objective("sigmoid")(pairs))
+    smoothed = objective("sigmoid", label_smoothing=0.3)(pairs)
+    torch.testing.assert_close(objective("soft")(scores[0.7]), smoothed)
+    torch.testing.assert_close(objective("soft")(scores[0.5]), objective("soft")(swapped(scores[0.5])))
+    # Robust: labels of which a tenth is flipped give, on average, DPO's loss of the clean ones.
+    robust = objective("robust", label_smoothing=0.1)
+    mean = 0.9 * robust(pairs) + 0.1 * robust(swapped(pairs))
+    torch.testing.assert_close(mean, objective("sigmoid")(pairs))
+    # DPOP punishes nothing while the chosen side has not fallen.
+    risen = make_pairs(a=[abs(a) for a in A])
+    torch.testing.assert_close(objective("dpop")(risen), objective("sigmoid")(risen))
+    # Answers of one token have nothing to be averaged.
+    single = replace(pairs, chosen_lengths=torch.ones(6), rejected_lengths=torch.ones(6))
+    for name in ("sigmoid", "ipo"):
+        torch.testing.assert_close(objective(f"{name}_norm")(single), objective(name)(pairs))
+
+
+def test_soft_is_least_at_the_logit_of_its_label():
+    """There the loss is the label's entropy: the margin is pulled back when it is too large."""
+    h = math.log(0.7 / 0.3)
+    scores = {"score_margins": float64([h] * 6)}
+    pairs = make_pairs([h / 0.3] * 6, [0.0] * 6, **scores)
+    losses = objective("soft")(pairs)
+    entropy = -0.7 * math.log(0.7) - 0.3 * math.log(0.3)
+    torch.testing.assert_close(losses.detach(), float64([entropy] * 6))
+    assert all(gradient.abs().max() < 1e-12 for gradient in gradients(losses, pairs))
+    beyond = make_pairs([2 * h / 0.3] * 6, [0.0] * 6, **scores)
+    assert (gradients(objective("soft")(beyond), beyond)[0] > 0).all()
+
+
+def extreme_pairs(dtype) -> Pairs:
+    """Log-ratios of 0 and ±1e4 in all combinations; a policy that is certain of an answer says exactly 0."""
+    chosen, rejected = zip(*itertools.product([-1e4, 0.0, 1e4], repeat=2), strict=True)
+    reference = torch.full((9,), -1e4, dtype=dtype)
+    policy = [(reference + torch.tensor(side, dtype=dtype)).requires_grad_() for side in (chosen, rejected)]
+    lengths = [torch.full((9,), length, dtype=dtype) for length in (3.0, 200.0)]
+    scores = torch.linspace(-1e4, 1e4, 9, dtype=dtype)
+    return Pairs(*policy, reference, reference, *lengths, score_margins=scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_extremes_are_finite(name, divergence, dtype):
+    """e^1000 is inf, and 0 times inf NaN: value and gradient of hopeless and of certain answers."""
+    options = {"f_divergence": divergence} if uses("margins", name) else {}
+    for beta in (0.1, 1.0):
+        pairs = extreme_pairs(dtype)
+        losses = objective(name, beta, **options)(pairs)
+        assert losses.isfinite().all()
+        assert all(gradient.isfinite().all() for gradient in gradients(losses, pairs))
+
+
+# ---- Divergences
+
+ALPHA = 0.3
+# f of each divergence, with f(1) = 0, from which f' is taken by differences (f-DPO's table).
+GENERATORS = {
+    "reverse_kl": lambda u: u * math.log(u),
+    "forward_kl": lambda u: -math.log(u),
+    "js": lambda u: u * math.log(u) - (u + 1) * math.log((u + 1) / 2),
+    "alpha": lambda u: (u ** (1 - ALPHA) - (1 - ALPHA) * u - ALPHA) / (ALPHA * (ALPHA - 1)),
+}
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_a_score_is_the_derivative_of_its_divergence(name):
+    """f'(pi / pi_ref) up to a constant: TRL's alpha is the paper's 1 - alpha, and both look plausible."""
+
+    def margin(a, b):
+        slopes = []
+        for u in (math.exp(a), math.exp(b)):
+            h = 1e-5 * u
+            slopes.append((GENERATORS[name](u + h) - GENERATORS[name](u - h)) / (2 * h))
+        return slopes[0] - slopes[1]
+
+    options = {"divergence_alpha": ALPHA} if name == "alpha" else {}
+    found = objective("sigmoid", 0.3, f_divergence=name, **options)(make_pairs())
+    expected = [-ls(0.3 * margin(a, b)) for a, b in zip(A, B, strict=True)]
+    torch.testing.assert_close(found.detach(), float64(expected), rtol=1e-6, atol=1e-6)
+
+
+def test_scores_by_hand():
+    a, b = 0.7, -0.4
+    pairs = make_pairs([a] * 6, [b] * 6)
+    margins = {
+        "reverse_kl": a - b,
+        "forward_kl": math.exp(-b) - math.exp(-a),
+        "js": (a - math.log(1 + math.exp(a))) - (b - math.log(1 + math.exp(b))),
+        "alpha": (math.exp(-0.5 * b) - math.exp(-0.5 * a)) / 0.5,
+    }
+    for name, margin in margins.items():
+        losses = objective("ipo", 0.3, f_divergence=name)(pairs)
+        expected = float64([(margin - 1 / 0.6) ** 2] * 6)
+        torch.testing.assert_close(losses.detach(), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_alpha_lies_between_the_two_kls():
+    x = float64(A)
+    torch.testing.assert_close(module.alpha(x, 1e-9), module.reverse_kl(x), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(module.alpha(x, 1 - 1e-12), module.forward_kl(x))
+
+
+def test_a_hopeless_answer_is_not_let_go():
+    """A clamp would also be finite, and leave the pair that is most wrong without a gradient."""
+    for divergence in DIVERGENCES:
+        pairs = extreme_pairs(torch.float32)
+        chosen, _ = gradients(objective("sigmoid", f_divergence=divergence)(pairs), pairs)
+        assert chosen[1] < 0, divergence  # a = -1e4, b = 0
+
+
+# ---- Several losses, and what an option changes
+
+
+def test_several_losses_are_a_weighted_sum():
+    """MPO, RPO: each term with its own weight, and an unset option keeps each loss's own default."""
+    pairs = make_pairs()
+    found = objective("sigmoid, bco_pair,sft", delta=DELTA, loss_weights="0.8,0.2,1")(pairs)
+    terms = [objective(name, delta=DELTA)(pairs) for name in ("sigmoid", "bco_pair", "sft")]
+    torch.testing.assert_close(found, 0.8 * terms[0] + 0.2 * terms[1] + terms[2])
+    # exo_pair's own smoothing must not leak into the others.
+    both = objective("sigmoid,exo_pair")(pairs)
+    torch.testing.assert_close(both, objective("sigmoid")(pairs) + objective("exo_pair")(pairs))
+
+
+def test_only_losses_of_log_ratios_need_a_reference():
+    assert {name for name in LOSSES if not objective(name).needs_reference} == REFERENCE_FREE
+    assert objective("orpo,sigmoid").needs_reference and not objective("simpo,sft").needs_reference
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_rewards_mean_the_same_whatever_the_loss(name):
+    """beta times the log-ratio of whole answers: margins must not shrink because a loss averages."""
+    tails = {"chosen_tails": float64([9.0] * 6), "rejected_tails": float64([9.0] * 6)}
+    made, pairs = objective(name, 0.3), make_pairs(**tails)
+    logged = pair_metrics(made(pairs), pairs, 0.3)
+    assert logged["rewards/chosen"].item() == pytest.approx(0.3 * sum(A))
+    assert logged["rewards/rejected"].item() == pytest.approx(0.3 * sum(B))
+    assert logged["rewards/margins"].item() == pytest.approx(0.3 * (sum(A) - sum(B)))
+    assert logged["rewards/accuracies"].item() == sum(a > b for a, b in zip(A, B, strict=True))
+    assert logged["logps/chosen"].item() == pytest.approx(sum(A) + sum(REFERENCE[0]))
+
+
+REFUSED = [
+    (dict(loss="dpo"), "--loss dpo: there is no such loss; there are sigmoid, soft, robust"),
+    (dict(loss=""), "--loss : there is no such loss"),
+    (dict(loss="sigmoid,sigmoid"), "names a loss twice"),
+    (dict(loss="sigmoid,sft", loss_weights="1"), "--loss-weights 1: 1 weights for 2 losses"),
+    (dict(loss_weights="heavy"), "--loss-weights heavy: expected numbers"),
+    (dict(loss_weights="-1"), "a weight must be above 0"),
+    (dict(loss_weights="nan"), "a weight must be above 0"),
+    (dict(beta=0.0), "--beta must be above 0, not 0.0"),
+    (dict(beta=math.nan), "--beta must be above 0, not nan"),
+    (dict(label_smoothing=0.5), "--label-smoothing must be at least 0 and below 0.5, not 0.5"),
+    (dict(loss="hinge", label_smoothing=0.1), "--label-smoothing means nothing to --loss hinge; it is "),
+    (dict(loss="soft", label_smoothing=0.1), "--label-smoothing means nothing to --loss soft"),
+    (dict(loss="exo_pair", label_smoothing=0.0), "exo_pair takes the logarithm of --label-smoothing"),
+    (dict(loss="robust"), "--loss robust needs --label-smoothing, the share of labels that are flipped"),
+    (dict(score_scale=1.0), "--score-scale means nothing to --loss sigmoid; it is for soft"),
+    (dict(loss="soft", score_scale=0.0), "--score-scale must be above 0"),
+    (dict(dpop_lambda=5.0), "--dpop-lambda means nothing to --loss sigmoid; it is for dpop"),
+    (dict(loss="dpop", dpop_lambda=-5.0), "--dpop-lambda must be above 0"),
+    (dict(simpo_gamma=1.0), "it is for simpo"),
+    (dict(discopop_tau=1.0), "it is for discopop"),
+    (dict(loss="discopop", discopop_tau=2.0), "--discopop-tau must be above 0 and at most 1, not 2.0"),
+    (dict(divergence_alpha=0.5), "--divergence-alpha is for --f-divergence alpha"),
+    (dict(f_divergence="alpha", divergence_alpha=1.0), "--divergence-alpha must be above 0 and below 1"),
+    (dict(loss="nca_pair", f_divergence="js"), "--f-divergence changes margins, at which --loss nca_pair"),
+    (dict(loss="simpo", f_divergence="js"), "--f-divergence changes margins"),
+    (dict(loss="aot", wpo=True), "--wpo weighs pairs; aot sorts them"),
+    (dict(loss="sigmoid,aot_unpaired", wpo=True), "--wpo weighs pairs; aot_unpaired sorts them"),
+    (dict(loss="sft", wpo=True), "--wpo weighs preferences, and --loss sft looks at no rejected answer"),
+    (dict(loss="simpo", ld_alpha=0.5), "--ld-alpha changes log-ratios, at which --loss simpo does not look"),
+    (dict(loss="sigmoid_norm", ld_alpha=0.5), "--ld-alpha and --loss sigmoid_norm would allow for leng"),
+    (dict(loss="sigmoid,ipo_norm", ld_alpha=0.5), "--ld-alpha and --loss ipo_norm"),
+    (dict(ld_alpha=1.5), "--ld-alpha must be at least 0 and below 1, not 1.5"),
+    (dict(tr_alpha=0.6, tr_every=512), "--tr-alpha moves the reference at every step, --tr-every copies it"),
+    (dict(tr_alpha=0.0), "--tr-alpha must be above 0"),
+    (dict(tr_every=0), "--tr-every must be at least 1"),
+    (dict(loss="orpo", tr_alpha=0.6), "move the reference, and --loss orpo has none"),
+    (dict(loss="simpo", tr_every=5), "move the reference, and --loss simpo has none"),
+]
+
+
+@pytest.mark.parametrize("settings, reason", REFUSED, ids=[reason[:50] for _, reason in REFUSED])
+def test_what_makes_no_sense_is_refused(settings, reason):
+    """An option that is silently ignored is the commonest lie of the libraries."""
+    with pytest.raises(InputError, match=re.escape(reason)):
+        Objective(ObjectiveSettings(**settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(loss="sigmoid,sft", ld_alpha=0.5, label_smoothing=0.1, wpo=True, tr_alpha=0.5),
+        dict(loss="sigmoid,bco_pair,sft", loss_weights="0.8,0.2,1", tr_every=2, f_divergence="js"),
+        dict(loss="simpo,sft", loss_weights="1,0.2", wpo=True, simpo_gamma=0.0),
+        dict(loss="dpop", dpop_lambda=5, ld_alpha=0.0),
+        dict(loss="soft", score_scale=2.0, f_divergence="alpha", divergence_alpha=0.2, wpo=True),
+        dict(loss="kto_pair", wpo=True),
+    ],
+)
+def test_what_makes_sense_together_is_accepted(settings):
+    assert Objective(ObjectiveSettings(**settings))
+
+
+def test_flags_tell_the_defaults_of_the_signatures():
+    """The defaults stand in the signatures; the flags' texts only repeat them."""
+    texts = {f.name: f.metadata["why"] for f in ObjectiveSettings.__dataclass_fields__.values()}
+    for function in (*LOSSES.values(), *DIVERGENCES.values()):
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.default is not parameter.empty:
+                assert re.search(rf"\b{parameter.default:g}\b", texts[parameter.name]), (function, parameter)
+
+
+# ---- Options that look at tokens: WPO and LD-DPO, through a tiny model
+
+
+@pytest.fixture
+def stored(tokenizer, ragged):
+    return open_store(ragged, "preferences", tokenizer, max_length=512)
+
+
+def by_hand(model, reference, tokenizer) -> list[list[dict]]:
+    """The log-probs of every ragged answer's tokens, and of collisions, one sequence at a time."""
+    pairs = []
+    for prompt, *answers in RAGGED:
+        sides = []
+        for answer in answers:
+            x, y = plain_ids(tokenizer, prompt, answer)
+            p, q = (plain_logits(m, x + y)[len(x) - 1 : -1].log_softmax(-1) for m in (model, reference))
+            where = torch.arange(len(y)), torch.tensor(y)
+            sides.append({"p": p[where], "q": q[where], "collisions": p.exp().pow(2).sum(1).log()})
+        pairs.append(sides)
+    return pairs
+
+
+@pytest.mark.parametrize("layout", ["forked", "twin"])
+def test_pairs_of_a_stream_are_those_of_single_sequences(layout, stored, tokenizer):
+    """Sums, lengths, what lies beyond the shorter answer, and how surprising the tokens are."""
+    model, reference = (make_model(tokenizer.vocab_size, seed=seed) for seed in (1, 2))
+    stream = build_stream(stored, range(7), layout)
+    policy_logps, collisions = model(stream, collisions=True)
+    assert not collisions.requires_grad and torch.equal(policy_logps, model(stream))
+    found = Pairs.of(stream, policy_logps, reference(stream), None, collisions)
+    expected = {name: [] for name in vars(found) if name != "score_margins"}
+    for w, x in by_hand(model, reference, tokenizer):
+        shorter, surprise = min(len(w["p"]), len(x["p"])), 0
+        for name, side in (("chosen", w), ("rejected", x)):
+            expected[f"policy_{name}_logps"].append(side["p"].sum())
+            expected[f"reference_{name}_logps"].append(side["q"].sum())
+            expected[f"{name}_lengths"].append(torch.tensor(float(len(side["p"])), dtype=torch.float64))
+            expected[f"{name}_tails"].append((side["p"] - side["q"])[shorter:].sum())
+            surprise = surprise + (side["p"] - side["collisions"]).mean()
+        expected["weights"].append(surprise.exp().clamp(max=1))
+    for name, values in expected.items():
+        torch.testing.assert_close(getattr(found, name), torch.stack(values), rtol=1e-9, atol=1e-9, msg=name)
+    assert not found.weights.requires_grad and found.chosen_tails.any() and found.rejected_tails.any()
+
+
+def test_collisions_of_two_tokens_by_hand():
+    """pi = (0.9, 0.1): two draws agree with probability 0.82. A likely pair would weigh 1.2; it weighs 1."""
+    logits = torch.tensor([[0.9, 0.1]], dtype=torch.float64).log() + 3
+    collisions = collision_logps(logits)
+    torch.testing.assert_close(collisions, float64([math.log(0.82)]))
+    likely = float64([math.log(0.9)]) - collisions
+    assert (2 * likely).exp().item() == pytest.approx(1.2046, abs=1e-4)
+    one, unlikely = float64([1.0]), float64([math.log(0.1)]) - collisions
+    assert wpo_weights(likely, likely, one, one).item() == 1
+    assert wpo_weights(likely, unlikely, one, one).item() == pytest.approx(0.9 * 0.1 / 0.82**2)
+    assert wpo_weights(10 * unlikely, likely, 10 * one, one).item() == pytest.approx(0.9 * 0.1 / 0.82**2)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "sigmoid,sft", "simpo"])
+def test_wpo_weighs_losses_and_has_no_gradient_of_its_own(name):
+    """A weight with a gradient teaches the policy to find its own pairs unlikely."""
+    weights = torch.linspace(0.1, 1, 6, dtype=torch.float64)
+    pairs = make_pairs(weights=weights)
+    plain, weighed = objective(name)(pairs), objective(name, wpo=True)(pairs)
+    torch.testing.assert_close(weighed, plain * weights)
+    for found, expected in zip(gradients(weighed, pairs), gradients(plain, pairs), strict=True):
+        torch.testing.assert_close(found, expected * weights)
+
+
+def test_ld_dpo_by_hand():
+    """Three tokens against five, log-probs of -1 each, alpha 0.5, a reference of 0: log-ratios -3 and -4."""
+    seen = {}
+    for alpha in (0.0, 0.5):
+        pairs = Pairs(
+            *(float64([-3.0]), float64([-5.0]), float64([0.0]), float64([0.0])),
+            chosen_tails=float64([0.0]), rejected_tails=float64([-2.0]),
+        )  # fmt: skip
+        seen[alpha] = objective("sigmoid", 1.0, ld_alpha=alpha)(pairs).item()
+    assert seen[0.5] == pytest.approx(-ls(-3 + 4)) and seen[0.0] == pytest.approx(-ls(-3 + 3))
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "ipo", "dpop", "apo_zero", "aot_unpaired"])
+def test_ld_dpo_replaces_the_log_ratios(name):
+    """Policy and reference alike; alpha near 1 changes nothing; an SFT term beside it stays whole."""
+    tails = {"chosen_tails": float64([0, 0.5, 1, 0, -2, 0]), "rejected_tails": float64([0.3, 0, 0, -1, 0, 2])}
+    a, b = float64(A) - 0.4 * tails["chosen_tails"], float64(B) - 0.4 * tails["rejected_tails"]
+    found = objective(name, ld_alpha=0.6)(make_pairs(**tails))
+    torch.testing.assert_close(found, objective(name)(make_pairs(a.tolist(), b.tolist())))
+    with_sft = objective(f"{name},sft", ld_alpha=0.6)(make_pairs(**tails))
+    torch.testing.assert_close(with_sft - found, objective("sft")(make_pairs()))
+
+
+# ---- What changes from step to step
+
+
+class Bare(torch.nn.Module):
+    def __init__(self, value: float):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([value, -value]))
+
+
+def test_tr_dpo_softly_at_every_step():
+    """pi_ref <- alpha pi + (1 - alpha) pi_ref."""
+    made, model, reference = objective(tr_alpha=0.25), Bare(1.0), Bare(0.0).requires_grad_(False)
+    expected = 0.0
+    for step in (1, 2, 3):
+        made.after_step(step, model, reference, lambda x: x)
+        expected = 0.25 + 0.75 * expected
+        assert reference.weight.tolist() == pytest.approx([expected, -expected])
+    assert model.weight.tolist() == [1, -1]
+
+
+def test_tr_dpo_by_copies():
+    """pi_ref <- pi at every third step, bit for bit, and not a copy of the pointer."""
+    made, model, reference = objective(tr_every=3), Bare(0.1), Bare(0.7).requires_grad_(False)
+    for step in range(1, 7):
+        with torch.no_grad():
+            model.weight.mul_(1.1)
+        before = reference.weight.clone()
+        made.after_step(step, model, reference, lambda x: x)
+        assert torch.equal(reference.weight, model.weight if step % 3 == 0 else before)
+
+
+def test_other_objectives_leave_the_reference_alone():
+    reference = Bare(0.7)
+    objective("sigmoid").after_step(1, Bare(0.1), reference, lambda x: x)
+    assert reference.weight.tolist() == pytest.approx([0.7, -0.7])
+
+
+def run_steps(made: Objective, steps: list[list[list[int]]], sum_over_ranks=lambda x: x) -> list[float]:
+    """Train on rows of (A, B), step by step, micro-batch by micro-batch: delta before each step, and at last."""
+    deltas = []
+    for step, micro_batches in enumerate(steps, start=1):
+        deltas.append(made.delta)
+        for rows in micro_batches:
+            made(take(make_pairs(), rows), training=True)
+        made.after_step(step, None, None, sum_over_ranks)
+    return [*deltas, made.delta]
+
+
+def take(pairs: Pairs, rows: list[int]) -> Pairs:
+    return Pairs(**{name: value if value is None else value[rows] for name, value in vars(pairs).items()})
+
+
+def test_delta_is_the_mean_reward_of_the_steps_before():
+    """(r_w + r_l) / 2, all pairs alike, however the windows are dealt: a mean of means is another number."""
+    means = [0.3 * (A[i] + B[i]) / 2 for i in range(6)]
+    expected = [0, sum(means[:3]) / 3, sum(means) / 6]
+    for steps in ([[[0, 1, 2]], [[3, 4, 5]]], [[[0], [1, 2]], [[3, 4], [], [5]]]):
+        made = objective("bco_pair")
+        made.load_state_dict({"reward_sum": 0.0, "reward_count": 0.0})
+        assert run_steps(made, steps) == pytest.approx(expected)
+
+
+def test_two_ranks_have_one_delta():
+    """Each rank sees its own rows; both must divide at the same place, that of one process."""
+    alone = objective("bco_pair")
+    wanted = run_steps(alone, [[[0, 1, 2]], [[3, 4, 5]]])
+    ranks, found = [objective("bco_pair"), objective("bco_pair")], []
+    for step, shares in enumerate([([0, 1], [2]), ([3, 4, 5], [])], start=1):
+        for made, rows in zip(ranks, shares, strict=True):
+            made(take(make_pairs(), rows), training=True)
+        total = sum(made.under_way for made in ranks)
+        for made in ranks:
+            made.after_step(step, None, None, lambda mine, total=total: total)
+        found.append([made.delta for made in ranks])
+    assert found[0] == pytest.approx([wanted[1]] * 2) and found[1] == pytest.approx([wanted[2]] * 2)
+
+
+def test_delta_is_kept_in_a_checkpoint_and_has_no_gradient():
+    made = objective("bco_pair")
+    run_steps(made, [[[0, 1]], [[2, 3, 4]]])
+    again = Objective(ObjectiveSettings(loss="bco_pair", beta=0.3))
+    again.load_state_dict(made.state_dict())
+    assert again.delta == made.delta != 0
+    assert torch.equal(again(make_pairs()), made(make_pairs()))
+    assert isinstance(made.delta, float)  # A number knows no graph.
+
+
+def test_evaluation_leaves_delta_alone():
+    made = objective("bco_pair", delta=DELTA)
+    made(make_pairs())
+    made.after_step(1, None, None, lambda x: pytest.fail("nothing was trained on"))
+    assert made.delta == pytest.approx(DELTA)
+
+
+def test_only_bco_talks_between_ranks():
+    made = objective("sigmoid")
+    made(make_pairs(), training=True)
+    made.after_step(1, None, None, lambda x: pytest.fail("an exchange that no loss needs"))
+
+
+# ---- Evaluation
+
+
+@pytest.mark.parametrize("options", [{}, {"wpo": True}, {"ld_alpha": 0.5}], ids=["plain", "wpo", "ld"])
+@pytest.mark.parametrize("name", ["sigmoid", "bco_pair", "nca_pair"])
+def test_evaluation_does_not_depend_on_its_batches(name, options, stored, tokenizer):
+    """A mean of the means of batches weighs the last, short one too much. Coupled losses do depend on them."""
+    model, reference = (make_model(tokenizer.vocab_size, seed=seed) for seed in (1, 2))
+    made = objective(name, 0.1, DELTA, **options)
+    whole, *others = (
+        evaluate(model, reference, stored, ALONE, FP32, made, batch_size=size) for size in (7, 1, 3, 5)
+    )
+    for other in others:
+        assert other == pytest.approx(whole, rel=1e-5, abs=1e-6)
+    assert whole["rewards/accuracies"] * 7 == pytest.approx(round(whole["rewards/accuracies"] * 7))
+
+
+# ---- Through the training loop
+
+LABELS = [
+    {"score_chosen": 7 + i, "score_rejected": 6.5} if i % 2 else {"win_probability": 0.8} for i in range(7)
+]
+
+
+@pytest.fixture
+def run_dpo(tmp_path, tokenizer, write_jsonl):
+    """Run train_dpo from a tiny model on the ragged pairs; flags as they stand on a command line."""
+    start = tmp_path / "start"
+    save_model(start, make_model(tokenizer.vocab_size, torch.float32, spread=0.1))
+    tokenizer.save(start)
+    rows = [{**as_record(pair), **labels} for pair, labels in zip(RAGGED, LABELS, strict=True)]
+    data = write_jsonl("labelled.jsonl", rows)
+
+    def run(*flags: str, out="out", data=data, command=train_dpo.main):
+        command([
+            *("--model", str(start), "--data", str(data), "--eval-data", str(data)),
+            *("--out", str(tmp_path / out)),
+            *("--batch-size", "4", "--epochs", "2", "--lr", "1e-3", "--log-every", "1", "--eval-every", "1"),
+            *("--device", "cpu", "--precision", "fp32", *flags),
+        ])  # fmt: skip
+        return tmp_path / out
+
+    return run
+
+
+FLAGS = {
+    **{name: ["--loss", name] for name in LOSSES},
+    "robust": ["--loss", "robust", "--label-smoothing", "0.1"],
+    "mpo": ["--loss", "sigmoid,bco_pair,sft", "--loss-weights", "0.8,0.2,1", "--wpo", "--ld-alpha", "0.5"],
+    "f-dpo": ["--f-divergence", "alpha", "--divergence-alpha", "0.3", "--label-smoothing", "0.1"],
+    "tr-soft": ["--loss", "ipo", "--tr-alpha", "0.5"],
+    "tr-hard": ["--tr-every", "2"],
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_every_objective_trains_and_evaluates(flags, run_dpo, tokenizer, stored, monkeypatch):
+    """The flags reach the loss: log and evaluation begin with what the objective says of two equal models."""
+    copies = []
+    deepcopy = SimpleNamespace(deepcopy=lambda model: copies.append(model) or copy.deepcopy(model))
+    monkeypatch.setattr(train_dpo, "copy", deepcopy)
+    folder = run_dpo(*flags, "--batch-size", "7")
+    rows = metrics(folder)
+    made = Objective(train_dpo.parse(train_dpo.Settings, "", flags))
+    model = load_model(folder.parent / "start")
+    data = open_store(folder.parent / "labelled.jsonl", "preferences", tokenizer, 512)
+    stream = build_stream(data, range(7))
+    with torch.no_grad():
+        logps, collisions = model(stream, collisions=True)
+        reference = logps if made.needs_reference else no_reference(stream)
+        expected = made(Pairs.of(stream, logps, reference, data.score_margins, collisions)).mean().item()
+    assert next(row["loss"] for row in rows if "loss" in row) == pytest.approx(expected, rel=1e-5)
+    assert rows[0]["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert len(copies) == made.needs_reference
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert rows[-2]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("name", ["bco_pair", "mpo", "tr-soft", "tr-hard", "simpo", "soft"])
+def test_accumulation_equals_one_big_batch(name, run_dpo):
+    """Also of what is remembered between steps: four steps, the windows whole or in pieces."""
+    flags = [*FLAGS[name], "--eval-data", ""]
+    whole = record_gradients(train_dpo, lambda: run_dpo(*flags, out="whole"))
+    split = record_gradients(train_dpo, lambda: run_dpo(*flags, "--micro-batch-size", "3", out="split"))
+    assert len(whole) == len(split) == 4
+    for one, two in zip(itertools.chain(*whole), itertools.chain(*split), strict=True):
+        assert (one - two).abs().max() <= 1e-4 * one.abs().max().clamp(min=1e-3)
+
+
+def test_two_ranks_equal_one_process_with_everything_on(run_dpo, tmp_path):
+    """delta meets across ranks, both references move alike, and a rank's last micro-batch may be empty."""
+    flags = [*FLAGS["mpo"], "--tr-alpha", "0.5", "--eval-data", "", "--micro-batch-size", "1"]
+    alone = record_gradients(train_dpo, lambda: run_dpo(*flags, out="one"))
+
+    def on_two_ranks(arguments):
+        result = torchrun(2, "-m", "tests.loops", "train_dpo", str(tmp_path / "two.pt"), *arguments)
+        assert result.returncode == 0, result.stderr
+
+    run_dpo(*flags, out="two", command=on_two_ranks)
+    together = torch.load(tmp_path / "two.pt", weights_only=True)
+    for one, two in zip(itertools.chain(*alone), itertools.chain(*together), strict=True):
+        assert (one - two).abs().max() <= 2e-4 * one.abs().max().clamp(min=1e-3)
+
+
+def test_the_reference_follows_in_the_loop(run_dpo):
+    """Copied at every step it is the policy, and each loss is ln 2 again; at every other step, every other."""
+
+    def losses(*flags):
+        return [row["loss"] for row in metrics(run_dpo(*flags)) if "loss" in row]
+
+    ln2 = pytest.approx(math.log(2), abs=1e-6)
+    assert losses("--tr-every", "1") == [ln2] * 4
+    alternate = losses("--tr-every", "2")
+    assert alternate[0::2] == [ln2] * 2 and all(loss != ln2 for loss in alternate[1::2])
+    assert losses("--tr-alpha", "1") == [ln2] * 4
+    assert all(loss != ln2 for loss in losses()[1:])
+
+
+def test_soft_reads_the_labels_of_the_data(run_dpo, tokenizer):
+    """By pair: another label is another gradient. Scores count by their difference, times the scale."""
+    folder = run_dpo("--loss", "soft", "--score-scale", "0.5", "--batch-size", "7", "--epochs", "1")
+    probabilities = [s(0.5 * (i + 0.5)) if i % 2 else s(0.5 * math.log(4)) for i in range(7)]
+    model = load_model(folder.parent / "start")
+    stream = build_stream(open_store(folder.parent / "labelled.jsonl", "preferences", tokenizer, 512), range(7))
+    chosen, rejected = stream.sum_by_side(model(stream))
+    # Where policy is reference the slope in h is sigmoid(0) - p.
+    ((0.5 - torch.tensor(probabilities)) * 0.1 * (chosen - rejected)).mean().backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    row = next(row for row in metrics(folder) if "grad_norm" in row)
+    assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_soft_needs_labels(run_dpo, write_jsonl):
+    """Said before a step is made, with the line. Other losses do not ask."""
+    rows = [as_record(pair) for pair in RAGGED]
+    rows[0] |= {"score_chosen": 2, "score_rejected": 1}
+    path = write_jsonl("bare.jsonl", rows)
+    with pytest.raises(InputError, match=rf"{path}:2: --loss soft needs score_chosen and score_rejected, or"):
+        run_dpo("--loss", "soft", data=path)
+    run_dpo("--max-steps", "1", data=path)
