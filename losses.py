@@ -281,8 +281,8 @@ def aot_unpaired(
 
     The rewards of good answers should lie above those of bad ones at every quantile, whoever met whom.
     """
-    margins = chosen_logratios.sort().values - rejected_logratios.sort().values
-    return cross_entropy(beta * margins, 1 - label_smoothing)
+    quantiles = chosen_logratios.sort().values - rejected_logratios.sort().values
+    return cross_entropy(beta * quantiles, 1 - label_smoothing)
 
 
 # ---- Without a reference

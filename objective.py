@@ -75,7 +75,7 @@ class Pairs:
     chosen_tails: Tensor | None = None  # what of a log-ratio lies beyond the length of the shorter answer
     rejected_tails: Tensor | None = None
     score_margins: Tensor | None = None  # score_chosen - score_rejected, of the data
-    weights: Tensor | None = None  # WPO's
+    pair_weights: Tensor | None = None  # WPO's
 
     @classmethod
     def of(
@@ -91,11 +91,12 @@ class Pairs:
         tails = (policy_logps - reference_logps) * stream.beyond_the_shorter()
         if score_margins is not None:
             score_margins = policy_logps.new_tensor(score_margins)
-        weights = None
+        pair_weights = None
         if collision_logps is not None:
-            weights = wpo_weights(*stream.sum_by_side(policy_logps.detach() - collision_logps), *lengths)
+            surprise = stream.sum_by_side(policy_logps.detach() - collision_logps)
+            pair_weights = wpo_weights(*surprise, *lengths)
         sums = stream.sum_by_side(policy_logps), stream.sum_by_side(reference_logps)
-        return cls(*sums[0], *sums[1], *lengths, *stream.sum_by_side(tails), score_margins, weights)
+        return cls(*sums[0], *sums[1], *lengths, *stream.sum_by_side(tails), score_margins, pair_weights)
 
     @property
     def chosen_logratios(self) -> Tensor:
@@ -191,7 +192,7 @@ class Objective:
             rewards = self.settings.beta * (chosen + rejected).detach() / 2
             seen = torch.stack([rewards.sum(), rewards.new_tensor(len(rewards))])
             self.under_way = seen if self.under_way is None else self.under_way + seen
-        return losses * pairs.weights if self.settings.wpo else losses
+        return losses * pairs.pair_weights if self.settings.wpo else losses
 
     def score(self, logratios: Tensor) -> Tensor:
         """What the divergence makes of log-ratios; DPO's reverse KL leaves them as they are."""

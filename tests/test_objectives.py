@@ -585,10 +585,10 @@ def test_pairs_of_a_stream_are_those_of_single_sequences(layout, stored, tokeniz
             expected[f"{name}_lengths"].append(torch.tensor(float(len(side["p"])), dtype=torch.float64))
             expected[f"{name}_tails"].append((side["p"] - side["q"])[shorter:].sum())
             surprise = surprise + (side["p"] - side["collisions"]).mean()
-        expected["weights"].append(surprise.exp().clamp(max=1))
+        expected["pair_weights"].append(surprise.exp().clamp(max=1))
     for name, values in expected.items():
         torch.testing.assert_close(getattr(found, name), torch.stack(values), rtol=1e-9, atol=1e-9, msg=name)
-    assert not found.weights.requires_grad and found.chosen_tails.any() and found.rejected_tails.any()
+    assert not found.pair_weights.requires_grad and found.chosen_tails.any() and found.rejected_tails.any()
 
 
 def test_collisions_of_two_tokens_by_hand():
@@ -608,7 +608,7 @@ def test_collisions_of_two_tokens_by_hand():
 def test_wpo_weighs_losses_and_has_no_gradient_of_its_own(name):
     """A weight with a gradient teaches the policy to find its own pairs unlikely."""
     weights = torch.linspace(0.1, 1, 6, dtype=torch.float64)
-    pairs = make_pairs(weights=weights)
+    pairs = make_pairs(pair_weights=weights)
     plain, weighed = objective(name)(pairs), objective(name, wpo=True)(pairs)
     torch.testing.assert_close(weighed, plain * weights)
     for found, expected in zip(gradients(weighed, pairs), gradients(plain, pairs), strict=True):
@@ -662,9 +662,9 @@ def test_tr_dpo_by_copies():
     """pi_ref <- pi at every third step, bit for bit, and not a copy of the pointer."""
     made, model, reference = objective(tr_every=3), Bare(0.1), Bare(0.7).requires_grad_(False)
     for step in range(1, 7):
+        before = reference.weight.clone()
         with torch.no_grad():
             model.weight.mul_(1.1)
-        before = reference.weight.clone()
         made.after_step(step, model, reference, lambda x: x)
         assert torch.equal(reference.weight, model.weight if step % 3 == 0 else before)
 
@@ -676,7 +676,7 @@ def test_other_objectives_leave_the_reference_alone():
 
 
 def run_steps(made: Objective, steps: list[list[list[int]]], sum_over_ranks=lambda x: x) -> list[float]:
-    """Train on rows of (A, B), step by step, micro-batch by micro-batch: delta before each step, and at last."""
+    """Train on rows of (A, B), by steps and micro-batches: delta before each step, and after the last."""
     deltas = []
     for step, micro_batches in enumerate(steps, start=1):
         deltas.append(made.delta)
@@ -744,7 +744,7 @@ def test_only_bco_talks_between_ranks():
 @pytest.mark.parametrize("options", [{}, {"wpo": True}, {"ld_alpha": 0.5}], ids=["plain", "wpo", "ld"])
 @pytest.mark.parametrize("name", ["sigmoid", "bco_pair", "nca_pair"])
 def test_evaluation_does_not_depend_on_its_batches(name, options, stored, tokenizer):
-    """A mean of the means of batches weighs the last, short one too much. Coupled losses do depend on them."""
+    """A mean of the means of batches weighs a short one too much. (Coupled losses do depend on them.)"""
     model, reference = (make_model(tokenizer.vocab_size, seed=seed) for seed in (1, 2))
     made = objective(name, 0.1, DELTA, **options)
     whole, *others = (
@@ -827,6 +827,16 @@ def test_accumulation_equals_one_big_batch(name, run_dpo):
         assert (one - two).abs().max() <= 1e-4 * one.abs().max().clamp(min=1e-3)
 
 
+def test_delta_follows_the_rewards_of_the_loop(run_dpo, monkeypatch):
+    """Two steps over all seven pairs: delta is the mean of both rows, and of nothing else."""
+    made = []
+    monkeypatch.setattr(train_dpo, "Objective", lambda settings: made.append(Objective(settings)) or made[0])
+    rows = [row for row in metrics(run_dpo("--loss", "bco_pair", "--batch-size", "7")) if "loss" in row]
+    means = [(row["rewards/chosen"] + row["rewards/rejected"]) / 2 for row in rows]
+    assert len(means) == 2 and made[0].reward_count == 14
+    assert made[0].delta == pytest.approx(sum(means) / 2, rel=1e-5) and abs(made[0].delta) > 1e-4
+
+
 def test_two_ranks_equal_one_process_with_everything_on(run_dpo, tmp_path):
     """delta meets across ranks, both references move alike, and a rank's last micro-batch may be empty."""
     flags = [*FLAGS["mpo"], "--tr-alpha", "0.5", "--eval-data", "", "--micro-batch-size", "1"]
@@ -843,7 +853,7 @@ def test_two_ranks_equal_one_process_with_everything_on(run_dpo, tmp_path):
 
 
 def test_the_reference_follows_in_the_loop(run_dpo):
-    """Copied at every step it is the policy, and each loss is ln 2 again; at every other step, every other."""
+    """Copied at every step it is the policy, so each loss is ln 2; at every other step, every other is."""
 
     def losses(*flags):
         return [row["loss"] for row in metrics(run_dpo(*flags)) if "loss" in row]
@@ -861,7 +871,8 @@ def test_soft_reads_the_labels_of_the_data(run_dpo, tokenizer):
     folder = run_dpo("--loss", "soft", "--score-scale", "0.5", "--batch-size", "7", "--epochs", "1")
     probabilities = [s(0.5 * (i + 0.5)) if i % 2 else s(0.5 * math.log(4)) for i in range(7)]
     model = load_model(folder.parent / "start")
-    stream = build_stream(open_store(folder.parent / "labelled.jsonl", "preferences", tokenizer, 512), range(7))
+    data = open_store(folder.parent / "labelled.jsonl", "preferences", tokenizer, 512)
+    stream = build_stream(data, range(7))
     chosen, rejected = stream.sum_by_side(model(stream))
     # Where policy is reference the slope in h is sigmoid(0) - p.
     ((0.5 - torch.tensor(probabilities)) * 0.1 * (chosen - rejected)).mean().backward()

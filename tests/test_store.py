@@ -51,7 +51,7 @@ def test_rows_are_the_records_in_order(tokenizer, ragged):
 
 
 def test_score_margins_are_those_of_the_records(tokenizer, write_jsonl):
-    """A difference of scores, or the logit of a win probability, which goes first; NaN where there is neither."""
+    """A difference of scores, or the logit of a win probability, which goes first; NaN without either."""
     labels = [
         ({}, math.nan),
         ({"score_chosen": 9, "score_rejected": 7.5}, 1.5),
