@@ -649,7 +649,7 @@ MUTANTS = [
         "objective.py",
         "require(not both,",
         "require(True,",
-        OBJECTIVES + "test_what_makes_no_sense_is_refused[--tr-alpha moves the reference at every step, --tr]",
+        OBJECTIVES + "test_what_makes_no_sense_is_refused[--tr-alpha moves the reference at ev]",
     ),
     Mutant(
         "tr-alpha-turned",
@@ -689,7 +689,7 @@ MUTANTS = [
         "objective.py",
         'name == "beta" or name in looks_at or not those',
         "True",
-        OBJECTIVES + "test_what_makes_no_sense_is_refused[--label-smoothing means nothing to --loss soft]",
+        OBJECTIVES + "test_what_makes_no_sense_is_refused[--label-smoothing means nothing to -1]",
     ),
     Mutant(
         "rewards-by-length",

@@ -15,6 +15,7 @@ import train_dpo
 import train_sft
 from dataset.records import PREFERENCE_SHAPES, SFT_SHAPES
 from errors import InputError
+from losses import LOSSES
 from tests.loops import ROOT
 from training.settings import parse
 
@@ -136,6 +137,12 @@ def test_readme_shows_every_data_shape():
     """A shape that is accepted but not shown is found by nobody."""
     for shape in [*PREFERENCE_SHAPES.values(), *SFT_SHAPES.values()]:
         assert f"{shape.description} | `{json.dumps(shape.example)}`" in README.read_text("utf-8")
+
+
+def test_readme_lists_every_loss():
+    """One row each, in the order of losses.py."""
+    table = README.read_text("utf-8").split("<!-- losses -->")[1].split("<!-- end -->")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.M) == list(LOSSES)
 
 
 def test_readme_names_files_that_exist():

@@ -21,7 +21,7 @@ def verdicts(request, tmp_path_factory) -> dict[str, list[str]]:
     names = [mutant.name for mutant in MUTANTS if f"test_mutant_is_killed[{mutant.name}]" in asked]
     names += [check.name for check in CHECKS]
     command = [sys.executable, "-m", "tests.mutants", *names, "--json", str(file)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert file.exists(), result.stdout + result.stderr
     return json.loads(file.read_text())
 

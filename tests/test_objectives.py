@@ -515,7 +515,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("settings, reason", REFUSED, ids=[reason[:50] for _, reason in REFUSED])
+@pytest.mark.parametrize("settings, reason", REFUSED, ids=[reason[:36] for _, reason in REFUSED])
 def test_what_makes_no_sense_is_refused(settings, reason):
     """An option that is silently ignored is the commonest lie of the libraries."""
     with pytest.raises(InputError, match=re.escape(reason)):
