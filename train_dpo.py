@@ -107,10 +107,11 @@ def train(settings: Settings, world) -> None:
                     with torch.no_grad():
                         reference_logps = reference(stream)  # (N,)
 
-                # A response's log-prob is the sum over its tokens: (N,) to (B,) for each side and model.
-                labels = pairs.score_margins[rows]
+                # A response's log-prob is the sum over its tokens: (N,) to (B,) for each side and model. DPO:
+                # -log sigmoid(beta [(policy - reference)(chosen) - (policy - reference)(rejected)])
+                labels = pairs.score_margins[rows]  # (B,), which only --loss soft looks at
                 batch = Pairs.of(stream, policy_logps, reference_logps, labels, collisions)
-                losses = objective(batch, training=True)  # (B,); for DPO -log sigmoid(beta * margins)
+                losses = objective(batch, training=True)  # (B,)
                 # A mean over the window, however it was dealt. Ranks' gradients are averaged, hence `ranks`.
                 precision.scaler.scale(losses.sum() * world.ranks / len(window)).backward()
             meter.add(len(rows), pair_metrics(losses, batch, settings.beta))
