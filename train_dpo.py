@@ -106,15 +106,19 @@ def train(settings: Settings, world) -> None:
                     )
                     with torch.no_grad():
                         reference_logps = reference(stream)  # (N,)
+                aux_loss = model.aux_loss()  # how unevenly the policy loads its experts; 0 if it has none
 
                 # A response's log-prob is the sum over its tokens: (N,) to (B,) for each side and model. DPO:
                 # -log sigmoid(beta [(policy - reference)(chosen) - (policy - reference)(rejected)])
                 labels = pairs.score_margins[rows]  # (B,), which only --loss soft looks at
                 batch = Pairs.of(stream, policy_logps, reference_logps, labels, collisions)
                 losses = objective(batch, training=True)  # (B,)
-                # A mean over the window, however it was dealt. Ranks' gradients are averaged, hence `ranks`.
-                precision.scaler.scale(losses.sum() * world.ranks / len(window)).backward()
-            meter.add(len(rows), pair_metrics(losses, batch, settings.beta))
+                # A mean over the window, however it was dealt: each pair carries the balance of its stream.
+                # Ranks' gradients are averaged, hence `ranks`.
+                total = (losses + model.config.router_aux_loss_coef * aux_loss).sum()
+                precision.scaler.scale(total * world.ranks / len(window)).backward()
+            figures = pair_metrics(losses, batch, settings.beta)
+            meter.add(len(rows), {**figures, "aux_loss": aux_loss * len(rows)})
 
         grad_norm = clip_gradients(optimizer, precision.scaler, settings.grad_clip, step, pairs.lines[window])
         precision.scaler.step(optimizer)

@@ -84,10 +84,13 @@ def train(settings: Settings, world) -> None:
             with exchange_gradients(policy, when=number == len(micro_batches)):
                 with precision.autocast():
                     losses = -policy(stream)  # (N,) -log pi(y_t | x, y_<t)
+                aux_loss = model.aux_loss()  # how unevenly the experts are loaded; 0 for a dense model
                 # A mean over the window's tokens, however they were dealt: a mean of micro-batch means would
-                # weigh the tokens of short batches more. Ranks' gradients are averaged, hence `ranks`.
-                precision.scaler.scale(losses.sum() * world.ranks / window_tokens).backward()
-            meter.add(len(losses), {"loss": losses.sum()})
+                # weigh the tokens of short batches more. Each token carries the balance of its stream, too.
+                # Ranks' gradients are averaged, hence `ranks`.
+                total = (losses + model.config.router_aux_loss_coef * aux_loss).sum()
+                precision.scaler.scale(total * world.ranks / window_tokens).backward()
+            meter.add(len(losses), {"loss": losses.sum(), "aux_loss": aux_loss * len(losses)})
 
         grad_norm = clip_gradients(
             optimizer, precision.scaler, settings.grad_clip, step, conversations.lines[window]

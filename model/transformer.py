@@ -1,8 +1,8 @@
 """A decoder-only transformer of the Llama / Qwen family, over a flat run of tokens.
 
 RMSNorm, rotary positions, grouped-query attention, SwiGLU; optional QK-norm, attention bias, tied
-embeddings. No dropout anywhere: DPO compares two models on the same tokens, and noise between them is a
-bug. Modules are named as in Hugging Face's Llama, so that checkpoints map name by name.
+embeddings, mixture of experts. No dropout anywhere: DPO compares two models on the same tokens, and noise
+between them is a bug. Modules are named as in Hugging Face's Llama, so that checkpoints map name by name.
 """
 
 import math
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import InputError
+from model.moe import MixtureOfExperts
 from model.stream import TokenStream
 
 
@@ -32,6 +33,12 @@ class ModelConfig:
     tie_word_embeddings: bool = True
     attention_bias: bool = False  # on q, k and v, as in Qwen2
     qk_norm: bool = False  # RMSNorm of each query and key head, as in Qwen3
+    num_experts: int = 0  # feed-forward networks a layer to choose from (see moe.py); 0 is a dense model
+    num_experts_per_tok: int = 2  # how many of them each token is sent to
+    moe_intermediate_size: int | None = None  # of each expert; None means intermediate_size
+    norm_topk_prob: bool = True  # weights of a token's experts sum to 1; a single one then teaches no router
+    shared_expert_intermediate_size: int = 0  # of an expert that every token is sent to; 0 for none
+    router_aux_loss_coef: float = 0.001  # what the load-balancing loss is multiplied by
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
@@ -48,6 +55,13 @@ class ModelConfig:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.head_dim % 2:
             raise InputError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs")
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise InputError(
+                f"num_experts_per_tok {self.num_experts_per_tok} is not from 1 to num_experts "
+                f"{self.num_experts}"
+            )
+        if self.moe_intermediate_size is None:
+            object.__setattr__(self, "moe_intermediate_size", self.intermediate_size)
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -56,6 +70,7 @@ class ModelConfig:
 # Each preset leaves out `vocab_size`: the tokenizer decides it.
 PRESETS = {
     "tiny": dict(tie_word_embeddings=False),
+    "tiny-moe": dict(tie_word_embeddings=False, num_experts=4, moe_intermediate_size=352),
     "26m": dict(
         hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408, rope_theta=1e6
     ),
@@ -142,12 +157,21 @@ class Transformer(nn.Module):
             hidden, self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         )
 
+    def aux_loss(self) -> Tensor:
+        """The load-balancing loss of the last forward, a scalar: mean over layers, 0 for a dense model."""
+        if not self.config.num_experts:
+            return self.norm.weight.new_zeros(())
+        return torch.stack([layer.mlp.balance for layer in self.layers]).mean()
+
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.self_attn = Attention(config, index)
-        self.mlp = FeedForward(config)
+        if config.num_experts:
+            self.mlp = MixtureOfExperts(config, FeedForward)
+        else:
+            self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -183,11 +207,11 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

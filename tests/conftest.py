@@ -115,6 +115,13 @@ MODEL_OPTIONS = {
     "attention_bias": {"attention_bias": True},
     "one_key_head": {"num_key_value_heads": 1},
     "a_key_head_each": {"num_key_value_heads": 4},
+    "experts": {"num_experts": 4, "moe_intermediate_size": 10},
+    "one_expert_and_a_shared_one": {
+        "num_experts": 5,
+        "num_experts_per_tok": 1,
+        "norm_topk_prob": False,
+        "shared_expert_intermediate_size": 12,
+    },
     "all": {
         "tie_word_embeddings": False,
         "qk_norm": True,
@@ -200,7 +207,8 @@ def plain_ids(tokenizer: ChatTokenizer, messages: list[Message], response: str) 
 def plain_logits(model: Transformer, ids: list[int]) -> Tensor:
     """The transformer once more, for one sequence: dense causal attention, one head at a time, (L, V).
 
-    Rotary positions are complex rotations, key heads are looked up by h // (H / G), norms are spelled out.
+    Rotary positions are complex rotations, key heads are looked up by h // (H / G), norms are spelled out,
+    and a token is shown to its experts one by one.
     """
     config, weights = model.config, model.state_dict(keep_vars=True)
 
@@ -217,6 +225,24 @@ def plain_logits(model: Transformer, ids: list[int]) -> Tensor:
         by = torch.complex(angles.cos(), angles.sin()).to(torch.complex128)
         turned = torch.complex(x[:, : size // 2].double(), x[:, size // 2 :].double()) * by
         return torch.cat([turned.real, turned.imag], dim=1).to(x.dtype)
+
+    def swiglu(x: Tensor, name: str) -> Tensor:
+        gated = F.silu(linear(x, f"{name}.gate_proj")) * linear(x, f"{name}.up_proj")
+        return linear(gated, f"{name}.down_proj")
+
+    def mixture(h: Tensor, name: str) -> Tensor:
+        outputs = []
+        for token in h:
+            router = linear(token, f"{name}.gate").exp()
+            best = sorted(range(config.num_experts), key=lambda e: -router[e].item())
+            best = best[: config.num_experts_per_tok]
+            whole = sum(router[e] for e in (best if config.norm_topk_prob else range(config.num_experts)))
+            y = sum(router[e] / whole * swiglu(token, f"{name}.experts.{e}") for e in best)
+            if config.shared_expert_intermediate_size:
+                how_much = 1 / (1 + (-linear(token, f"{name}.shared_expert_gate")).exp())
+                y = y + how_much * swiglu(token, f"{name}.shared_expert")
+            outputs.append(y)
+        return torch.stack(outputs)
 
     size, seen = config.head_dim, torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
     group = config.num_attention_heads // config.num_key_value_heads
@@ -237,8 +263,7 @@ def plain_logits(model: Transformer, ids: list[int]) -> Tensor:
             heads.append(scores.masked_fill(~seen, -torch.inf).softmax(1) @ value)
         x = x + linear(torch.cat(heads, dim=1), f"{name}.self_attn.o_proj")
         h = norm(x, f"{name}.post_attention_layernorm")
-        gated = F.silu(linear(h, f"{name}.mlp.gate_proj")) * linear(h, f"{name}.mlp.up_proj")
-        x = x + linear(gated, f"{name}.mlp.down_proj")
+        x = x + (mixture(h, f"{name}.mlp") if config.num_experts else swiglu(h, f"{name}.mlp"))
     head = "embed_tokens" if config.tie_word_embeddings else "lm_head"
     return linear(norm(x, "norm"), head)
 

@@ -45,6 +45,7 @@ class Mutant:
 STREAM, MODEL, LOSSES = "tests/test_stream.py::", "tests/test_model.py::", "tests/test_losses.py::"
 LOOPS, OBJECTIVES = "tests/test_loops.py::", "tests/test_objectives.py::"
 CLOSED = OBJECTIVES + "test_value_and_gradient_are_the_closed_form"
+MOE = "tests/test_moe.py::"
 GENERATE, TOKENIZER, STORE = "tests/test_generate.py::", "tests/test_tokenizer.py::", "tests/test_store.py::"
 
 MUTANTS = [
@@ -234,6 +235,95 @@ MUTANTS = [
         "{id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}",
         "set()",
         MODEL + "test_weight_decay_is_for_matrices[all]",
+    ),
+    # ---- Mixture of experts
+    Mutant(
+        "expert-weights-of-all-experts",
+        "The chosen experts' weights sum to less than 1 where the checkpoint was trained with a sum of 1.",
+        "model/moe.py",
+        "weights = weights / weights.sum(dim=-1, keepdim=True)",
+        "weights = weights",
+        MOE + "test_mixture_equals_a_loop_over_tokens_and_experts[shape0]",
+    ),
+    Mutant(
+        "weight-of-the-other-expert",
+        "Each of a token's experts gets the weight of another one.",
+        "model/moe.py",
+        "y = (weights[..., None] * outputs)",
+        "y = (weights.flip(-1)[..., None] * outputs)",
+        MOE + "test_mixture_equals_a_loop_over_tokens_and_experts[shape1]",
+    ),
+    Mutant(
+        "experts-weighted-twice",
+        "What enters an expert is weighted, and what leaves it once more.",
+        "model/moe.py",
+        "parts = x[order // self.chosen_per_token].split(",
+        "parts = (weights.flatten()[order, None] * x[order // self.chosen_per_token]).split(",
+        MOE + "test_mixture_equals_a_loop_over_tokens_and_experts[shape4]",
+    ),
+    Mutant(
+        "experts-answer-other-tokens",
+        "What the experts said is not put back in the order of the tokens.",
+        "model/moe.py",
+        "outputs[order.argsort()]",
+        "outputs[order]",
+        "tests/test_generate.py::test_cache_equals_the_full_forward[chunks0-experts]",
+    ),
+    Mutant(
+        "shared-expert-not-gated",
+        "The shared expert counts in full for every token.",
+        "model/moe.py",
+        "self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)",
+        "self.shared_expert(x)",
+        MOE + "test_mixture_equals_a_loop_over_tokens_and_experts[shape3]",
+    ),
+    Mutant(
+        "idle-experts-left-out",
+        "An expert without a token on one rank has no gradient there, and the other ranks wait for it.",
+        "model/moe.py",
+        "expert(part) for expert, part in zip(self.experts, parts, strict=True)",
+        "expert(part) for expert, part in zip(self.experts, parts, strict=True) if len(part)",
+        MOE + "test_experts_without_a_token_have_zero_gradients_not_none[1]",
+    ),
+    Mutant(
+        "balance-not-times-experts",
+        "Its least value then depends on how many experts there are, and so does what a coefficient means.",
+        "model/moe.py",
+        "return experts * (chosen_share",
+        "return (chosen_share",
+        MOE + "test_balance_is_k_when_even_and_rises_to_the_number_of_experts[4-2]",
+    ),
+    Mutant(
+        "balance-of-no-tokens",
+        "A rank without a record divides by 0, and its NaN is what all ranks log.",
+        "model/moe.py",
+        "max(1, len(probabilities))",
+        "len(probabilities)",
+        MOE + "test_experts_without_a_token_have_zero_gradients_not_none[0]",
+    ),
+    Mutant(
+        "balance-whole-in-every-micro-batch",
+        "With n micro-batches the load-balancing loss weighs n times as much.",
+        "train_dpo.py",
+        "(losses + model.config.router_aux_loss_coef * aux_loss).sum()",
+        "losses.sum() + model.config.router_aux_loss_coef * aux_loss * len(window)",
+        MOE + "test_each_window_counts_the_balance_once[dpo-2]",
+    ),
+    Mutant(
+        "balance-of-the-reference",
+        "The frozen copy's balance is added: the figure is right at first, and moves no router.",
+        "train_dpo.py",
+        "aux_loss = model.aux_loss()",
+        "aux_loss = reference.aux_loss()",
+        MOE + "test_each_window_counts_the_balance_once[dpo-5]",
+    ),
+    Mutant(
+        "balance-without-its-coefficient",
+        "The option is read, saved and shown, and never reaches the loss.",
+        "train_sft.py",
+        "(losses + model.config.router_aux_loss_coef * aux_loss).sum()",
+        "(losses + aux_loss).sum()",
+        MOE + "test_each_window_counts_the_balance_once[sft-5]",
     ),
     # ---- The objective
     Mutant(
@@ -995,24 +1085,24 @@ MUTANTS = [
         "dpo-mean-of-micro-batches",
         "Each micro-batch is divided by its own size, so pairs of small micro-batches weigh more.",
         "train_dpo.py",
-        "losses.sum() * world.ranks / len(window)",
-        "losses.mean() * world.ranks / len(micro_batches)",
+        "total * world.ranks / len(window)",
+        "total / len(rows) * world.ranks / len(micro_batches)",
         LOOPS + "test_accumulation_equals_one_big_batch[3-dpo]",
     ),
     Mutant(
         "sft-mean-of-micro-batches",
         "Each micro-batch is divided by its own tokens, so tokens of short answers weigh more.",
         "train_sft.py",
-        "losses.sum() * world.ranks / window_tokens",
-        "losses.mean() * world.ranks / len(micro_batches)",
+        "total * world.ranks / window_tokens",
+        "total / len(losses) * world.ranks / len(micro_batches)",
         LOOPS + "test_accumulation_equals_one_big_batch[1-sft]",
     ),
     Mutant(
         "tail-divided-by-full-batch",
         "The last short window is divided by --batch-size, so its pairs count less than all others.",
         "train_dpo.py",
-        "losses.sum() * world.ranks / len(window)",
-        "losses.sum() * world.ranks / settings.batch_size",
+        "total * world.ranks / len(window)",
+        "total * world.ranks / settings.batch_size",
         LOOPS + "test_last_short_window_is_a_step_of_its_own_size",
     ),
     Mutant(
@@ -1027,8 +1117,8 @@ MUTANTS = [
         "ranks-average-away",
         "DDP averages the ranks' gradients; without the factor two ranks learn at half the rate.",
         "train_dpo.py",
-        "losses.sum() * world.ranks / len(window)",
-        "losses.sum() / len(window)",
+        "total * world.ranks / len(window)",
+        "total / len(window)",
         LOOPS + "test_two_ranks_equal_one_process[train_dpo-pairs]",
     ),
     Mutant(
