@@ -348,3 +348,31 @@ LOSSES = {
     )
 }
 DIVERGENCES = {divergence.__name__: divergence for divergence in (reverse_kl, forward_kl, js, alpha)}
+
+
+# ---- A reward model instead of a policy
+
+
+def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
+    """A reward model's loss (Ouyang et al. 2022, arXiv 2203.02155, eq. 1): -log sigmoid(r(y_w) - r(y_l)).
+
+    Takes the (B,) rewards of each side and returns (B,) losses. Bradley & Terry (1952): the probability that
+    y_w is preferred is the sigmoid of the difference, so a constant added to all rewards changes nothing.
+    """
+    return -F.logsigmoid(chosen_rewards - rejected_rewards)
+
+
+# ---- What is logged
+
+
+def reward_metrics(losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:
+    """What is logged of B pairs, as sums over them under the field's names. A tie is half an accuracy."""
+    margins = chosen_rewards - rejected_rewards
+    values = {
+        "loss": losses,
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
+        "rewards/margins": margins,
+    }
+    return {name: value.detach().sum() for name, value in values.items()}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dataset.store import TokenStore
 from errors import InputError
-from losses import DIVERGENCES, LOSSES
+from losses import DIVERGENCES, LOSSES, reward_metrics
 from model.stream import TokenStream
 from training.settings import flag
 
@@ -125,23 +125,17 @@ def no_reference(stream: TokenStream) -> Tensor:
 
 
 def pair_metrics(losses: Tensor, pairs: Pairs, beta: float) -> dict[str, Tensor]:
-    """What is logged of B pairs, as sums over them under the field's names. A tie is half an accuracy.
+    """What is logged of B pairs, as sums over them under the field's names.
 
     Rewards are beta times the log-ratios of whole answers, whatever the losses look at, so that runs with
     different objectives can be compared. Without a reference they are beta log pi.
     """
     chosen_rewards, rejected_rewards = beta * pairs.chosen_logratios, beta * pairs.rejected_logratios
-    margins = chosen_rewards - rejected_rewards
-    values = {
-        "loss": losses,
-        "rewards/chosen": chosen_rewards,
-        "rewards/rejected": rejected_rewards,
-        "rewards/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
-        "rewards/margins": margins,
-        "logps/chosen": pairs.policy_chosen_logps,
-        "logps/rejected": pairs.policy_rejected_logps,
+    return {
+        **reward_metrics(losses, chosen_rewards, rejected_rewards),
+        "logps/chosen": pairs.policy_chosen_logps.detach().sum(),
+        "logps/rejected": pairs.policy_rejected_logps.detach().sum(),
     }
-    return {name: value.detach().sum() for name, value in values.items()}
 
 
 # ---- The objective

@@ -94,6 +94,7 @@ class TokenStore:
         self.report = Report(**json.loads((folder / "report.json").read_text()))
         self.bounds = np.load(folder / "bounds.npy", mmap_mode="r")  # (rows, 2 + branches) offsets
         self.lines = np.load(folder / "lines.npy", mmap_mode="r")  # (rows,) line in the data file
+        self.records = np.load(folder / "records.npy", mmap_mode="r")  # (rows,) place among its records
         self.tokens = np.memmap(folder / "tokens.bin", np.int32, "r")
         self.supervised = np.memmap(folder / "supervised.bin", np.bool_, "r")
         self.targets = np.load(folder / "targets.npy", mmap_mode="r")  # (rows,) supervised tokens
@@ -168,9 +169,10 @@ def _build(folder: Path, path: Path, content: str, kind, tokenizer, max_length, 
 def _write(folder: Path, path: Path, kind, tokenizer, max_length, shape, skip_bad) -> None:
     read = {"preferences": read_preferences, "conversations": read_conversations}[kind]
     report, bad = Report(), 0
-    bounds, lines, targets, margins, offset = array("q"), array("q"), array("q"), array("d"), 0
+    bounds, lines, places, targets, margins = (array(code) for code in "qqqqd")
+    offset = 0
     with open(folder / "tokens.bin", "wb") as tokens, open(folder / "supervised.bin", "wb") as supervised:
-        for record in read(path, shape):
+        for place, record in enumerate(read(path, shape)):
             if isinstance(record, DataError):
                 if not skip_bad:
                     raise record
@@ -190,6 +192,7 @@ def _write(folder: Path, path: Path, kind, tokenizer, max_length, shape, skip_ba
                 offset += len(ids)
                 bounds.append(offset)
             lines.append(record.line)
+            places.append(place)
             targets.append(sum(sum(mask) for _, mask in branches))
             margins.append(score_margin(record))
     if bad > BAD_SHARE * report.total():
@@ -198,6 +201,7 @@ def _write(folder: Path, path: Path, kind, tokenizer, max_length, shape, skip_ba
         raise InputError(f"{path}: no record is left to train on: {report}")
     np.save(folder / "bounds.npy", np.asarray(bounds).reshape(report.kept, -1))
     np.save(folder / "lines.npy", np.asarray(lines))
+    np.save(folder / "records.npy", np.asarray(places))
     np.save(folder / "targets.npy", np.asarray(targets))
     np.save(folder / "score_margins.npy", np.asarray(margins))
     (folder / "report.json").write_text(json.dumps(report.__dict__))

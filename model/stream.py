@@ -41,8 +41,7 @@ class TokenStream:
 
     def sum_by_side(self, token_logps: Tensor) -> tuple[Tensor, Tensor]:
         """The same for pairs: (N,) token log-probs to the (B,) sums of the chosen and the rejected side."""
-        chosen, rejected = self.sum_by_response(token_logps).view(-1, 2).unbind(1)
-        return chosen, rejected
+        return sides(self.sum_by_response(token_logps))
 
     def lengths(self) -> Tensor:
         """|y|: the supervised tokens of each response, its end token included, (R,)."""
@@ -58,6 +57,13 @@ class TokenStream:
         shorter = lengths.view(-1, 2).amin(1).repeat_interleave(2)  # (R,)
         places = torch.arange(len(self.owners), device=self.owners.device) - starts[self.owners]
         return places >= shorter[self.owners]
+
+    def last_tokens(self) -> Tensor:
+        """Where each response ends, (R,): at the last token of a segment that is nobody's prefix."""
+        segments = self.segments.tolist()
+        prefixes = {(start, end) for _, _, start, end in segments}  # (0, 0) also where there is none
+        ends = [end for start, end, _, _ in segments if (start, end) not in prefixes]
+        return torch.tensor(ends, dtype=torch.long, device=self.tokens.device) - 1
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Each segment's queries see its prefix and, causally, themselves.
@@ -84,14 +90,18 @@ class TokenStream:
         each segment is a block, and its prefix another.
         """
         runs: list[list[list[int]]] = []
+        room = 0  # what the last run has left, if it is one of whole trees
         for tree in self._trees():
-            room = BLOCK - (tree[-1][1] - runs[-1][0][0]) if runs else -1
-            if room >= 0:
+            length = tree[-1][1] - tree[0][0]
+            if length <= room:
                 runs[-1] += tree
-            elif tree[-1][1] - tree[0][0] <= BLOCK:
+                room -= length
+            elif length <= BLOCK:
                 runs.append(tree)
+                room = BLOCK - length
             else:
                 runs += [[segment] for segment in tree]
+                room = 0
         block_at = {run[0][0]: index for index, run in enumerate(runs)}
         return [Block.of(run, block_at, self.tokens.device) for run in runs]
 
@@ -104,6 +114,12 @@ class TokenStream:
                 trees.append([])
             trees[-1].append(segment)
         return trees
+
+
+def sides(values: Tensor) -> tuple[Tensor, Tensor]:
+    """What responses have, (R,), to the chosen and the rejected side's, each (B,): they lie by turns."""
+    chosen, rejected = values.view(-1, 2).unbind(1)
+    return chosen, rejected
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,8 @@ PRESETS = {
 class Transformer(nn.Module):
     """``model(stream)`` gives the log-probability of every supervised token."""
 
+    kind = "language model"  # as a model folder calls it
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config

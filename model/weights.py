@@ -14,7 +14,7 @@ def save_model(folder: Path, model: Transformer, **settings) -> None:
     """Write the weights as they are, bit for bit, and the config; `settings` are kept beside the shape."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "model.pt", lambda file: torch.save(model.state_dict(), file))
-    config = {"model": model.config.to_dict(), **settings}
+    config = {"kind": model.kind, "model": model.config.to_dict(), **settings}
     write_whole(
         folder / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode() + b"\n")
     )
@@ -30,13 +30,14 @@ def write_whole(path: Path, write) -> None:
     os.replace(unfinished, path)
 
 
-def load_model(folder: str | Path, device="cpu") -> Transformer:
+def load_model(folder: str | Path, device="cpu", model_class: type[Transformer] = Transformer) -> Transformer:
     """The model of a run folder, with every weight accounted for.
 
-    Raises `InputError` when the folder is none, or its weights do not fit its config.
+    Raises `InputError` when the folder is none or holds another kind of model, or its weights do not fit its
+    config.
     """
     folder = Path(folder)
-    config = model_config(folder)
+    config = model_config(folder, model_class.kind)
     try:
         weights = torch.load(folder / "model.pt", map_location=device, weights_only=True)
     except FileNotFoundError:
@@ -46,7 +47,7 @@ def load_model(folder: str | Path, device="cpu") -> Transformer:
             f"{folder / 'model.pt'}: unreadable ({str(error).partition(chr(10))[0] or 'it is empty'})"
         ) from None
     with torch.device("meta"):
-        model = Transformer(config)
+        model = model_class(config)
     model.to_empty(device=device)
     try:
         model.load_state_dict(weights, strict=True)
@@ -55,11 +56,17 @@ def load_model(folder: str | Path, device="cpu") -> Transformer:
     return model
 
 
-def model_config(folder: Path) -> ModelConfig:
+def model_config(folder: Path, kind: str) -> ModelConfig:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return ModelConfig(**config["model"])
+        shape, found = ModelConfig(**config["model"]), config.get("kind", Transformer.kind)
     except FileNotFoundError:
         raise InputError(f"{folder}: no model folder (it has no config.json)") from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / 'config.json'}: not the config of a model ({error})") from None
+    if found != kind:
+        raise InputError(
+            f"{folder} holds a {found}, not a {kind}: train_sft.py and train_dpo.py make language models, "
+            "train_reward.py makes reward models"
+        )
+    return shape

@@ -205,7 +205,13 @@ def plain_ids(tokenizer: ChatTokenizer, messages: list[Message], response: str) 
 
 
 def plain_logits(model: Transformer, ids: list[int]) -> Tensor:
-    """The transformer once more, for one sequence: dense causal attention, one head at a time, (L, V).
+    """The scores of each next token, (L, V)."""
+    head = "embed_tokens" if model.config.tie_word_embeddings else "lm_head"
+    return plain_hidden(model, ids) @ model.state_dict(keep_vars=True)[f"{head}.weight"].T
+
+
+def plain_hidden(model: Transformer, ids: list[int]) -> Tensor:
+    """The transformer once more, for one sequence: dense causal attention, one head at a time, (L, d).
 
     Rotary positions are complex rotations, key heads are looked up by h // (H / G), norms are spelled out,
     and a token is shown to its experts one by one.
@@ -264,8 +270,7 @@ def plain_logits(model: Transformer, ids: list[int]) -> Tensor:
         x = x + linear(torch.cat(heads, dim=1), f"{name}.self_attn.o_proj")
         h = norm(x, f"{name}.post_attention_layernorm")
         x = x + (mixture(h, f"{name}.mlp") if config.num_experts else swiglu(h, f"{name}.mlp"))
-    head = "embed_tokens" if config.tie_word_embeddings else "lm_head"
-    return linear(norm(x, "norm"), head)
+    return norm(x, "norm")
 
 
 def plain_logp(model: Transformer, prompt: list[int], response: list[int]) -> Tensor:

@@ -1,0 +1,443 @@
+"""The reward model: what it reads, what its loss is, how it trains, and the scores that it writes back.
+
+    python -m pytest tests/test_reward.py
+"""
+
+import gzip
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_reward
+from dataset.packing import LAYOUTS, Windows, build_stream
+from dataset.records import read_preferences
+from dataset.store import open_store
+from errors import InputError
+from losses import bradley_terry_loss, reward_metrics
+from model.reward import RewardModel
+from model.stream import sides
+from model.transformer import Transformer
+from model.weights import load_model, save_model, write_whole
+from tests.conftest import MODEL_OPTIONS, RAGGED, as_record, make_model, plain_hidden, plain_ids
+from tests.loops import metrics, record_gradients, torchrun, weights
+from training.distributed import Precision, World
+from training.schedule import adamw
+from training.settings import SAMPLE
+
+RECORDS = [as_record(pair) for pair in RAGGED]
+
+
+def make_reward_model(vocab_size: int, dtype=torch.float64, seed=0, **options) -> RewardModel:
+    """A random body, and a head that is no longer zeros."""
+    model = RewardModel.from_language_model(make_model(vocab_size, torch.float64, seed, **options))
+    with torch.no_grad():
+        model.score.weight.normal_(generator=torch.Generator().manual_seed(seed))
+    return model.to(dtype)
+
+
+@pytest.fixture
+def pairs(tokenizer, ragged):
+    return open_store(ragged, "preferences", tokenizer, 512)
+
+
+# ---- The model
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("option", MODEL_OPTIONS)
+def test_rewards_equal_brute_force(option, layout, tokenizer, pairs):
+    """Read one token off, at the end of the prompt or of the other side, a reward still learns something.
+
+    So each pair of the raw file goes alone through a model that is written out in another way, and the state
+    after its last token, the end token, meets the head.
+    """
+    model = make_reward_model(tokenizer.vocab_size, **MODEL_OPTIONS[option])
+    with torch.no_grad():
+        got = torch.stack(sides(model(build_stream(pairs, range(len(pairs)), layout))), dim=1)
+        for row, (prompt, *answers) in enumerate(RAGGED):
+            for side, answer in enumerate(answers):
+                before, response = plain_ids(tokenizer, prompt, answer)
+                hidden = plain_hidden(model, before + response)
+                expected = sum(h * w for h, w in zip(hidden[-1], model.score.weight[0], strict=True))
+                torch.testing.assert_close(got[row, side], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_last_tokens_are_end_tokens(layout, tokenizer, pairs):
+    """Also of an answer of one token, whose predictor stands in the prompt; and none of no answers."""
+    stream = build_stream(pairs, range(len(pairs)), layout)
+    last = stream.last_tokens()
+    assert len(last) == stream.responses == 2 * len(pairs)
+    assert (stream.tokens[last] == tokenizer.end_id).all()
+    for response, place in enumerate(last.tolist()):
+        assert place == stream.predictors[stream.owners == response].max() + 1
+
+    class OnePair:
+        def row(self, index):
+            prompt, yes = np.array([5, 6, 7]), np.ones(1, bool)
+            return [(prompt, np.zeros(3, bool)), (np.array([8]), yes), (np.array([9]), yes)]
+
+    short = build_stream(OnePair(), [0, 0], layout)
+    assert short.tokens[short.last_tokens()].tolist() == [8, 9, 8, 9]
+    assert build_stream(pairs, [], layout).last_tokens().tolist() == []
+
+
+def test_last_tokens_of_conversations(tokenizer, write_jsonl):
+    rows = [{"prompt": "Hi", "response": "Hello"}, {"prompt": "1", "response": "2 3"}]
+    store = open_store(write_jsonl("chats.jsonl", rows), "conversations", tokenizer, 512)
+    stream = build_stream(store, [0, 1])
+    ends = [int(stream.predictors[stream.owners == response].max()) + 1 for response in (0, 1)]
+    assert stream.last_tokens().tolist() == ends and (stream.tokens[ends] == tokenizer.end_id).all()
+
+
+@pytest.mark.parametrize("option", ["all", "experts"])
+def test_forked_equals_twin(option, tokenizer, pairs):
+    """Values and gradients: a prompt that is computed once must learn from both sides."""
+    model = make_reward_model(tokenizer.vocab_size, **MODEL_OPTIONS[option])
+    results = []
+    for layout in LAYOUTS:
+        rewards = model(build_stream(pairs, range(len(pairs)), layout))
+        loss = bradley_terry_loss(*sides(rewards)).mean()
+        results.append((rewards, torch.autograd.grad(loss, list(model.parameters()))))
+    (forked, forked_gradients), (twin, twin_gradients) = results
+    torch.testing.assert_close(forked, twin, rtol=0, atol=1e-10)
+    for a, b in zip(forked_gradients, twin_gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_fresh_reward_model_is_the_language_models_body(tied, tokenizer, pairs):
+    """All weights but the vocabulary matrix, which no gradient would reach; all answers worth 0 at first."""
+    language = make_model(tokenizer.vocab_size, tie_word_embeddings=tied)
+    model = RewardModel.from_language_model(language)
+    body = {name: value for name, value in language.state_dict().items() if name != "lm_head.weight"}
+    assert set(model.state_dict()) == {*body, "score.weight"}
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in body.items())
+    stream = build_stream(pairs, [0, 1])
+    rewards = model(stream)
+    assert rewards.dtype == torch.float64 and not rewards.any()
+    bradley_terry_loss(*sides(rewards)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters()) and model.score.weight.grad.any()
+
+
+def test_rewards_are_float32_under_autocast(tokenizer, pairs):
+    """In bf16 there are 256 numbers between 1 and 2 and many pairs would tie."""
+    model = make_reward_model(tokenizer.vocab_size, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        rewards = model(build_stream(pairs, range(len(pairs))))
+    assert rewards.dtype == torch.float32
+    assert (rewards != rewards.bfloat16().float()).any()
+
+
+def test_folders_tell_what_they_hold(tmp_path, tokenizer):
+    """A reward model that is asked to speak, or a language model to judge, would load all but one matrix."""
+    language = make_model(tokenizer.vocab_size, torch.float32)
+    reward = make_reward_model(tokenizer.vocab_size, torch.float32)
+    save_model(tmp_path / "language", language)
+    save_model(tmp_path / "reward", reward)
+    again = load_model(tmp_path / "reward", model_class=RewardModel)
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in reward.state_dict().items())
+    with pytest.raises(InputError, match="reward holds a reward model, not a language model"):
+        load_model(tmp_path / "reward")
+    with pytest.raises(InputError, match="language holds a language model, not a reward model"):
+        load_model(tmp_path / "language", model_class=RewardModel)
+    # Folders that were written before there were reward models hold language models.
+    config = json.loads((tmp_path / "language" / "config.json").read_text())
+    del config["kind"]
+    (tmp_path / "language" / "config.json").write_text(json.dumps(config))
+    assert type(load_model(tmp_path / "language")) is Transformer
+
+
+# ---- The loss
+
+
+def test_loss_is_its_closed_form():
+    """log(1 + exp(-d)), with slope -sigmoid(-d) in the chosen and +sigmoid(-d) in the rejected reward."""
+    chosen = torch.tensor([0.0, 2.0, -1.0, 0.3], dtype=torch.float64, requires_grad=True)
+    rejected = torch.tensor([0.0, -1.0, 1.5, 0.2], dtype=torch.float64, requires_grad=True)
+    losses = bradley_terry_loss(chosen, rejected)
+    difference = (chosen - rejected).detach()
+    torch.testing.assert_close(losses.detach(), (1 + (-difference).exp()).log(), rtol=0, atol=1e-12)
+    losses.sum().backward()
+    slope = 1 / (1 + difference.exp())
+    torch.testing.assert_close(chosen.grad, -slope, rtol=0, atol=1e-12)
+    torch.testing.assert_close(rejected.grad, slope, rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(bradley_terry_loss, (chosen, rejected))
+    # Bradley-Terry: exp(-loss) and exp(-loss of the swapped pair) are the two probabilities of one choice.
+    swapped = bradley_terry_loss(rejected, chosen)
+    torch.testing.assert_close((-losses).exp() + (-swapped).exp(), torch.ones_like(losses))
+    torch.testing.assert_close(bradley_terry_loss(chosen + 7, rejected + 7), losses)
+
+
+def test_loss_is_finite_at_the_extremes():
+    d = torch.tensor([-1e4, 0.0, 1e4], requires_grad=True)
+    losses = bradley_terry_loss(d, torch.zeros(3))
+    losses.sum().backward()
+    assert losses.tolist() == [1e4, pytest.approx(math.log(2)), 0] and d.grad.tolist() == [-1, -0.5, 0]
+
+
+def test_gradient_identity(tokenizer, pairs):
+    """grad L = -mean of sigmoid(r_l - r_w) (grad r_w - grad r_l), through the whole model."""
+    model = make_reward_model(tokenizer.vocab_size)
+    parameters = list(model.parameters())
+    chosen, rejected = sides(model(build_stream(pairs, range(len(pairs)))))
+    loss = bradley_terry_loss(chosen, rejected).mean()
+    pull = (rejected - chosen).detach().sigmoid()
+    assert pull.min() < 0.4 and pull.max() > 0.6  # The pairs differ.
+    got = torch.autograd.grad(loss, parameters, retain_graph=True)
+    expected = torch.autograd.grad(-(pull * (chosen - rejected)).mean(), parameters)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+def test_swapped_sides_swap_their_rewards(tokenizer, write_jsonl):
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in RECORDS]
+    model = make_reward_model(tokenizer.vocab_size)
+    results = []
+    for name, rows in (("as_is.jsonl", RECORDS), ("swapped.jsonl", swapped)):
+        store = open_store(write_jsonl(name, rows), "preferences", tokenizer, 512)
+        with torch.no_grad():
+            results.append(sides(model(build_stream(store, range(len(store))))))
+    torch.testing.assert_close(results[0], results[1][::-1], rtol=0, atol=1e-12)
+
+
+def test_a_tie_is_half_right():
+    numbers = torch.tensor([[1.0, 2.0, 3.0], [0.0, 2.0, 5.0]])
+    assert reward_metrics(torch.tensor([1.0, 2.0, 4.0]), *numbers) == {
+        "loss": 7,
+        "rewards/chosen": 6,
+        "rewards/rejected": 7,
+        "rewards/accuracies": 1.5,
+        "rewards/margins": -1,
+    }
+
+
+# ---- The loop
+
+
+@pytest.fixture
+def start(tmp_path, tokenizer):
+    """A folder with a tiny random language model, its head not tied, and its tokenizer."""
+    model = make_model(tokenizer.vocab_size, torch.float32, hidden_size=32, tie_word_embeddings=False)
+    save_model(tmp_path / "start", model)
+    tokenizer.save(tmp_path / "start")
+    return tmp_path / "start"
+
+
+@pytest.fixture
+def arguments(start, ragged):
+    """The flags of a run on the seven ragged pairs; the last of a flag counts."""
+
+    def build(*more, out="reward") -> list[str]:
+        fixed = ["--device", "cpu", "--precision", "fp32", "--eval-data", "", "--log-every", "1"]
+        paths = ["--model", str(start), "--data", str(ragged), "--out", str(start.parent / out)]
+        return [*paths, *fixed, *map(str, more)]
+
+    return build
+
+
+@pytest.fixture
+def trained(start, arguments):
+    """A folder with a reward model whose head is not zeros."""
+    train_reward.main(arguments("--batch-size", 3, "--epochs", 2))
+    return start.parent / "reward"
+
+
+def assert_close(got, want, tolerance=2e-5):
+    for got_step, want_step in zip(got, want, strict=True):
+        for a, b in zip(got_step, want_step, strict=True):
+            assert (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-3)
+
+
+def steps_of(flags) -> list:
+    return record_gradients(train_reward, lambda: train_reward.main(flags))
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_accumulation_equals_one_big_batch(micro, arguments):
+    """Windows of 5 and 2 pairs, whole or dealt 3 + 2, or pair by pair."""
+    flags = ["--batch-size", 5, "--epochs", 2, "--lr", 1e-3, "--warmup-steps", 0]
+    whole = steps_of(arguments(*flags, "--micro-batch-size", 5))
+    assert len(whole) == 4
+    assert_close(steps_of(arguments(*flags, "--micro-batch-size", micro)), whole, tolerance=2e-4)
+
+
+def test_a_step_is_the_mean_over_its_window(trained, start, arguments, tokenizer, pairs):
+    """The last short window divides by its own 2 pairs, and its gradient is that of the loss as written."""
+    steps = steps_of(arguments("--batch-size", 5, "--lr", 0, out="still"))
+    model = RewardModel.from_language_model(load_model(start))
+    losses = bradley_terry_loss(*sides(model(build_stream(pairs, Windows(7, 5, 0)[1]))))
+    assert len(losses) == 2
+    losses.mean().backward()
+    wanted = [p.grad for group in adamw(model, 0).param_groups for p in group["params"]]
+    assert_close(steps[1:], [wanted])
+
+
+def test_two_ranks_equal_one_process(start, arguments):
+    """Windows of 3 over 2 ranks are uneven, the last one holds a single pair; no weight is left idle."""
+    flags = arguments("--batch-size", 3, "--micro-batch-size", 1, "--epochs", 2, "--warmup-steps", 1)
+    flags += ["--eval-data", flags[flags.index("--data") + 1]]
+    alone, two = steps_of(flags), start.parent / "two"
+    target = start.parent / "two.pt"
+    result = torchrun(2, "-m", "tests.loops", "train_reward", str(target), *flags, "--out", str(two))
+    assert result.returncode == 0, result.stderr
+    assert_close(torch.load(target, weights_only=True), alone, tolerance=5e-4)
+    for one, other in zip(metrics(start.parent / "reward"), metrics(two), strict=True):
+        for name in ("loss", "eval_loss", "rewards/margins", "eval_rewards/accuracies"):
+            assert (name in other) == (name in one)
+            assert other.get(name, 0) == pytest.approx(one.get(name, 0), rel=1e-3, abs=1e-5)
+
+
+def test_starts_at_ln_2_with_ties_and_saves_what_it_trained(start, arguments):
+    train_reward.main(arguments("--epochs", 40, "--batch-size", 7, "--lr", 3e-3))
+    rows = metrics(start.parent / "reward")
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert rows[0]["rewards/accuracies"] == 0.5 and rows[0]["rewards/margins"] == 0
+    assert rows[-1]["loss"] < 0.1 and rows[-1]["rewards/accuracies"] == 1
+    saved = weights(start.parent / "reward")
+    assert "lm_head.weight" not in saved
+    before = weights(start)
+    assert all(not torch.equal(saved[name], before[name]) for name in saved if name != "score.weight")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reduced_precision_learns_too(precision, start, arguments):
+    train_reward.main(arguments("--epochs", 20, "--batch-size", 7, "--lr", 3e-3, "--precision", precision))
+    assert metrics(start.parent / "reward")[-1]["loss"] < 0.3
+
+
+def test_learns_the_bundled_preferences(tmp_path):
+    """From random weights, a few steps are enough to tell manners apart in pairs that it never saw."""
+    torch.manual_seed(0)
+    tokenizer = train_reward.ChatTokenizer(SAMPLE / "tokenizer.json")
+    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32, spread=0, hidden_size=64))
+    tokenizer.save(tmp_path / "start")
+    folders = ["--model", str(tmp_path / "start"), "--out", str(tmp_path / "out")]
+    how = ["--max-steps", "40", "--lr", "3e-3", "--device", "cpu", "--precision", "fp32"]
+    train_reward.main([*folders, *how])
+    held_out = [row for row in metrics(tmp_path / "out") if "eval_loss" in row]
+    assert held_out[0]["eval_rewards/accuracies"] == 0.5
+    assert held_out[-1]["eval_rewards/accuracies"] > 0.75 and held_out[-1]["eval_loss"] < 0.55
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 5, 7])
+def test_every_pair_is_scored_once_on_any_ranks(count, ranks, tokenizer, write_jsonl):
+    """What the ranks add up is the score of each pair by one of them and zeros by the others."""
+    store = open_store(write_jsonl("pairs.jsonl", RECORDS[:count]), "preferences", tokenizer, 512)
+    model = make_reward_model(tokenizer.vocab_size)
+
+    class OneOfMany(World):
+        def sum(self, values):
+            return values
+
+    cpu = torch.device("cpu")
+    settings, precision = train_reward.Settings(micro_batch_size=2), Precision("fp32", cpu)
+    worlds = [OneOfMany(rank, ranks, cpu) for rank in range(ranks)]
+    parts = [train_reward.score_pairs(model, store, settings, world, precision) for world in worlds]
+    parts = torch.stack(parts)
+    assert (parts != 0).sum(dim=0).eq(1).all()
+    with torch.no_grad():
+        expected = torch.stack(sides(model(build_stream(store, range(count)))), dim=1)
+    torch.testing.assert_close(parts.sum(dim=0), expected)
+
+
+# ---- The scores
+
+
+def score(model, source, to, *more) -> list[dict]:
+    train_reward.main(
+        ["--model", str(model), "--score", str(source), "--to", str(to), "--device", "cpu", *map(str, more)]
+    )
+    return [json.loads(line) for line in to.read_text(encoding="utf-8").splitlines()]
+
+
+# What a file may hold besides: keys of its own, an old score, pairs that are dropped, a bad character.
+EXTRA = [{**record, "place": place, "nested": {"α": [1, 2.5, None]}} for place, record in enumerate(RECORDS)]
+EXTRA[2]["score_chosen"], EXTRA[2]["score_rejected"] = 9, -9
+EXTRA[4]["note"] = "\ud800 alone"
+EXTRA.insert(1, {**RECORDS[0], "rejected": RECORDS[0]["chosen"]})
+EXTRA.insert(4, {**RECORDS[0], "chosen": "long " * 500})
+KEPT = [row for place, row in enumerate(EXTRA) if place not in (1, 4)]
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.json", "pairs.jsonl.gz"])
+def test_scores_are_written_back(name, trained, tmp_path, tokenizer, capsys):
+    """Each record as it was, in order, with its own scores: also where records share a line or are dropped."""
+    text = json.dumps(EXTRA) if name == "pairs.json" else "".join(json.dumps(row) + "\n" for row in EXTRA)
+    data = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    out = tmp_path / "deep" / "scored.jsonl"
+    rows = score(trained, tmp_path / name, out, "--max-length", 200)
+    printed = capsys.readouterr().out
+    assert "7 of 9 records" in printed and "1 dropped: too long" in printed and f"{out}: 7 pairs" in printed
+    assert os.listdir(out.parent) == ["scored.jsonl"]  # Nothing half written is left.
+
+    model = load_model(trained, model_class=RewardModel)
+    for row, before in zip(rows, KEPT, strict=True):
+        no_scores = {"score_chosen": 0, "score_rejected": 0}
+        assert row | no_scores == before | no_scores
+        prompt, *answers = RAGGED[before["place"]]
+        for side, answer in zip(("chosen", "rejected"), answers, strict=True):
+            asked, said = plain_ids(tokenizer, prompt, answer)
+            hidden = plain_hidden(model, asked + said)[-1]
+            expected = F.linear(hidden, model.score.weight).item()
+            assert row[f"score_{side}"] == pytest.approx(expected, abs=1e-5)
+    assert len({row["score_chosen"] for row in rows}) == 7
+
+    again = list(read_preferences(out))
+    written = [(row["score_chosen"], row["score_rejected"]) for row in rows]
+    assert [record.scores for record in again] == written
+
+
+def test_a_file_may_be_replaced_by_its_scores(trained, ragged):
+    assert len(score(trained, ragged, ragged)) == 7
+    assert len(score(trained, ragged, ragged)) == 7
+
+
+def test_two_ranks_write_the_same_scores(trained, ragged, tmp_path):
+    alone = score(trained, ragged, tmp_path / "one.jsonl")
+    flags = ["--model", trained, "--score", ragged, "--to", tmp_path / "two.jsonl", "--device", "cpu"]
+    result = torchrun(2, "train_reward.py", *map(str, flags))
+    assert result.returncode == 0, result.stderr
+    two = [json.loads(line) for line in (tmp_path / "two.jsonl").read_text(encoding="utf-8").splitlines()]
+    for one, other in zip(alone, two, strict=True):
+        assert other == {**one, **{key: pytest.approx(one[key], abs=1e-5) for key in one if "score" in key}}
+
+
+def test_a_failed_write_leaves_the_old_file(trained, ragged, tmp_path, monkeypatch):
+    """Half a file of pairs trains without an error, on half of the data."""
+    out = tmp_path / "scored.jsonl"
+    out.write_text("as it was")
+
+    def write_half(path, write):
+        def full(file):
+            write(file)
+            raise OSError(28, "disk full")
+
+        write_whole(path, full)
+
+    monkeypatch.setattr(train_reward, "write_whole", write_half)
+    with pytest.raises(InputError, match=r"scored\.jsonl: cannot be written \(disk full\)"):
+        score(trained, ragged, out)
+    assert out.read_text() == "as it was"
+
+
+@pytest.mark.parametrize("flags, reason", [
+    (["--score", "x.jsonl"], "--score and --to belong together"),
+    (["--to", "x.jsonl"], "--score and --to belong together"),
+    (["--score", "x.jsonl", "--to", "x.json"], r"--to x\.json: scored pairs are written as \.jsonl"),
+])  # fmt: skip
+def test_half_a_request_is_refused(flags, reason):
+    with pytest.raises(InputError, match=reason):
+        train_reward.main(flags)
+
+
+def test_a_language_model_cannot_score(start, ragged, tmp_path):
+    with pytest.raises(InputError, match="holds a language model, not a reward model"):
+        score(start, ragged, tmp_path / "out.jsonl")
