@@ -12,6 +12,7 @@ from dataclasses import fields
 import pytest
 
 import train_dpo
+import train_reward
 import train_sft
 from dataset.records import PREFERENCE_SHAPES, SFT_SHAPES
 from errors import InputError
@@ -20,7 +21,7 @@ from tests.loops import ROOT
 from training.settings import parse
 
 README = ROOT / "README.md"
-SCRIPTS = {"train_dpo.py": train_dpo, "train_sft.py": train_sft}
+SCRIPTS = {"train_sft.py": train_sft, "train_dpo.py": train_dpo, "train_reward.py": train_reward}
 
 
 def run(script: str, *arguments: str, cwd=ROOT) -> subprocess.CompletedProcess:
@@ -61,7 +62,8 @@ def test_help_works_from_anywhere(script, tmp_path):
 
 def test_importing_a_script_runs_nothing():
     """A script that parses flags or joins ranks on import cannot be tested or reused."""
-    code = "import sys; sys.argv = ['x', '--nonsense']; import train_dpo, train_sft; print('quiet')"
+    code = "import train_dpo, train_reward, train_sft; print('quiet')"
+    code = f"import sys; sys.argv = ['x', '--nonsense']; {code}"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
@@ -99,24 +101,22 @@ def rows_of(settings_class, names) -> list[str]:
 
 
 def flag_tables() -> dict[str, str]:
-    """The README's tables: flags that mean the same in both scripts, then what each has of its own."""
+    """The README's tables: flags that mean the same in all scripts, then what each has of its own."""
     described = {
         name: {f.name: (f.default, f.metadata["why"]) for f in fields(script.Settings)}
         for name, script in SCRIPTS.items()
     }
-    sft, dpo = described["train_sft.py"], described["train_dpo.py"]
-    shared = {name for name in sft if sft[name] == dpo.get(name)}
-    tables = {
-        "both": rows_of(train_dpo.Settings, shared),
-        "train_sft.py": rows_of(train_sft.Settings, sft.keys() - shared),
-        "train_dpo.py": rows_of(train_dpo.Settings, dpo.keys() - shared),
-    }
+    first, *others = described.values()
+    shared = {name for name in first if all(first[name] == other.get(name) for other in others)}
+    tables = {"all": rows_of(train_dpo.Settings, shared)}
+    for name, script in SCRIPTS.items():
+        tables[name] = rows_of(script.Settings, described[name].keys() - shared)
     return {
         name: "\n".join(["| flag | default | why |", "|---|---|---|", *rows]) for name, rows in tables.items()
     }
 
 
-@pytest.mark.parametrize("table", ["both", "train_sft.py", "train_dpo.py"])
+@pytest.mark.parametrize("table", ["all", *SCRIPTS])
 def test_readme_lists_every_flag_as_it_is(table):
     """A table kept by hand drifts from the parser. When this fails, paste what it prints."""
     wanted = flag_tables()[table]

@@ -368,7 +368,7 @@ KEPT = [row for place, row in enumerate(EXTRA) if place not in (1, 4)]
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.json", "pairs.jsonl.gz"])
 def test_scores_are_written_back(name, trained, tmp_path, tokenizer, capsys):
-    """Each record as it was, in order, with its own scores: also where records share a line or are dropped."""
+    """Each record as it was, in order, with its own scores; also where some share a line or are dropped."""
     text = json.dumps(EXTRA) if name == "pairs.json" else "".join(json.dumps(row) + "\n" for row in EXTRA)
     data = text.encode()
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
