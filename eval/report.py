@@ -44,7 +44,7 @@ PREFERENCE_PANELS = [
     Panel(
         "Rewards",
         [("rewards/chosen", "chosen", BLUE), ("rewards/rejected", "rejected", ORANGE)],
-        "β · log π / π_ref",
+        "β · log π / π_ref, or a reward model's",
         0.0,
     ),
     Panel(
