@@ -51,7 +51,6 @@ class Settings(TrainSettings):
         str(SAMPLE / "heldout.jsonl"), "held-out pairs, evaluated now and then; empty for none"
     )
     out: str = flag("runs/reward", "run folder: config, weights, tokenizer, metrics")
-    lr: float = flag(5e-4, "peak learning rate")
     layout: str = flag("forked", "forked computes a prompt once for both sides, twin once for each", LAYOUTS)
     score: str = flag("", "score the pairs of this file with the reward model of --model, and do not train")
     to: str = flag("", "the .jsonl file of scored pairs that --score writes")

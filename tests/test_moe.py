@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 
 import train_dpo
+import train_reward
 import train_sft
 from dataset.packing import Windows, build_stream, deal
 from dataset.store import open_store
 from errors import InputError
 from model.moe import MixtureOfExperts, load_balance
+from model.reward import RewardModel
 from model.transformer import PRESETS, FeedForward, ModelConfig, Transformer
 from model.weights import load_model, save_model
 from tests.conftest import RAGGED, as_record, make_model, turns
@@ -236,8 +238,8 @@ def test_impossible_shapes_are_refused(chosen):
 
 CHATS = [turns("Hi", "Hello, hello, hello again."), turns("Hello", "!"), turns("1", "2"), turns("苹", "两个")]
 RECORDS = {
-    "dpo": [as_record(pair) for pair in RAGGED[:5]],
-    "sft": [{"messages": [vars(message) for message in chat]} for chat in CHATS],
+    "preferences": [as_record(pair) for pair in RAGGED[:5]],
+    "conversations": [{"messages": [vars(message) for message in chat]} for chat in CHATS],
 }
 
 
@@ -256,15 +258,19 @@ def arguments(start, data, *more, out="run") -> list[str]:
     return ["--model", str(start), "--data", str(data), "--out", str(start.parent / out), *fixed, *more]
 
 
+SCRIPTS = {"dpo": train_dpo, "sft": train_sft, "reward": train_reward}
+
+
 @pytest.mark.parametrize("micro", [1, 2, 5])
-@pytest.mark.parametrize("module, name", [(train_dpo, "dpo"), (train_sft, "sft")], ids=["dpo", "sft"])
-def test_each_window_counts_the_balance_once(module, name, micro, start, tokenizer, write_jsonl):
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_each_window_counts_the_balance_once(name, micro, start, tokenizer, write_jsonl):
     """Added whole in every micro-batch, the balance would weigh as many times more as there are of them.
 
     A micro-batch's balance weighs as much as its pairs (or supervised tokens) in the window; the logged
     figure is the same mean; and it is the policy's, since the reference's moves nothing.
     """
-    data = write_jsonl("data.jsonl", RECORDS[name])
+    module, kind = SCRIPTS[name], "conversations" if name == "sft" else "preferences"
+    data = write_jsonl("data.jsonl", RECORDS[kind])
     flags = ["--batch-size", "5", "--micro-batch-size", str(micro), "--max-steps", "1", "--grad-clip", "0"]
     got = record_gradients(module, lambda: module.main(arguments(start, data, *flags)))[0]
     config = json.loads((start / "config.json").read_text())
@@ -272,12 +278,13 @@ def test_each_window_counts_the_balance_once(module, name, micro, start, tokeniz
     (start / "config.json").write_text(json.dumps(config))
     plain = record_gradients(module, lambda: module.main(arguments(start, data, *flags, out="plain")))[0]
 
-    kind = {"dpo": "preferences", "sft": "conversations"}[name]
     store, model, aux_loss, weight = open_store(data, kind, tokenizer, 512), load_model(start), 0.0, 0
+    if name == "reward":
+        model = RewardModel.from_language_model(model)
     for rows in deal(Windows(len(store), 5, 0)[0], store.lengths, 1, micro)[0]:
         stream = build_stream(store, rows)
         model(stream)
-        part = len(rows) if name == "dpo" else len(stream.targets)
+        part = len(stream.targets) if name == "sft" else len(rows)
         aux_loss, weight = aux_loss + part * model.aux_loss(), weight + part
     aux_loss = aux_loss / weight
     assert metrics(start.parent / "run")[0]["aux_loss"] == pytest.approx(aux_loss.item(), rel=1e-5)
@@ -291,10 +298,10 @@ def test_each_window_counts_the_balance_once(module, name, micro, start, tokeniz
     assert max(p.grad.abs().max() for p in parameters if p.grad is not None) > 1e-3
 
 
-@pytest.mark.parametrize("script, name", [("train_dpo", "dpo"), ("train_sft", "sft")], ids=["dpo", "sft"])
-def test_two_ranks_equal_one_process(script, name, start, write_jsonl):
+@pytest.mark.parametrize("script, kind", [("train_dpo", "preferences"), ("train_sft", "conversations")])
+def test_two_ranks_equal_one_process(script, kind, start, write_jsonl):
     """Experts that get no token on a rank, and a rank that gets no record, take part in every exchange."""
-    data = write_jsonl("data.jsonl", RECORDS[name])
+    data = write_jsonl("data.jsonl", RECORDS[kind])
     flags = ["--batch-size", "3", "--micro-batch-size", "1", "--epochs", "2", "--lr", "1e-3"]
     flags = arguments(start, data, *flags, "--warmup-steps", "1")
     module = {"train_dpo": train_dpo, "train_sft": train_sft}[script]
@@ -312,7 +319,7 @@ def test_two_ranks_equal_one_process(script, name, start, write_jsonl):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_dpo_starts_at_ln_2(precision, start, write_jsonl):
     """The balance is logged beside the loss and not in it, and both models route a token alike."""
-    data = write_jsonl("data.jsonl", RECORDS["dpo"])
+    data = write_jsonl("data.jsonl", RECORDS["preferences"])
     train_dpo.main(arguments(start, data, "--max-steps", "1", "--precision", precision))
     row = metrics(start.parent / "run")[0]
     assert row["loss"] == pytest.approx(math.log(2), abs=1e-7)
