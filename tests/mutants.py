@@ -369,7 +369,7 @@ MUTANTS = [
     Mutant(
         "rewards-with-gradient",
         "Rewards that keep their graph hold the memory of every micro-batch until they are logged.",
-        "objective.py",
+        "losses.py",
         "value.detach().sum() for",
         "value.sum() for",
         LOSSES + "test_rewards_carry_no_gradient",
@@ -377,7 +377,7 @@ MUTANTS = [
     Mutant(
         "tie-counted-as-loss",
         "Before the first step every pair is a tie; an accuracy of 0 there is an artefact.",
-        "objective.py",
+        "losses.py",
         " + 0.5 * (margins == 0).float()",
         "",
         LOSSES + "test_metrics_are_sums_and_a_tie_is_half",
