@@ -90,7 +90,7 @@ class TokenStream:
         each segment is a block, and its prefix another.
         """
         runs: list[list[list[int]]] = []
-        room = 0  # what the last run has left, if it is one of whole trees
+        room = -1  # what the last run has left; -1 where it takes no more
         for tree in self._trees():
             length = tree[-1][1] - tree[0][0]
             if length <= room:
@@ -101,7 +101,7 @@ class TokenStream:
                 room = BLOCK - length
             else:
                 runs += [[segment] for segment in tree]
-                room = 0
+                room = -1
         block_at = {run[0][0]: index for index, run in enumerate(runs)}
         return [Block.of(run, block_at, self.tokens.device) for run in runs]
 
