@@ -164,6 +164,14 @@ MUTANTS = [
         STREAM + "test_who_sees_whom[twin-128]",
     ),
     Mutant(
+        "stranger-joins-a-branch",
+        "The pair after a long one attends with its last branch, and loses its own mask.",
+        "model/stream.py",
+        "                room = -1\n",
+        "                room = BLOCK\n",
+        STREAM + "test_block_size_changes_nothing[40-forked]",
+    ),
+    Mutant(
         "sdpa-is-causal",
         "SDPA's is_causal aligns the queries with the first keys, which is wrong where there is a prefix.",
         "model/stream.py",

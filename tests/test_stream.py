@@ -356,7 +356,7 @@ def test_batch_mates_are_invisible(tokenizer, ragged):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("block", [0, 40, 60])
+@pytest.mark.parametrize("block", [0, 40, 60, 80])
 def test_block_size_changes_nothing(block, layout, tokenizer, ragged, monkeypatch):
     """Large trees attend segment by segment and small ones together: same log-probs, same gradients."""
     model = make_model(tokenizer.vocab_size)
