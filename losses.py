@@ -2,14 +2,14 @@
 
 Read from top to bottom, this is a tour. A pair is a prompt x with a chosen answer y_w and a rejected y_l.
 
-    log pi(y|x)       the sum of the log-probs of y's tokens, the end token included; |y| is their number
-    chosen_logratios  a = log pi(y_w|x) - log pi_ref(y_w|x), (B,); beta a is the implicit reward of y_w
+    log pi(y|x)         the sum of the log-probs of y's tokens, the end token included; |y| is their number
+    chosen_logratios    a = log pi(y_w|x) - log pi_ref(y_w|x), (B,); beta a is the implicit reward of y_w
     rejected_logratios  b, the same of y_l
-    margins           a - b, (B,); with another f-divergence, what takes its place
+    margins             a - b, (B,); with another f-divergence, what takes its place
 
 The parameters of a function say what it looks at: `objective.py` passes them by name. So its signature also
-says which options a loss has, with their defaults, and whether it needs a reference at all. Logarithms of
-probabilities are never taken of rounded ones: every loss and its gradient are finite at log-ratios of ±1e4.
+says which options a loss has, with their defaults, and whether it needs a reference at all. No loss takes the
+logarithm of a rounded probability: values and gradients are finite at log-ratios of ±1e4.
 """
 
 import math
