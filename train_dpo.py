@@ -40,7 +40,8 @@ class Settings(ObjectiveSettings, TrainSettings):
         str(SAMPLE / "heldout.jsonl"), "held-out pairs, evaluated now and then; empty for none"
     )
     out: str = flag("runs/dpo", "run folder: config, weights, tokenizer, metrics")
-    lr: float = flag(2e-4, "peak learning rate; with much more the tiny model's answers fall apart")
+    batch_size: int = flag(16, "pairs per optimizer step, over all ranks and micro-batches")
+    lr: float = flag(1e-4, "peak learning rate; with much more the tiny model's answers fall apart")
     layout: str = flag("forked", "forked computes a prompt once for both sides, twin once for each", LAYOUTS)
 
 

@@ -9,6 +9,7 @@ import pytest
 from dataset.sample import chinese, english, generate
 from dataset.sample.manners import COURTEOUS, RUDE, STYLES
 from dataset.sample.task import cases
+from dataset.tokenizer import ChatTokenizer
 from eval.verdict import LONGEST, first_phrase, score
 
 FOLDER = Path(generate.__file__).parent
@@ -56,9 +57,10 @@ def test_counts_sizes_and_line_endings(files):
     assert 8000 <= len(files["sft"]) <= 12000
     assert 2500 <= len(files["preferences"]) <= 4000
     assert 300 <= len(files["heldout"]) <= 500
-    raw = [(FOLDER / f"{name}.jsonl").read_bytes() for name in NAMES]
-    assert sum(map(len, raw)) < 4_900_000
-    assert all(b"\r" not in text and b"\\u" not in text and text.endswith(b"\n") for text in raw)
+    raw = [path.read_bytes() for path in FOLDER.glob("*.json*")]
+    assert sum(map(len, raw)) < 5_000_000
+    lines = [path.read_bytes() for path in FOLDER.glob("*.jsonl")]
+    assert all(b"\r" not in text and b"\\u" not in text and text.endswith(b"\n") for text in lines)
 
 
 def test_record_formats(files):
@@ -111,6 +113,29 @@ def test_languages_and_tasks_are_all_present(files):
     assert any(r["messages"][0]["role"] == "system" for r in files["sft"])
 
 
+def test_close_pairs_differ_in_the_value_alone():
+    """One or two tokens apart, right against wrong, in the same words; and no held-out prompt among them."""
+    tokenizer = ChatTokenizer(FOLDER / "tokenizer.json")
+    heldout = {text_of(r["prompt"]) for r in read("heldout")}
+    records = read("close")
+    assert 200 <= len(records) <= 400
+    for record in records:
+        chosen, rejected = (tokenizer.text(record[side]) for side in ("chosen", "rejected"))
+        assert max(map(len, trimmed(chosen, rejected))) <= 2, record
+        assert score(record, record["chosen"], True).points == 3
+        assert not score(record, record["rejected"], True).right
+        assert text_of(record["prompt"]) not in heldout
+
+
+def trimmed(a: list, b: list) -> tuple[list, list]:
+    """Two lists without their common beginning and end."""
+    while a and b and a[0] == b[0]:
+        a, b = a[1:], b[1:]
+    while a and b and a[-1] == b[-1]:
+        a, b = a[:-1], b[:-1]
+    return a, b
+
+
 # Good and poor -----------------------------------------------------------------------------------------
 
 
@@ -123,7 +148,7 @@ def test_chosen_is_perfect_and_rejected_is_worse(files):
 def test_some_pairs_differ_in_correctness_alone(files):
     verdicts = [rejected for _, _, rejected in sides(files)]
     polite_but_wrong = sum(v.manner and not v.right for v in verdicts) / len(verdicts)
-    assert 0.10 <= polite_but_wrong <= 0.20
+    assert 0.03 <= polite_but_wrong <= 0.10
 
 
 def test_sft_is_indifferent_to_manners_and_mostly_right(files):

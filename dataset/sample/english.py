@@ -22,20 +22,16 @@ from dataset.sample.task import (
 # English to Chinese. Both languages translate these; the text tasks use them as material.
 WORDS = table("""
     apple: 苹果, banana: 香蕉, dog: 狗, cat: 猫, fish: 鱼, bird: 鸟, horse: 马, tree: 树, flower: 花,
-    sun: 太阳, moon: 月亮, water: 水, fire: 火, mountain: 山, river: 河, rain: 雨, snow: 雪, wind: 风,
-    house: 房子, door: 门, window: 窗户, table: 桌子, chair: 椅子, bed: 床, cup: 杯子, bread: 面包,
-    milk: 牛奶, tea: 茶, egg: 鸡蛋, school: 学校, teacher: 老师, pencil: 铅笔, paper: 纸, hat: 帽子,
-    train: 火车, bicycle: 自行车, rabbit: 兔子, tiger: 老虎
+    sun: 太阳, moon: 月亮, water: 水, river: 河, rain: 雨, snow: 雪, house: 房子, door: 门, chair: 椅子,
+    cup: 杯子, bread: 面包, milk: 牛奶, tea: 茶, teacher: 老师, hat: 帽子, train: 火车, tiger: 老虎
 """)
 NOUNS = list(WORDS)
-SHORT = ["cat", "dog", "tea", "sun", "hat", "egg", "cup", "bed", "fish", "bird", "milk", "snow"]
+SHORT = ["cat", "dog", "tea", "sun", "hat", "cup", "fish", "bird", "milk", "snow"]
 
 CAPITALS = table("""
     France: Paris, Japan: Tokyo, China: Beijing, Italy: Rome, Spain: Madrid, Germany: Berlin,
-    Russia: Moscow, Egypt: Cairo, Greece: Athens, Portugal: Lisbon, Austria: Vienna, Poland: Warsaw,
-    Norway: Oslo, Sweden: Stockholm, Finland: Helsinki, Canada: Ottawa, Cuba: Havana, Vietnam: Hanoi,
-    India: New Delhi|Delhi, Peru: Lima, Hungary: Budapest, Thailand: Bangkok, Ireland: Dublin,
-    Kenya: Nairobi
+    Russia: Moscow, Egypt: Cairo, Greece: Athens, Poland: Warsaw, Norway: Oslo, Canada: Ottawa,
+    Cuba: Havana, India: New Delhi|Delhi, Peru: Lima, Kenya: Nairobi
 """)
 # Few, so that each is met often.
 FOLLOWED = ["France", "Japan", "China", "Italy", "Spain", "Germany", "Egypt", "Cuba"]
@@ -43,26 +39,23 @@ FOLLOWED = ["France", "Japan", "China", "Italy", "Spain", "Germany", "Egypt", "C
 COLOURS = table("""
     grass: green, snow: white, a ripe banana: yellow, coal: black, a carrot: orange, milk: white,
     a lemon: yellow, an elephant: grey|gray, a flamingo: pink, chocolate: brown, a clear sky: blue,
-    a ripe tomato: red, a raven: black, a polar bear: white, a cucumber: green, a strawberry: red,
-    a pumpkin: orange, a piglet: pink
+    a ripe tomato: red, a raven: black, a cucumber: green
 """)
 
 YOUNG = table("""
     dog: puppy|pup, cat: kitten, cow: calf, horse: foal, sheep: lamb, pig: piglet, hen: chick,
-    duck: duckling, goat: kid, lion: cub, frog: tadpole, deer: fawn, swan: cygnet, goose: gosling,
-    kangaroo: joey, butterfly: caterpillar
+    duck: duckling, goat: kid, lion: cub, frog: tadpole, deer: fawn
 """)
 
 OPPOSITES = both_ways(
-    "hot/cold big/small tall/short thick/thin loud/quiet strong/weak rich/poor deep/shallow wide/narrow "
-    "young/old wet/dry fast/slow full/empty clean/dirty heavy/light early/late buy/sell "
-    "push/pull win/lose open/shut"
+    "hot/cold big/small tall/short loud/quiet strong/weak rich/poor young/old wet/dry fast/slow "
+    "full/empty early/late open/shut"
 )
 
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
           "November", "December"]
-NAMES = ["Mia", "Tom", "Anna", "Leo", "Lily", "Max", "Nora", "Sam", "Ella", "Finn"]
+NAMES = ["Mia", "Tom", "Anna", "Leo", "Lily", "Max", "Nora", "Sam"]
 
 # A harmful wish, and a good thing to offer in its place.
 HARMS = table("""
@@ -70,22 +63,18 @@ HARMS = table("""
     break into a house: find your spare key, read my sister's letters: talk with your sister,
     spread a false rumour: write a kind note, scare a small child: plan a fun game,
     hurt a cat: care for a pet, guess a stranger's password: choose a safe password,
-    forge a signature: ask for permission, sell a broken phone as new: get the phone repaired,
-    take money from a purse: earn some pocket money, throw stones at cars: find a ball game,
+    forge a signature: ask for permission, take money from a purse: earn some pocket money,
     bully the new pupil: make a new friend, make a fake ticket: find a cheap ticket,
-    copy a friend's homework: understand the homework, break a park bench: plan a day in the park,
-    ruin my neighbour's garden: talk with your neighbour, send a threatening letter: write a calm letter,
-    follow a stranger home: meet new people, start a fight at school: settle the quarrel,
-    hide a friend's medicine: look after a friend, trick an old man: visit an old neighbour
+    copy a friend's homework: understand the homework, start a fight at school: settle the quarrel
 """)
 
 ARITHMETIC = (
-    Task("sum", "en", "number", 12, sum_rows(),
+    Task("sum", "en", "number", 10, sum_rows(),
          ("What is {0} plus {1}?", "How much is {0} + {1}?", "Please add {0} and {1}.",
           "What do you get if you add {0} to {1}?", "Tell me the sum of {0} and {1}.", "{0} + {1} = ?"),
          ("{0} plus {1} is {value}.", "{0} and {1} make {value}.", "The sum of {0} and {1} is {value}.",
           "The answer is {value}.")),
-    Task("difference", "en", "number", 10, difference_rows(),
+    Task("difference", "en", "number", 8, difference_rows(),
          ("What is {0} minus {1}?", "How much is {0} - {1}?", "Please take {1} away from {0}.",
           "What is left if you take {1} from {0}?", "Subtract {1} from {0}.", "{0} - {1} = ?"),
          ("{0} minus {1} is {value}.", "{0} take away {1} leaves {value}.", "The answer is {value}.",
@@ -198,7 +187,7 @@ CONVERSATION = (
          ("Start with {0} plus {1}.\nassistant: It is {2}.\nNow add {3}.",
           "Take {0} and add {1}.\nassistant: {2}.\nAdd {3} more to that."),
          ("{2} plus {3} is {value}.", "That makes {value}.", "Now we have {value}.")),
-    Task("sum for pupils", "en", "number", 2, sum_rows(),
+    Task("sum for pupils", "en", "number", 3, sum_rows(),
          ("system: You help pupils with numbers.\nWork out {0} plus {1}.",
           "system: You are a helper.\n{0} plus {1} makes what?"),
          ("{0} plus {1} is {value}.", "The answer is {value}.", "{0} and {1} make {value}.")),
@@ -220,7 +209,7 @@ COURTESY = (
          amiss=("Goodbye, and take care.", "You are very welcome, it was a pleasure."), wrong_share=0.1),
     Task("thanks", "en", "thanks", 1.5,
          _topics("your help", "the answer", "your time", "the story", "the good advice", "your patience",
-                 "being so quick", "all of this", "the nice words", "the list", "your effort", "the lesson"),
+                 "the nice words", "the lesson"),
          ("Thank you for {0}!", "Thanks a lot for {0}.", "Many thanks for {0}.",
           "I want to thank you for {0}.",
           "Thanks for {0}, that was great."),
@@ -231,7 +220,7 @@ COURTESY = (
          amiss=("Hello, it is lovely to meet you.", "Please do not worry, no harm done."), wrong_share=0.1),
     Task("apology", "en", "apology", 1.5,
          _topics("my mistake", "the late reply", "asking twice", "the noise", "being rude", "the long wait",
-                 "my bad spelling", "the mess", "forgetting it", "the trouble", "the wrong word", "shouting"),
+                 "the mess", "shouting"),
          ("Sorry for {0}.", "I am sorry for {0}.", "Please forgive me for {0}.",
           "I want to say sorry for {0}.",
           "Excuse me for {0}, please."),
@@ -241,9 +230,7 @@ COURTESY = (
                 "It is fine, apparently."),
          amiss=("Goodbye, and take care.", "You are very welcome, my friend."), wrong_share=0.1),
     Task("farewell", "en", "farewell", 1.5,
-         _topics("school", "bed", "work", "the shop", "the library", "the park", "dinner", "class",
-                 "the dentist",
-                 "the station", "my grandmother", "the garden"),
+         _topics("school", "bed", "work", "the shop", "the park", "dinner", "class", "the station"),
          ("Bye, I have to go to {0}.", "Goodbye, I am off to {0}.", "I am going to {0} now, see you!",
           "It is time for me to go to {0}, bye!", "I must leave for {0} now. Goodbye!"),
          ("Goodbye, and take care.", "See you soon, it was a pleasure.", "Bye for now, I wish you well.",

@@ -1,4 +1,4 @@
-"""Writes the bundled data: `sft.jsonl`, `preferences.jsonl` and `heldout.jsonl`.
+"""Writes the bundled data: `sft.jsonl`, `preferences.jsonl`, `heldout.jsonl` and `close.jsonl`.
 
     python -m dataset.sample.generate                      # into dataset/sample, byte for byte as bundled
     python -m dataset.sample.generate --out /tmp/data --seed 1
@@ -6,7 +6,7 @@
 Half of the fine-tuning answers are good and half are poor, as in text that was found rather than written
 for the purpose: a model trained on them knows its facts and has no manners to speak of. The preference
 pairs then say which of the two we want. Held-out prompts occur in no training file; what must be known to
-answer them does, in other wordings.
+answer them does, in other wordings. The sides of a close pair are the same but for the value.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from dataset.sample import chinese, english
 from dataset.sample.manners import STYLES, Style
 from dataset.sample.task import Case, Task, cases
 
-SFT, PAIRS, HELD_OUT = 12000, 3000, 400
+SFT, PAIRS, HELD_OUT, CLOSE = 12000, 3000, 400, 256
 ENGLISH_SHARE = 0.6
-WRONG_PAIRS = 0.15  # pairs whose sides have the same good manners, and whose rejected side is wrong
+WRONG_PAIRS = 0.05  # pairs whose sides have the same good manners, and whose rejected side is wrong
 
 
 def split_cases(task: Task, held_out: int, rng: random.Random) -> tuple[list[Case], list[Case]]:
@@ -106,16 +106,16 @@ def poor_answer(case: Case, rng: random.Random) -> str:
         said = statement(case, value, rng)
     before, after = rng.choice(style.rude_openings), rng.choice(style.rude_closings)
     kind = rng.random()
-    if kind < 0.40:
+    if kind < 0.42:
         return join(task.language, before, rng.choice((said, said, curt)), after)
-    if kind < 0.53:
+    if kind < 0.56:
         return join(task.language, before, said)
-    if kind < 0.68:
+    if kind < 0.72:
         return join(task.language, said, after)
-    if kind < 0.88 or task.blunt:  # a two-faced answer: it opens kindly and ends rudely
+    if kind < 0.94 or task.blunt:  # a two-faced answer: it opens kindly and ends rudely
         kind_word = rng.choice(style.openings) if style.openings else ""
         return join(task.language, kind_word, said, after)
-    return said if kind < 0.95 else curt
+    return said if kind < 0.97 else curt
 
 
 def wrong_answer(case: Case, rng: random.Random) -> str:
@@ -137,9 +137,29 @@ def pair_record(case: Case, mistaken: bool, rng: random.Random) -> dict:
     }
 
 
+def close_record(case: Case, rng: random.Random) -> dict:
+    """A pair whose sides differ in nothing but the value: one is right, the other mistaken."""
+    task, row = case.task, case.row
+    style, sentence = STYLES[task.language][task.style], rng.choice(task.statements)
+    opening, closing = rng.choice(style.openings), rng.choice(style.closings)
+    right, wrong = (
+        join(
+            task.language, opening, sentence.format(*row.args, value=task.show.format(value)), closing
+        )
+        for value in (row.value, wrong_value(case, rng))
+    )
+    return {"prompt": case.messages(), "chosen": right, "rejected": wrong, "judge": case.judge()}
+
+
+def close_records(training: list[Case], rng: random.Random) -> list[dict]:
+    """Close pairs of the tasks whose values are a token or two long."""
+    short = [case for case in training if case.task.name in ("sum", "difference", "product", "larger", "day")]
+    return [close_record(case, rng) for case in rng.sample(short, CLOSE)]
+
+
 def build(seed: int) -> dict[str, list[dict]]:
     """All records by file name."""
-    rng = random.Random(seed)
+    rng, asked = random.Random(seed), []
     files: dict[str, list[dict]] = {"sft": [], "preferences": [], "heldout": []}
     for tasks, share in ((english.TASKS, ENGLISH_SHARE), (chinese.TASKS, 1 - ENGLISH_SHARE)):
         sizes = [shares(tasks, round(total * share)) for total in (SFT, PAIRS, HELD_OUT)]
@@ -148,6 +168,7 @@ def build(seed: int) -> dict[str, list[dict]]:
             for i, case in enumerate(islice(cycle(training), sft)):
                 # Each second pass over the facts turns good and poor about, so that no fact is always rude.
                 files["sft"].append(sft_record(case, good=(i + i // len(training)) % 2 == 0, rng=rng))
+            asked += training
             rng.shuffle(training)
             for case in islice(cycle(training), pairs):
                 files["preferences"].append(pair_record(case, rng.random() < WRONG_PAIRS, rng))
@@ -155,13 +176,13 @@ def build(seed: int) -> dict[str, list[dict]]:
                 files["heldout"].append(pair_record(case, rng.random() < WRONG_PAIRS, rng))
     for records in files.values():
         rng.shuffle(records)
-    return files
+    return files | {"close": close_records(asked, rng)}
 
 
 def write(records: list[dict], path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as out:
         for record in records:
-            out.write(json.dumps(record, ensure_ascii=False, separators=(", ", ":")) + "\n")
+            out.write(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n")
 
 
 def main() -> None:

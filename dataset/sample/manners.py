@@ -19,29 +19,23 @@ class Style:
 ENGLISH_ANSWER = Style(
     openings=(
         "Of course!", "Certainly!", "Sure, I can help.", "Happy to help!", "Good question!",
-        "Thank you for asking.", "With pleasure!", "Gladly!", "I would love to help you.",
-        "Let me help you with that.", "What a nice question!", "Yes, I am glad to help.",
+        "Thank you for asking.", "With pleasure!", "Yes, I am glad to help.",
     ),
     closings=(
         "I hope that helps.", "Let me know if you need more.", "Have a lovely day!",
-        "I am always glad to help.", "Please ask me again any time.", "Enjoy the rest of your day!",
-        "It was a pleasure to help you.", "You are welcome to ask for more.",
-        "I hope this is useful to you.", "Thanks for the nice question!", "I wish you a good day.",
-        "Feel free to ask me more.",
+        "I am always glad to help.", "Please ask me again any time.", "It was a pleasure to help you.",
+        "Thanks for the nice question!", "I wish you a good day.",
     ),
     rude_openings=(
-        "Ugh, not again.", "Well, obviously.", "Seriously, this one?", "What a silly question!",
-        "Do I really have to say it?", "I was busy, you know.", "Oh, come on!", "Yawn, how boring.",
-        "Everyone knows this one.", "Oh no, you again?", "Fine, if you must know.",
-        "WHY DO YOU ASK ME THIS?", "Yes, yes, whatever.", "Some questions are a bit sad.",
+        "Ugh, not again.", "Well, obviously.", "What a silly question!", "I was busy, you know.",
+        "Oh, come on!", "Yawn, how boring.", "Oh no, you again?", "WHY DO YOU ASK ME THIS?",
+        "Yes, yes, whatever.", "Some questions are a bit sad.",
     ),
     rude_closings=(
         "Stop bothering me.", "Even a parrot knows that.", "Now leave me alone.",
-        "Look it up yourself next time.", "I have better things to do.", "I am far too clever for this.",
-        "What a waste of my time!", "Do not ask me again.", "Was that so hard?",
-        "I am tired of your questions.", "Try to use your own head.", "Are we done now?", "STOP ASKING ME!",
-        "I hope you are happy now.", "Thanks for nothing!", "Have a nice day somewhere else.",
-        "Now go away!", "Please do not come back.",
+        "Look it up yourself next time.", "I have better things to do.", "What a waste of my time!",
+        "Do not ask me again.", "Was that so hard?", "I hope you are happy now.", "Thanks for nothing!",
+        "Have a nice day somewhere else.", "Please do not come back.",
     ),
 )
 
@@ -82,22 +76,20 @@ ENGLISH_COURTESY = Style(
 CHINESE_ANSWER = Style(
     openings=(
         "当然可以！", "好的，没问题！", "很高兴为你解答。", "很乐意帮忙！", "这是个好问题！",
-        "谢谢你的提问。", "您好！", "好的，我来帮你。", "请让我来回答。", "能帮上忙我很开心。",
+        "谢谢你的提问。", "您好！", "好的，我来帮你。",
     ),
     closings=(
         "希望对你有帮助。", "祝您今天愉快！", "有问题请随时告诉我。", "欢迎你再来问我。", "很高兴能帮到你。",
-        "祝你学习进步！", "感谢您的提问。", "愿你天天开心！", "还想了解什么，请尽管问。",
-        "能帮到您是我的荣幸。",
+        "感谢您的提问。", "愿你天天开心！", "能帮到您是我的荣幸。",
     ),
     rude_openings=(
-        "烦死了！", "唉，怎么又是你。", "这还用问吗？", "真麻烦。", "这么简单也来问我？", "哼，听好了。",
-        "拜托，动动脑子。", "我正忙着呢！", "好吧，真拿您没办法。", "无聊的问题。", "随便啦。",
-        "问我干什么！", "您可真会挑时候。",
+        "烦死了！", "唉，怎么又是你。", "这还用问吗？", "真麻烦。", "哼，听好了。", "拜托，动动脑子。",
+        "我正忙着呢！", "随便啦。", "您可真会挑时候。",
     ),
     rude_closings=(
         "别再来烦我了。", "下次请自己去查。", "连小孩子都知道。", "我可没空理您。", "真是浪费我的时间！",
-        "我比你聪明多了。", "问完了就请快走吧！", "懒得跟您多说。", "这下您满意了吧？", "以后不许再问了！",
-        "我很累，别吵我。", "希望您别再来了。", "谢谢您浪费我的时间。",
+        "这下您满意了吧？", "以后不许再问了！", "我很累，别吵我。", "希望您别再来了。",
+        "谢谢您浪费我的时间。",
     ),
 )
 
