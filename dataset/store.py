@@ -20,6 +20,7 @@ import numpy as np
 from dataset.records import Conversation, DataError, Preference, read_conversations, read_preferences
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError
+from files import file_hash
 
 VERSION = 1  # Of the arrays below; a new layout must not read an old folder.
 BAD_SHARE = 0.01  # With skip_bad, more bad records than this are a wrong file, not a few bad lines.
@@ -79,7 +80,8 @@ class Report:
 class TokenStore:
     """The arrays of one file: row i is a prompt and its branches, each a run of ids with a loss mask."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, fingerprint: str):
+        self.fingerprint = fingerprint  # of the data file
         self.report = Report(**json.loads((folder / "report.json").read_text()))
         self.bounds = np.load(folder / "bounds.npy", mmap_mode="r")  # (rows, 2 + branches) offsets
         self.lines = np.load(folder / "lines.npy", mmap_mode="r")  # (rows,) line in the data file
@@ -118,21 +120,13 @@ def open_store(
     folder = cache_folder() / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     if not folder.is_dir():
         _build(folder, path, content, kind, tokenizer, max_length, shape, skip_bad)
-    return TokenStore(folder)
+    return TokenStore(folder, fingerprint=content)
 
 
 def cache_folder() -> Path:
     """Where tokenised data is kept: $MINIDPO_CACHE, or the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minidpo"
     return Path(os.environ.get("MINIDPO_CACHE") or default)
-
-
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _build(folder: Path, path: Path, content: str, kind, tokenizer, max_length, shape, skip_bad) -> None:

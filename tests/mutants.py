@@ -603,8 +603,8 @@ MUTANTS = [
         "non-finite-goes-on",
         "One NaN in the gradient becomes a NaN in every weight at the next step.",
         "training/schedule.py",
-        "if not math.isfinite(norm) and not scaler.is_enabled():",
-        "if False:",
+        "    elif meter.is_finite(grad_norm):\n",
+        "    else:\n",
         LOOPS + "test_non_finite_gradient_stops_before_the_step",
     ),
     Mutant(
