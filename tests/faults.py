@@ -7,6 +7,7 @@ torchrun --standalone --nproc-per-node 2 --max-restarts 1 -m tests.faults SIGKIL
 import hashlib
 import importlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -87,19 +88,36 @@ def resume_from_each_step(module, arguments: list[str], folder: Path, world: Wor
     return differing
 
 
-def plant(module, number: int, rank: int, step: int) -> None:
-    """In the first attempt, send a rank a signal when it has done `step` steps and is amid the next."""
-    original, calls = module.clip_gradients, 0
+def plant(module, fault: str, rank: int, step: int) -> None:
+    """In the first attempt, give a rank a fault when it has done `step` steps and is amid the next.
 
-    def clip_gradients(*arguments):
+    A fault is the name of a signal, twice for two of them, or what the gradient or the loss becomes.
+    """
+    calls = 0
+
+    def due() -> bool:
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return calls == step and int(os.environ.get("RANK", "0")) == rank and attempt == "0"
+
+    def clip_gradients(optimizer, *arguments):
         nonlocal calls
-        if calls == step and int(os.environ.get("RANK", "0")) == rank:
-            os.kill(os.getpid(), number)
+        if due() and fault.startswith("SIG"):
+            for name in fault.split("+"):
+                os.kill(os.getpid(), signal.Signals[name])
+        if due() and fault == "gradient":
+            optimizer.param_groups[0]["params"][0].grad[0, 0] = math.nan
+        norm = clip(optimizer, *arguments)
         calls += 1
-        return original(*arguments)
+        return norm
 
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        module.clip_gradients = clip_gradients
+    def dpo_loss(*arguments):
+        losses, *rewards = loss(*arguments)
+        if due() and fault.startswith("loss"):
+            losses = losses * math.nan if fault == "loss nan" else losses + math.inf
+        return losses, *rewards
+
+    clip, loss = module.clip_gradients, getattr(module, "dpo_loss", None)
+    module.clip_gradients, module.dpo_loss = clip_gradients, dpo_loss
 
 
 if __name__ == "__main__":
@@ -111,7 +129,12 @@ if __name__ == "__main__":
         if world.is_main:
             Path(verdict).write_text(json.dumps(found))
     else:
-        name, rank, step, script, *arguments = sys.argv[1:]
+        fault, rank, step, script, *arguments = sys.argv[1:]
         module = importlib.import_module(script)
-        plant(module, signal.Signals[name], int(rank), int(step))
-        run_script(lambda: module.main(arguments))
+        plant(module, fault, int(rank), int(step))
+
+        def main() -> None:
+            with join("cpu") as world:
+                train(module, arguments, world)
+
+        run_script(main)

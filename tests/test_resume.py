@@ -19,7 +19,7 @@ import training.run
 from errors import InputError
 from model.weights import load_model, save_model
 from tests.conftest import make_model
-from tests.faults import Keeping, states, resume_from_each_step, timeless, train
+from tests.faults import Keeping, resume_from_each_step, states, train
 from tests.loops import metrics, torchrun, weights
 from tests.test_loops import CHATS, PAIRS, command_line
 from training.checkpoint import checkpoints
@@ -70,7 +70,7 @@ def test_resuming_at_any_step_changes_no_bit(script, precision, flags, tmp_path)
     assert found == {str(step): [] for step in range(1, 7)}
 
 
-@pytest.mark.parametrize("script", MODULES)
+@pytest.mark.parametrize("script", ["train_dpo", pytest.param("train_sft", marks=pytest.mark.slow)])
 def test_resuming_at_any_step_changes_no_bit_on_two_ranks(script, flags, tmp_path):
     """Running means that were summed over the ranks too early round otherwise; here each rank has its own."""
     arguments = flags(script, batch_size=3, micro_batch_size=1, epochs=1)
@@ -123,7 +123,8 @@ def test_whatever_is_forgotten_is_seen(
         restore({name: thing for name, thing in things.items() if name != forgotten}, state)
 
     monkeypatch.setattr(training.run, "restore", forgetful)
-    found = resume_from_each_step(train_dpo, flags("train_dpo", precision=precision), tmp_path / "r", ALONE)
+    arguments = flags("train_dpo", precision=precision, epochs=1)
+    found = resume_from_each_step(train_dpo, arguments, tmp_path / "r", ALONE)
     assert what <= {part for parts in found.values() for part in parts}
 
 
