@@ -36,7 +36,7 @@ def write_whole(path: Path, write) -> Path:
             os.fsync(file.fileno())
         path = path.with_name(path.name.replace("{sha256}", digesting.digest.hexdigest()))
         os.replace(unfinished, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except (OSError, RuntimeError) as error:
         unfinished.unlink(missing_ok=True)
         # torch.save says only that its position is unexpected; the disk's own word is behind it.
@@ -47,9 +47,9 @@ def write_whole(path: Path, write) -> Path:
     return path
 
 
-def sync_folder(folder: Path) -> None:
-    """Make names durable: a rename is a change of the folder, which has to reach the disk as well."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's content durable, or the names in a folder: a rename is a change of its folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -20,7 +20,7 @@ import numpy as np
 from dataset.records import Conversation, DataError, Preference, read_conversations, read_preferences
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError
-from files import file_hash
+from files import file_hash, sync
 
 VERSION = 1  # Of the arrays below; a new layout must not read an old folder.
 BAD_SHARE = 0.01  # With skip_bad, more bad records than this are a wrong file, not a few bad lines.
@@ -89,6 +89,8 @@ class TokenStore:
         self.supervised = np.memmap(folder / "supervised.bin", np.bool_, "r")
         self.targets = np.load(folder / "targets.npy", mmap_mode="r")  # (rows,) supervised tokens
         self.lengths = self.bounds[:, -1] - self.bounds[:, 0]  # (rows,) tokens of all branches
+        if not len(self.tokens) == len(self.supervised) == self.bounds[-1, -1]:
+            raise ValueError("the arrays do not fit together")
 
     def __len__(self) -> int:
         return len(self.bounds)
@@ -120,7 +122,10 @@ def open_store(
     folder = cache_folder() / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     if not folder.is_dir():
         _build(folder, path, content, kind, tokenizer, max_length, shape, skip_bad)
-    return TokenStore(folder, fingerprint=content)
+    try:
+        return TokenStore(folder, fingerprint=content)
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise InputError(f"{folder}: damaged, remove it and it is made anew ({error})") from None
 
 
 def cache_folder() -> Path:
@@ -138,6 +143,8 @@ def _build(folder: Path, path: Path, content: str, kind, tokenizer, max_length, 
         _write(unfinished, path, kind, tokenizer, max_length, shape, skip_bad)
         if file_hash(path) != content:
             raise InputError(f"{path}: the file changed while it was read")
+        for file in (*unfinished.iterdir(), unfinished):
+            sync(file)  # Or a power cut could leave the name of the folder and not what is in it.
         try:
             unfinished.rename(folder)
         except OSError:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from errors import InputError
-from files import sync_folder
+from files import sync
 from model.weights import weights_hash
 from training.checkpoint import (
     checkpoints,
@@ -210,7 +210,7 @@ class RunFolder:
         shutil.rmtree(self.checkpoints)
         self.checkpoints.mkdir()
         model.unlink(missing_ok=True)  # What a run leaves half done must not be taken for a model.
-        sync_folder(self.folder)
+        sync(self.folder)
 
 
 def differences(then: dict, now: dict) -> dict[str, tuple]:
