@@ -17,6 +17,7 @@ import train_sft
 import training.distributed
 import training.run
 from errors import InputError
+from eval import demo
 from model.weights import load_model, save_model
 from tests.conftest import make_model
 from tests.faults import Keeping, resume_from_each_step, states, train
@@ -87,7 +88,7 @@ def lively_scaler(monkeypatch):
     original = torch.amp.GradScaler
 
     def lively(device, enabled):
-        return original(device, init_scale=2.0**22, growth_interval=2, enabled=enabled)
+        return original(device, init_scale=2.0**19, growth_interval=2, enabled=enabled)
 
     monkeypatch.setattr(training.distributed.torch.amp, "GradScaler", lively)
 
@@ -259,6 +260,22 @@ def test_a_fresh_run_does_not_throw_a_stopped_one_away(flags, tmp_path):
     shutil.rmtree(folder / "checkpoints")
     train_sft.main([*flags("train_sft"), "--out", str(folder)])
     train_sft.main([*flags("train_sft", lr=1e-2), "--out", str(folder)])  # A finished one is replaced.
+
+
+def test_a_stopped_demo_begins_anew(flags, tmp_path, monkeypatch):
+    """`make demo` has no --resume; a Ctrl-C in it must not make the next one refuse."""
+    main, begun = train_sft.main, []
+    stopped(train_sft, flags("train_sft"), tmp_path / "sft", after=2)
+
+    def short(arguments):
+        main([*arguments, *flags("train_sft", max_steps=1)])
+        begun.append(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_sft, "main", short)
+    with pytest.raises(KeyboardInterrupt):
+        demo.main(["--out", str(tmp_path)])
+    assert begun and (tmp_path / "sft" / "model.pt").exists()
 
 
 def test_an_unfinished_run_has_no_model(flags, tmp_path):
