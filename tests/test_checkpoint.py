@@ -9,6 +9,7 @@ import errno
 import io
 import os
 import random
+import re
 import resource
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import files
 from errors import InputError
 from files import file_hash, write_whole
 from model.weights import save_model
-from tests.conftest import make_model
+from tests.conftest import ROOT, make_model
 from tests.faults import digest
 from tests.test_weights import Evil
 from training.checkpoint import checkpoints, load_checkpoint, newest_valid, restore, save_checkpoint, step_of
@@ -127,6 +128,17 @@ def test_a_hostile_file_runs_nothing(folder, monkeypatch):
     step, said = newest(folder)
     assert step == 1 and "no checkpoint (" in said[0]
     assert not (folder / "PWNED").exists()
+
+
+def test_nothing_in_the_project_unpickles():
+    """One call without `weights_only=True` is enough for a file from elsewhere to run what it likes."""
+    sources = [p for p in ROOT.glob("**/*.py") if p.relative_to(ROOT).parts[0] not in ("tests", ".venv")]
+    wrong = r"import (pickle|dill|joblib|yaml)|weights_only=False|allow_pickle=True"
+    assert len(sources) > 30
+    for path in sources:
+        text = path.read_text("utf-8")
+        assert not re.search(wrong, text), path
+        assert text.count("torch.load(") == len(re.findall(r"torch\.load\(.*weights_only=True\)", text)), path
 
 
 @pytest.mark.parametrize("state", [{"step": 7}, {"model": {}}, [1, 2], torch.zeros(3)], ids=str)

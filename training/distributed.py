@@ -145,7 +145,6 @@ class Precision:
         dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
         return torch.autocast(self.device_type, dtype=dtype, enabled=dtype is not None)
 
-
     def count_skip(self, skipped: bool) -> None:
         """Count the steps that the scaler skips because a gradient overflowed."""
         self.skipped += skipped
