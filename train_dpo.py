@@ -28,7 +28,8 @@ from model.weights import load_model, save_model
 from objective import Objective, ObjectiveSettings, Pairs, no_reference, pair_metrics
 from training.distributed import Precision, exchange_gradients, join, wrap
 from training.metrics import Meter, MetricsLog
-from training.schedule import adamw, clip_gradients, cosine_lr, set_lr
+from training.run import RunFolder
+from training.schedule import adamw, clip_gradients, cosine_lr, require_finite, set_lr
 from training.settings import SAMPLE, TrainSettings, flag, parse
 
 
@@ -47,12 +48,14 @@ class Settings(ObjectiveSettings, TrainSettings):
 
 def main(arguments: list[str] | None = None) -> None:
     settings = parse(Settings, __doc__.split("\n")[0], arguments)
-    with join(settings.device) as world:
-        train(settings, world)
+    with join(settings.device) as world, RunFolder(settings, world) as run:
+        train(settings, world, run)
 
 
-def train(settings: Settings, world) -> None:
+def train(settings: Settings, world, run) -> None:
     objective = Objective(settings)  # what is minimised: DPO's loss, unless other flags say otherwise
+    if run.is_finished():
+        return
 
     # ---- the two models: the policy learns, the reference remembers where it started
     model = load_model(settings.model, world.device)
@@ -64,10 +67,8 @@ def train(settings: Settings, world) -> None:
 
     # ---- the data: pairs, and which of them each optimizer step sees
     def open_pairs(path):
-        with world.main_first():
-            store = open_store(
-                path, "preferences", tokenizer, settings.max_length, settings.shape, settings.skip_bad
-            )
+        how = settings.max_length, settings.shape, settings.skip_bad
+        store = world.main_first(lambda: open_store(path, "preferences", tokenizer, *how))
         objective.check_data(store, path)
         return store
 
@@ -80,8 +81,15 @@ def train(settings: Settings, world) -> None:
     optimizer = adamw(model, settings.weight_decay)
     world.print(f"{settings.data}: {pairs.report}")
     world.print(windows.describe(total_steps, world.ranks, settings.micro_batch_size))
-    log = MetricsLog(Path(settings.out), world, total_steps, unit="pairs")
     meter = Meter(world)
+
+    # ---- what a checkpoint holds, and where an interrupted run goes on
+    state = {"model": model, "optimizer": optimizer, "precision": precision, "meter": meter}
+    state["objective"] = objective
+    if objective.moves_reference:
+        state["reference"] = reference  # TR-DPO's is no longer the model of --model.
+    first_step = run.begin(state, data=pairs.fingerprint, tokenizer=tokenizer.fingerprint)
+    log = MetricsLog(Path(settings.out), world, first_step, total_steps, unit="pairs")
 
     def evaluate_now(step: int) -> None:
         if eval_pairs:
@@ -89,8 +97,9 @@ def train(settings: Settings, world) -> None:
             figures = evaluate(model, reference, eval_pairs, world, precision, *how)
             log.write(step, {f"eval_{name}": value for name, value in figures.items()})
 
-    evaluate_now(step=0)
-    for step in range(total_steps):
+    if first_step == 0:
+        evaluate_now(step=0)
+    for step in range(first_step, total_steps):
         lr = cosine_lr(step, total_steps, settings.lr, settings.warmup_steps)
         set_lr(optimizer, lr)
 
@@ -121,7 +130,8 @@ def train(settings: Settings, world) -> None:
             figures = pair_metrics(losses, batch, settings.beta)
             meter.add(len(rows), {**figures, "aux_loss": aux_loss * len(rows)})
 
-        grad_norm = clip_gradients(optimizer, precision.scaler, settings.grad_clip, step, pairs.lines[window])
+        grad_norm = clip_gradients(optimizer, precision.scaler, settings.grad_clip)
+        require_finite(meter, grad_norm, precision, step, pairs.lines[window])
         precision.scaler.step(optimizer)
         precision.scaler.update()
         optimizer.zero_grad()
@@ -130,14 +140,17 @@ def train(settings: Settings, world) -> None:
         objective.after_step(done, model, reference, world.sum)
         log.advance(len(window))
         if done % settings.log_every == 0 or done == total_steps:
-            log.write(done, {**meter.mean(), "grad_norm": grad_norm, "learning_rate": lr})
+            figures = {"grad_norm": grad_norm, "learning_rate": lr, **precision.figures()}
+            log.write(done, {**meter.mean(), **figures})
         if done % settings.eval_every == 0 or done == total_steps:
             evaluate_now(done)
+        run.save_when_due(done)
 
     if world.is_main:
-        save_model(Path(settings.out), model, settings=settings.to_dict())
         tokenizer.save(Path(settings.out))
+        save_model(Path(settings.out), model, settings=settings.to_dict())
     log.close()
+    run.finish()
 
 
 if __name__ == "__main__":

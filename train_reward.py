@@ -31,13 +31,15 @@ from dataset.packing import LAYOUTS, Windows, build_stream, deal, share
 from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script
+from files import write_whole
 from losses import bradley_terry_loss, reward_metrics
 from model.reward import RewardModel
 from model.stream import sides
-from model.weights import load_model, save_model, write_whole
+from model.weights import load_model, save_model
 from training.distributed import Precision, World, exchange_gradients, join, wrap
 from training.metrics import Meter, MetricsLog
-from training.schedule import adamw, clip_gradients, cosine_lr, set_lr
+from training.run import RunFolder
+from training.schedule import adamw, clip_gradients, cosine_lr, require_finite, set_lr
 from training.settings import SAMPLE, TrainSettings, flag, parse
 
 
@@ -65,11 +67,17 @@ class Settings(TrainSettings):
 
 def main(arguments: list[str] | None = None) -> None:
     settings = parse(Settings, __doc__.split("\n")[0], arguments)
-    with join(settings.device) as world:
-        (score if settings.score else train)(settings, world)
+    with join(settings.device) as world, RunFolder(settings, world) as run:
+        if settings.score:
+            score(settings, world)
+        else:
+            train(settings, world, run)
 
 
-def train(settings: Settings, world: World) -> None:
+def train(settings: Settings, world: World, run: RunFolder) -> None:
+    if run.is_finished():
+        return
+
     # ---- the model: what the language model knows, and a head that knows nothing yet
     model = RewardModel.from_language_model(load_model(settings.model, world.device))
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
@@ -84,16 +92,21 @@ def train(settings: Settings, world: World) -> None:
     precision = Precision(settings.precision, world.device)
     optimizer = adamw(model, settings.weight_decay)
     world.print(windows.describe(total_steps, world.ranks, settings.micro_batch_size))
-    log = MetricsLog(Path(settings.out), world, total_steps, unit="pairs")
     meter = Meter(world)
+
+    # ---- what a checkpoint holds, and where an interrupted run goes on
+    state = {"model": model, "optimizer": optimizer, "precision": precision, "meter": meter}
+    first_step = run.begin(state, data=pairs.fingerprint, tokenizer=tokenizer.fingerprint)
+    log = MetricsLog(Path(settings.out), world, first_step, total_steps, unit="pairs")
 
     def evaluate_now(step: int) -> None:
         if eval_pairs:
             figures = mean_metrics(score_pairs(model, eval_pairs, settings, world, precision))
             log.write(step, {f"eval_{name}": value for name, value in figures.items()})
 
-    evaluate_now(step=0)
-    for step in range(total_steps):
+    if first_step == 0:
+        evaluate_now(step=0)
+    for step in range(first_step, total_steps):
         lr = cosine_lr(step, total_steps, settings.lr, settings.warmup_steps)
         set_lr(optimizer, lr)
 
@@ -114,7 +127,8 @@ def train(settings: Settings, world: World) -> None:
             figures = reward_metrics(losses, chosen_rewards, rejected_rewards)
             meter.add(len(rows), {**figures, "aux_loss": aux_loss * len(rows)})
 
-        grad_norm = clip_gradients(optimizer, precision.scaler, settings.grad_clip, step, pairs.lines[window])
+        grad_norm = clip_gradients(optimizer, precision.scaler, settings.grad_clip)
+        require_finite(meter, grad_norm, precision, step, pairs.lines[window])
         precision.scaler.step(optimizer)
         precision.scaler.update()
         optimizer.zero_grad()
@@ -122,20 +136,22 @@ def train(settings: Settings, world: World) -> None:
         done = step + 1
         log.advance(len(window))
         if done % settings.log_every == 0 or done == total_steps:
-            log.write(done, {**meter.mean(), "grad_norm": grad_norm, "learning_rate": lr})
+            figures = {"grad_norm": grad_norm, "learning_rate": lr, **precision.figures()}
+            log.write(done, {**meter.mean(), **figures})
         if done % settings.eval_every == 0 or done == total_steps:
             evaluate_now(done)
+        run.save_when_due(done)
 
     if world.is_main:
-        save_model(Path(settings.out), model, settings=settings.to_dict())
         tokenizer.save(Path(settings.out))
+        save_model(Path(settings.out), model, settings=settings.to_dict())
     log.close()
+    run.finish()
 
 
 def open_pairs(path: str, tokenizer: ChatTokenizer, settings: Settings, world: World) -> TokenStore:
-    with world.main_first():
-        how = settings.max_length, settings.shape, settings.skip_bad
-        pairs = open_store(path, "preferences", tokenizer, *how)
+    how = settings.max_length, settings.shape, settings.skip_bad
+    pairs = world.main_first(lambda: open_store(path, "preferences", tokenizer, *how))
     world.print(f"{path}: {pairs.report}")
     return pairs
 

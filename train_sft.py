@@ -20,7 +20,8 @@ from model.transformer import PRESETS, ModelConfig, Transformer
 from model.weights import load_model, save_model
 from training.distributed import Precision, exchange_gradients, join, wrap
 from training.metrics import Meter, MetricsLog
-from training.schedule import adamw, clip_gradients, cosine_lr, set_lr
+from training.run import RunFolder
+from training.schedule import adamw, clip_gradients, cosine_lr, require_finite, set_lr
 from training.settings import SAMPLE, TrainSettings, flag, parse
 
 
@@ -41,21 +42,22 @@ class Settings(TrainSettings):
 
 def main(arguments: list[str] | None = None) -> None:
     settings = parse(Settings, __doc__.split("\n")[0], arguments)
-    with join(settings.device) as world:
-        train(settings, world)
+    with join(settings.device) as world, RunFolder(settings, world) as run:
+        train(settings, world, run)
 
 
-def train(settings: Settings, world) -> None:
+def train(settings: Settings, world, run) -> None:
+    if run.is_finished():
+        return
+
     # ---- the model
     model, tokenizer = start_model(settings, world.device)
     policy = wrap(model, world)
 
     # ---- the data: conversations, and which of them each optimizer step sees
     def open_conversations(path):
-        with world.main_first():
-            return open_store(
-                path, "conversations", tokenizer, settings.max_length, settings.shape, settings.skip_bad
-            )
+        how = settings.max_length, settings.shape, settings.skip_bad
+        return world.main_first(lambda: open_store(path, "conversations", tokenizer, *how))
 
     conversations = open_conversations(settings.data)
     eval_conversations = open_conversations(settings.eval_data) if settings.eval_data else None
@@ -66,10 +68,14 @@ def train(settings: Settings, world) -> None:
     optimizer = adamw(model, settings.weight_decay)
     world.print(f"{settings.data}: {conversations.report}")
     world.print(windows.describe(total_steps, world.ranks, settings.micro_batch_size))
-    log = MetricsLog(Path(settings.out), world, total_steps, unit="conversations")
     meter = Meter(world)
 
-    for step in range(total_steps):
+    # ---- what a checkpoint holds, and where an interrupted run goes on
+    state = {"model": model, "optimizer": optimizer, "precision": precision, "meter": meter}
+    first_step = run.begin(state, data=conversations.fingerprint, tokenizer=tokenizer.fingerprint)
+    log = MetricsLog(Path(settings.out), world, first_step, total_steps, unit="conversations")
+
+    for step in range(first_step, total_steps):
         lr = cosine_lr(step, total_steps, settings.lr, settings.warmup_steps)
         set_lr(optimizer, lr)
 
@@ -92,9 +98,8 @@ def train(settings: Settings, world) -> None:
                 precision.scaler.scale(total * world.ranks / window_tokens).backward()
             meter.add(len(losses), {"loss": losses.sum(), "aux_loss": aux_loss * len(losses)})
 
-        grad_norm = clip_gradients(
-            optimizer, precision.scaler, settings.grad_clip, step, conversations.lines[window]
-        )
+        grad_norm = clip_gradients(optimizer, precision.scaler, settings.grad_clip)
+        require_finite(meter, grad_norm, precision, step, conversations.lines[window])
         precision.scaler.step(optimizer)
         precision.scaler.update()
         optimizer.zero_grad()
@@ -102,15 +107,18 @@ def train(settings: Settings, world) -> None:
         done = step + 1
         log.advance(len(window))
         if done % settings.log_every == 0 or done == total_steps:
-            log.write(done, {**meter.mean(), "grad_norm": grad_norm, "learning_rate": lr})
+            figures = {"grad_norm": grad_norm, "learning_rate": lr, **precision.figures()}
+            log.write(done, {**meter.mean(), **figures})
         if eval_conversations and (done % settings.eval_every == 0 or done == total_steps):
             loss = evaluate(model, eval_conversations, world, precision, settings.micro_batch_size)
             log.write(done, {"eval_loss": loss})
+        run.save_when_due(done)
 
     if world.is_main:
-        save_model(Path(settings.out), model, settings=settings.to_dict())
         tokenizer.save(Path(settings.out))
+        save_model(Path(settings.out), model, settings=settings.to_dict())
     log.close()
+    run.finish()
 
 
 def start_model(settings: Settings, device: torch.device) -> tuple[Transformer, ChatTokenizer]:

@@ -21,8 +21,9 @@ import numpy as np
 from dataset.records import Conversation, DataError, Preference, read_conversations, read_preferences
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError
+from files import file_hash, sync
 
-VERSION = 2  # Of the arrays below; a new layout must not read an old folder.
+VERSION = 3  # Of the arrays below; a new layout must not read an old folder.
 BAD_SHARE = 0.01  # With skip_bad, more bad records than this are a wrong file, not a few bad lines.
 
 Branch = tuple[list[int], list[bool]]  # ids, and for each whether it is supervised
@@ -90,7 +91,8 @@ class Report:
 class TokenStore:
     """The arrays of one file: row i is a prompt and its branches, each a run of ids with a loss mask."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, fingerprint: str):
+        self.fingerprint = fingerprint  # of the data file
         self.report = Report(**json.loads((folder / "report.json").read_text()))
         self.bounds = np.load(folder / "bounds.npy", mmap_mode="r")  # (rows, 2 + branches) offsets
         self.lines = np.load(folder / "lines.npy", mmap_mode="r")  # (rows,) line in the data file
@@ -100,6 +102,8 @@ class TokenStore:
         self.targets = np.load(folder / "targets.npy", mmap_mode="r")  # (rows,) supervised tokens
         self.score_margins = np.load(folder / "score_margins.npy", mmap_mode="r")  # (rows,) NaN: has none
         self.lengths = self.bounds[:, -1] - self.bounds[:, 0]  # (rows,) tokens of all branches
+        if not len(self.tokens) == len(self.supervised) == self.bounds[-1, -1]:
+            raise ValueError("the arrays do not fit together")
 
     def __len__(self) -> int:
         return len(self.bounds)
@@ -131,21 +135,16 @@ def open_store(
     folder = cache_folder() / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     if not folder.is_dir():
         _build(folder, path, content, kind, tokenizer, max_length, shape, skip_bad)
-    return TokenStore(folder)
+    try:
+        return TokenStore(folder, fingerprint=content)
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise InputError(f"{folder}: damaged, remove it and it is made anew ({error})") from None
 
 
 def cache_folder() -> Path:
     """Where tokenised data is kept: $MINIDPO_CACHE, or the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minidpo"
     return Path(os.environ.get("MINIDPO_CACHE") or default)
-
-
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _build(folder: Path, path: Path, content: str, kind, tokenizer, max_length, shape, skip_bad) -> None:
@@ -157,6 +156,8 @@ def _build(folder: Path, path: Path, content: str, kind, tokenizer, max_length, 
         _write(unfinished, path, kind, tokenizer, max_length, shape, skip_bad)
         if file_hash(path) != content:
             raise InputError(f"{path}: the file changed while it was read")
+        for file in (*unfinished.iterdir(), unfinished):
+            sync(file)  # Or a power cut could leave the name of the folder and not what is in it.
         try:
             unfinished.rename(folder)
         except OSError:

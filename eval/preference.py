@@ -74,10 +74,8 @@ def measure(settings: Settings, world: World) -> dict[str, float]:
         raise InputError(f"{settings.model} and {settings.reference} have different tokenizers")
     if policy.config.vocab_size != reference.config.vocab_size:
         raise InputError(f"{settings.model} and {settings.reference} have vocabularies of different sizes")
-    with world.main_first():
-        pairs = open_store(
-            settings.data, "preferences", tokenizer, settings.max_length, settings.shape, settings.skip_bad
-        )
+    how = settings.max_length, settings.shape, settings.skip_bad
+    pairs = world.main_first(lambda: open_store(settings.data, "preferences", tokenizer, *how))
     world.print(f"{settings.data}: {pairs.report}")
     precision = Precision(settings.precision, world.device)
     objective = Objective(ObjectiveSettings(beta=settings.beta))

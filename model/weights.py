@@ -1,33 +1,38 @@
 """Model folders: ``config.json`` says the shape, ``model.pt`` holds the weights. Nothing is unpickled."""
 
+import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
 
 from errors import InputError
+from files import write_whole
 from model.transformer import ModelConfig, Transformer
 
 
 def save_model(folder: Path, model: Transformer, **settings) -> None:
-    """Write the weights as they are, bit for bit, and the config; `settings` are kept beside the shape."""
+    """Write the config, then the weights as they are, bit for bit; `settings` are kept beside the shape.
+
+    The weights come last: a folder that has a model.pt is whole. Weights that are no numbers are not saved.
+    """
+    if bad := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
+        raise FloatingPointError(f"{folder}: the model is not saved, {bad[0]} is not finite")
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "model.pt", lambda file: torch.save(model.state_dict(), file))
     config = {"kind": model.kind, "model": model.config.to_dict(), **settings}
     write_whole(
         folder / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode() + b"\n")
     )
+    write_whole(folder / "model.pt", lambda file: torch.save(model.state_dict(), file))
 
 
-def write_whole(path: Path, write) -> None:
-    """Write beside, sync, rename: at no moment is there half a file under the final name."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with open(unfinished, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+def weights_hash(model: torch.nn.Module) -> str:
+    """SHA-256 of all weights with their names, types and shapes."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.contiguous().view(-1).view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()
 
 
 def load_model(folder: str | Path, device="cpu", model_class: type[Transformer] = Transformer) -> Transformer:

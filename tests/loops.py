@@ -34,7 +34,9 @@ def record_gradients(module, run) -> list[list[torch.Tensor]]:
     return steps
 
 
-def torchrun(ranks: int, *command: str, seconds: int = 120) -> subprocess.CompletedProcess:
+def torchrun(
+    ranks: int, *command: str, seconds: int = 120, restarts: int = 0
+) -> subprocess.CompletedProcess:
     """Start a command on several gloo ranks, in a process group of its own that is always cleaned up."""
     command = [
         sys.executable,
@@ -42,6 +44,7 @@ def torchrun(ranks: int, *command: str, seconds: int = 120) -> subprocess.Comple
         "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={ranks}",
+        f"--max-restarts={restarts}",
         *command,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

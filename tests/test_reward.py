@@ -18,11 +18,12 @@ from dataset.packing import LAYOUTS, Windows, build_stream
 from dataset.records import read_preferences
 from dataset.store import open_store
 from errors import InputError
+from files import write_whole
 from losses import bradley_terry_loss, reward_metrics
 from model.reward import RewardModel
 from model.stream import sides
 from model.transformer import Transformer
-from model.weights import load_model, save_model, write_whole
+from model.weights import load_model, save_model
 from tests.conftest import MODEL_OPTIONS, RAGGED, as_record, make_model, plain_hidden, plain_ids
 from tests.loops import metrics, record_gradients, torchrun, weights
 from training.distributed import Precision, World

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from itertools import chain
@@ -247,6 +248,75 @@ def test_an_interrupted_build_leaves_nothing(tokenizer, ragged, own_cache, monke
         open_store(ragged, "preferences", tokenizer, 512)
     assert not list(own_cache.iterdir())
     assert len(open_store(ragged, "preferences", tokenizer, 512)) == len(RAGGED)
+
+
+@pytest.mark.parametrize("name", ["bounds.npy", "lines.npy", "tokens.bin", "supervised.bin", "report.json"])
+@pytest.mark.parametrize("keep", [0, 0.5])
+def test_a_torn_cache_is_refused(tokenizer, ragged, own_cache, name, keep):
+    """Arrays that a full disk cut short would be other ids for the same rows, or a crash in the night."""
+    open_store(ragged, "preferences", tokenizer, 512)
+    (folder,) = own_cache.iterdir()
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: int(len(whole) * keep)])
+    with pytest.raises(InputError, match=f"{folder}: damaged, remove it"):
+        open_store(ragged, "preferences", tokenizer, 512)
+    shutil.rmtree(folder)
+    assert len(open_store(ragged, "preferences", tokenizer, 512)) == len(RAGGED)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tokenizer, ragged, own_cache, monkeypatch):
+    """Half of the old content and half of the new is the data of nobody."""
+    encode = module.encode
+
+    def edited(*arguments):
+        ragged.write_bytes(ragged.read_bytes() + b"\n")
+        return encode(*arguments)
+
+    monkeypatch.setattr(module, "encode", edited)
+    with pytest.raises(InputError, match="changed while it was read"):
+        open_store(ragged, "preferences", tokenizer, 512)
+    assert not list(own_cache.iterdir())
+
+
+def test_what_happens_to_a_file_later_does_not_matter(tokenizer, ragged, own_cache):
+    """A mapped file that is cut short ends its reader without a word; ours are copies that nobody edits."""
+    store = open_store(ragged, "preferences", tokenizer, 512)
+    before = contents(store)
+    ragged.write_bytes(b"")
+    assert contents(store) == before
+    ragged.unlink()
+    shutil.rmtree(own_cache)
+    assert contents(store) == before
+
+
+BIG = """
+import resource, sys
+from dataset import store
+from dataset.tokenizer import ChatTokenizer
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+path, tokenizer = sys.argv[1:]
+# The real tokenizer would take an hour; what must not hold on to the records is all the rest.
+store.encode = lambda record, tokenizer: [([1] * 300, [False] * 300), ([2] * 9, [True] * 9), ([3], [True])]
+before = peak()
+opened = store.open_store(path, "preferences", ChatTokenizer(tokenizer), 4096)
+print(len(opened), opened.report.total(), len(opened.tokens), peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_file_of_a_gibibyte_is_read_in_bounded_memory(tokenizer_file, tmp_path, own_cache):
+    """Memory must not grow with the text. It does grow with the number of records, by 48 bytes each."""
+    path, number = tmp_path / "big.jsonl", 0
+    with open(path, "w") as file:
+        while file.tell() < 2**30:
+            number += 1
+            row = {"prompt": f"{number}? " * 200, "chosen": "yes " * 100, "rejected": "no " * 100}
+            file.write(json.dumps(row) + "\n")
+    process = [sys.executable, "-c", BIG, str(path), str(tokenizer_file)]
+    done = subprocess.run(process, cwd=ROOT, capture_output=True, text=True, check=True, timeout=1000)
+    kept, total, tokens, grown = map(int, done.stdout.split())
+    assert kept == total == number and tokens == 310 * number
+    assert grown < 100, f"{grown} MiB for {number} records"
 
 
 BUILDER = """

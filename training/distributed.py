@@ -1,8 +1,11 @@
 """Where a process runs and how ranks meet: device, precision, process group, gradient exchange."""
 
+import itertools
+import json
 import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -12,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from errors import InputError
 
-TIMEOUT = timedelta(minutes=10)  # A rank that waits longer than this for another gives up.
+TIMEOUT = timedelta(minutes=10)  # A rank that waits longer than this in an exchange gives up.
+PATIENCE = timedelta(days=1)  # How long the others wait for what only the main rank does.
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class World:
     rank: int
     ranks: int
     device: torch.device
+    store: dist.Store | None = None  # where ranks leave messages for one another
+    messages: Iterator[int] = field(default_factory=itertools.count)
 
     @property
     def is_main(self) -> bool:
@@ -33,6 +39,14 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        if self.ranks == 1:
+            return number
+        numbers = torch.tensor(number, device=self.device)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return int(numbers)
+
     def wait(self) -> None:
         if self.ranks > 1:
             dist.barrier()
@@ -41,14 +55,32 @@ class World:
         if self.is_main:
             print(*words, flush=True)
 
-    @contextmanager
-    def main_first(self):
-        """The main rank does the body before the others, which then find its result on disk."""
+    def from_main(self, function):
+        """What `function()` returns on the main rank, on every rank, through JSON. If it fails, all leave.
+
+        The others wait for as long as it takes, which is long for a large data file. Should the main rank
+        die, torchrun ends them.
+        """
+        name = f"from_main_{next(self.messages)}"
         if not self.is_main:
-            self.wait()
-        yield
-        if self.is_main:
-            self.wait()
+            self.store.wait([name], PATIENCE)
+            if not (said := self.store.get(name)):
+                raise SystemExit(2)  # The main rank says why.
+            return json.loads(said)
+        said = ""
+        try:
+            result = function()
+            said = json.dumps(result)
+        finally:
+            if self.ranks > 1:
+                self.store.set(name, said)
+        return result
+
+    def main_first(self, function):
+        """`function()` on the main rank, then on the others, which find on disk what it left there."""
+        kept = []
+        self.from_main(lambda: kept.append(function()))
+        return kept[0] if self.is_main else function()
 
 
 @contextmanager
@@ -67,7 +99,7 @@ def join(device: str):
     backend = "nccl" if here.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
     try:
-        yield World(rank, ranks, here)
+        yield World(rank, ranks, here, store)
     finally:
         dist.destroy_process_group()
 
@@ -107,10 +139,28 @@ class Precision:
         self.device_type = device.type
         # Only fp16 can underflow; for the others the scaler passes everything through.
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+        self.skipped, self.skipped_in_a_row = 0, 0
 
     def autocast(self) -> torch.autocast:
         dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
         return torch.autocast(self.device_type, dtype=dtype, enabled=dtype is not None)
+
+    def count_skip(self, skipped: bool) -> None:
+        """Count the steps that the scaler skips because a gradient overflowed."""
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
+    def figures(self) -> dict[str, int]:
+        """For the log: how many steps were skipped so far; nothing where none can be."""
+        return {"skipped_steps": self.skipped} if self.scaler.is_enabled() else {}
+
+    def state_dict(self) -> dict:
+        skips = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        return {"scaler": self.scaler.state_dict(), **skips}
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.scaler.load_state_dict(saved["scaler"])
+        self.skipped, self.skipped_in_a_row = saved["skipped"], saved["skipped_in_a_row"]
 
 
 def wrap(model: nn.Module, world: World) -> nn.Module:

@@ -1,6 +1,8 @@
 """Running means over micro-batches and ranks, and the file and the bar that show them."""
 
 import json
+import math
+import os
 import time
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from files import write_whole
 from training.distributed import World
 
 
@@ -25,6 +28,11 @@ class Meter:
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
 
+    def is_finite(self, *others: float) -> bool:
+        """Whether all sums, and these other numbers, are finite on all ranks. Every rank must call it."""
+        finite = all(map(math.isfinite, others)) and torch.stack([*self.sums.values()]).isfinite().all()
+        return not self.world.largest(int(not finite))
+
     def mean(self) -> dict[str, float]:
         """Means over all ranks; starts afresh. Every rank must call it."""
         names = list(self.sums)
@@ -33,21 +41,45 @@ class Meter:
         self.sums, self.weight = {}, 0.0
         return {name: value / weight for name, value in zip(names, sums, strict=True)}
 
+    def state_dict(self) -> dict:
+        """The sums of each rank: added up early they would round otherwise. Every rank must call it."""
+        mine = [*(float(value) for value in self.sums.values()), self.weight]
+        device = self.world.device if self.world.ranks > 1 else "cpu"
+        rows = torch.zeros(self.world.ranks, len(mine), dtype=torch.float64, device=device)
+        rows[self.world.rank] = torch.tensor(mine, dtype=torch.float64)
+        return {"names": list(self.sums), "rows": self.world.sum(rows).tolist()}
+
+    def load_state_dict(self, saved: dict) -> None:
+        rows = saved["rows"]
+        if len(rows) != self.world.ranks:  # Other ranks than before: the main one takes it all.
+            total = [sum(column) for column in zip(*rows, strict=True)]
+            rows = [total] + [[0.0] * len(total)] * (self.world.ranks - 1)
+        *sums, self.weight = rows[self.world.rank]
+        tensors = (torch.tensor(value, device=self.world.device, dtype=torch.float32) for value in sums)
+        self.sums = dict(zip(saved["names"], tensors, strict=True))
+
 
 SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}  # on the bar
 
 
 class MetricsLog:
-    """``metrics.jsonl``, one row a logged step, and the progress bar. Only the main rank writes."""
+    """``metrics.jsonl``, one row a logged step, and the progress bar. Only the main rank writes.
 
-    def __init__(self, folder: Path, world: World, total_steps: int, unit: str):
+    A run that goes on from `first_step` keeps the rows up to it: those after it are written again.
+    """
+
+    def __init__(self, folder: Path, world: World, first_step: int, total_steps: int, unit: str):
         self.unit = unit
         self.items, self.since = 0, time.perf_counter()
-        self.bar = tqdm(total=total_steps, unit="step", disable=not world.is_main, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", disable=not world.is_main, dynamic_ncols=True
+        )
         self.file = None
         if world.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(folder / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+            path = folder / "metrics.jsonl"
+            kept = rows_until(first_step, path) if first_step else []
+            write_whole(path, lambda file: file.write("".join(kept).encode()))
+            self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def advance(self, items: int) -> None:
         """One optimizer step is done, over `items` pairs or conversations of all ranks."""
@@ -66,8 +98,21 @@ class MetricsLog:
             self.bar.set_postfix({**shown, f"{self.unit}/s": f"{row[f'{self.unit}_per_second']:.1f}"})
         self.file.write(json.dumps({"step": step, **row}) + "\n")
         self.file.flush()
+        os.fsync(self.file.fileno())  # A checkpoint of this step must not outlive its row.
 
     def close(self) -> None:
         self.bar.close()
         if self.file:
             self.file.close()
+
+
+def rows_until(step: int, path: Path) -> list[str]:
+    """The lines of a metrics file whose step is at most `step`; a line that was torn by a crash is none."""
+    kept = []
+    for line in path.read_text("utf-8", errors="replace").splitlines(keepends=True) if path.exists() else ():
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, TypeError, KeyError):
+            continue
+    return kept

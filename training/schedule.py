@@ -6,6 +6,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from training.distributed import Precision
+from training.metrics import Meter
+
+# Steps in a row that fp16 may skip. The scale starts at 2^16 and halves each time: then it is not too large.
+MOST_SKIPS = 25
+
 
 def cosine_lr(step: int, total_steps: int, peak: float, warmup_steps: int) -> float:
     """Learning rate of optimizer step `step`, counted from 0.
@@ -23,12 +29,13 @@ def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) that decays matrices only.
 
     Norm gains, biases and embeddings are left alone: pulling them to 0 changes what the model says of rare
-    tokens rather than how smooth it is. The learning rate is set before every step.
+    tokens rather than how smooth it is. The learning rate is set before every step. Parameters come
+    with their names, so that a checkpoint says whose moments it holds.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trainable if p.dim() >= 2 and id(p) not in embeddings]
-    plain = [p for p in trainable if p.dim() < 2 or id(p) in embeddings]
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [(name, p) for name, p in trainable if p.dim() >= 2 and id(p) not in embeddings]
+    plain = [(name, p) for name, p in trainable if p.dim() < 2 or id(p) in embeddings]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), fused=True)
 
@@ -39,21 +46,27 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def clip_gradients(
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    longest: float,
-    step: int,
-    lines: np.ndarray,
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, longest: float
 ) -> float:
-    """Unscale the window's gradient and shorten it to `longest` (0: leave it); return the norm it had.
-
-    The norm is the same on every rank, so all of them stop together when it is not finite. Under fp16 that
-    is expected now and then, and the scaler skips the step instead.
-    """
+    """Unscale the window's gradient and shorten it to `longest` (0: leave it); return the norm it had."""
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, longest or math.inf).item()
-    if not math.isfinite(norm) and not scaler.is_enabled():
-        where = ", ".join(map(str, sorted(lines.tolist())))
-        raise FloatingPointError(f"step {step}: the gradient norm is {norm}; the data lines were {where}")
-    return norm
+    return nn.utils.clip_grad_norm_(parameters, longest or math.inf).item()
+
+
+def require_finite(meter: Meter, grad_norm: float, precision: Precision, step: int, lines: np.ndarray):
+    """Stop before the step, on all ranks, if the window's loss or gradient is not finite.
+
+    One such element would make every weight NaN at the next step. Under fp16 an overflow is expected now and
+    then: the scaler skips that step and lowers its scale, which is counted, and bounded.
+    """
+    if precision.scaler.is_enabled():
+        precision.count_skip(not math.isfinite(grad_norm))
+        if precision.skipped_in_a_row <= MOST_SKIPS:
+            return
+    elif meter.is_finite(grad_norm):
+        return
+    loss = "the loss, on this rank or another, is not finite"
+    wrong = loss if math.isfinite(grad_norm) else f"the gradient norm is {grad_norm}"
+    where = ", ".join(map(str, sorted(lines.tolist())))
+    raise FloatingPointError(f"step {step}: {wrong}; the data lines were {where}")

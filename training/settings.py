@@ -47,13 +47,18 @@ class TrainSettings:
     grad_clip: float = flag(1.0, "longest gradient norm; 0 to leave it alone")
     log_every: int = flag(10, "optimizer steps between rows of metrics.jsonl")
     eval_every: int = flag(100, "optimizer steps between evaluations on --eval-data")
+    save_every: int = flag(500, "optimizer steps between checkpoints; 0 saves only when a signal stops it")
+    keep_checkpoints: int = flag(2, "newest checkpoints to keep: a damaged one falls back to an older one")
+    resume: bool = flag(False, "go on from the newest valid checkpoint in --out; begin if it has none")
+    override: str = flag("", "settings in which --resume may differ from the checkpoint, by name: lr,data")
 
     def __post_init__(self) -> None:
         """Refuse values that no run can mean."""
-        for name in ("epochs", "batch_size", "micro_batch_size", "max_length", "log_every", "eval_every"):
+        counts = ("epochs", "batch_size", "micro_batch_size", "max_length", "log_every", "eval_every")
+        for name in (*counts, "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_steps", "lr", "warmup_steps", "weight_decay", "grad_clip"):
+        for name in ("max_steps", "lr", "warmup_steps", "weight_decay", "grad_clip", "save_every"):
             if not getattr(self, name) >= 0:
                 raise InputError(
                     f"--{name.replace('_', '-')} must not be negative, nor {getattr(self, name)}"

@@ -1,0 +1,423 @@
+"""Resuming: what was interrupted ends as if it never had been, bit for bit, or is refused by name.
+
+python -m pytest tests/test_resume.py
+"""
+
+import json
+import math
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import train_dpo
+import train_reward
+import train_sft
+import training.distributed
+import training.run
+from errors import InputError
+from eval import demo
+from model.weights import load_model, save_model
+from tests.conftest import make_model
+from tests.faults import Keeping, resume_from_each_step, states, train
+from tests.loops import metrics, torchrun, weights
+from tests.test_loops import CHATS, PAIRS, command_line
+from training.checkpoint import checkpoints
+from training.distributed import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+MODULES = {"train_dpo": train_dpo, "train_reward": train_reward, "train_sft": train_sft}
+
+
+@pytest.fixture
+def start(tmp_path, tokenizer):
+    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32))
+    tokenizer.save(tmp_path / "start")
+    return tmp_path / "start"
+
+
+@pytest.fixture
+def flags(start, write_jsonl):
+    """Flags of a short run: 2 epochs of 3 steps, the last one short, of up to 2 micro-batches each.
+
+    Rows are logged every 2 steps and evaluations made every 3, so that both stand across checkpoints.
+    """
+    data = {
+        "train_dpo": write_jsonl("pairs.jsonl", PAIRS),
+        "train_reward": write_jsonl("pairs.jsonl", PAIRS),
+        "train_sft": write_jsonl("chats.jsonl", CHATS),
+    }
+
+    def of(script: str, **changes) -> list[str]:
+        settings = {
+            "model": start, "data": data[script], "eval_data": data[script], "batch_size": 4, "epochs": 2,
+            "micro_batch_size": 3, "lr": 1e-3, "warmup_steps": 2, "log_every": 2, "eval_every": 3,
+            "device": "cpu", "precision": "fp32", **changes,
+        }  # fmt: skip
+        return command_line(**settings)
+
+    return of
+
+
+# ---- bit for bit
+
+
+@pytest.mark.parametrize("script, precision", [*((name, "fp32") for name in MODULES), ("train_dpo", "bf16")])
+def test_resuming_at_any_step_changes_no_bit(script, precision, flags, tmp_path):
+    """Weights, moments, running means, log rows: at every step, within an epoch and at its end."""
+    found = resume_from_each_step(MODULES[script], flags(script, precision=precision), tmp_path / "r", ALONE)
+    assert found == {str(step): [] for step in range(1, 7)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(dict(loss="sigmoid,bco_pair", tr_alpha=0.3), id="BCO's delta, TR-DPO soft"),
+        pytest.param(dict(loss="bco_pair", tr_every=2), id="BCO's delta, TR-DPO hard"),
+    ],
+)
+def test_what_an_objective_remembers_is_resumed(options, flags, tmp_path):
+    """BCO's running delta and a reference that moves are state like the weights."""
+    found = resume_from_each_step(train_dpo, flags("train_dpo", **options), tmp_path / "r", ALONE)
+    assert found == {str(step): [] for step in range(1, 7)}
+
+
+@pytest.mark.parametrize("script", ["train_dpo", pytest.param("train_sft", marks=pytest.mark.slow)])
+def test_resuming_at_any_step_changes_no_bit_on_two_ranks(script, flags, tmp_path):
+    """Running means that were summed over the ranks too early round otherwise; here each rank has its own."""
+    arguments = flags(script, batch_size=3, micro_batch_size=1, epochs=1)
+    result = torchrun(
+        2, "-m", "tests.faults", "resume", script, str(tmp_path / "verdict"), str(tmp_path / "r"), *arguments
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "verdict").read_text()) == {str(step): [] for step in range(1, 5)}
+
+
+@pytest.fixture
+def lively_scaler(monkeypatch):
+    """A loss scale that grows every 2 steps and starts too high: it changes, and some step is skipped."""
+    original = torch.amp.GradScaler
+
+    def lively(device, enabled):
+        return original(device, init_scale=2.0**19, growth_interval=2, enabled=enabled)
+
+    monkeypatch.setattr(training.distributed.torch.amp, "GradScaler", lively)
+
+
+def test_resuming_restores_the_loss_scale_and_its_skips(flags, tmp_path, lively_scaler):
+    """Under fp16 the scale, and the steps until it grows, are part of the state."""
+    arguments = flags("train_dpo", precision="fp16", log_every=1, max_steps=4)
+    found = resume_from_each_step(train_dpo, arguments, tmp_path / "r", ALONE)
+    assert found == {str(step): [] for step in range(1, 5)}
+    skipped = [row["skipped_steps"] for row in metrics(tmp_path / "r" / "whole") if "skipped_steps" in row]
+    assert 0 < skipped[-1] < 4, "the test needs steps of both kinds"
+
+
+@pytest.mark.parametrize(
+    "forgotten, precision, what",
+    [
+        ("model", "fp32", {"state", "model"}),
+        ("optimizer", "fp32", {"state", "model"}),
+        ("meter", "fp32", {"rows"}),
+        ("precision", "fp16", {"state", "rows"}),
+    ],
+)
+def test_whatever_is_forgotten_is_seen(
+    forgotten, precision, what, flags, tmp_path, monkeypatch, lively_scaler
+):
+    """Negative control: a part that is not restored must make a difference, or the tests above see nothing.
+
+    A random generator is no part: see `test_no_random_number_is_drawn_while_training`.
+    """
+    restore = training.run.restore
+
+    def forgetful(things, state):
+        restore({name: thing for name, thing in things.items() if name != forgotten}, state)
+
+    monkeypatch.setattr(training.run, "restore", forgetful)
+    arguments = flags("train_dpo", precision=precision, epochs=1)
+    found = resume_from_each_step(train_dpo, arguments, tmp_path / "r", ALONE)
+    assert what <= {part for parts in found.values() for part in parts}
+
+
+@pytest.mark.parametrize("script", MODULES)
+def test_no_random_number_is_drawn_while_training(script, flags, tmp_path):
+    """This is why a checkpoint holds no random state; who adds dropout must add that, and turns this red."""
+
+    def states() -> list:
+        return [torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()]
+
+    class Watching(Keeping):
+        def begin(self, *arguments, **fingerprints):
+            self.before = states()
+            return super().begin(*arguments, **fingerprints)
+
+        def finish(self):
+            assert states() == self.before
+            self.watched = True
+
+    settings = MODULES[script].parse(
+        MODULES[script].Settings, "", [*flags(script), "--out", str(tmp_path / "run")]
+    )
+    with Watching(settings, ALONE) as run:
+        MODULES[script].train(settings, ALONE, run)
+    assert run.watched
+
+
+@pytest.mark.parametrize("script", MODULES)
+def test_looking_saving_and_moving_change_no_bit(script, flags, tmp_path):
+    """How often one logs, evaluates or saves, and where the run lies, must not reach the weights."""
+    module = MODULES[script]
+    plain = [
+        *flags(script, eval_data="", log_every=100),
+        "--save-every",
+        "0",
+        "--out",
+        str(tmp_path / "plain"),
+    ]
+    busy = [*flags(script, log_every=1, eval_every=1), "--save-every", "1", "--keep-checkpoints", "1"]
+    module.main(plain)
+    module.main([*busy, "--out", str(tmp_path / "elsewhere" / "busy")])
+    same = [(tmp_path / name / "model.pt").read_bytes() for name in ("plain", "elsewhere/busy")]
+    assert same[0] == same[1]
+
+
+# ---- where a run begins, and where it ends
+
+
+def stopped(module, arguments: list[str], folder, after: int) -> None:
+    """A run that was killed after so many steps, with a checkpoint of each."""
+
+    class Stopping(Keeping):
+        def save_when_due(self, step):
+            super().save_when_due(step)
+            if step == after:
+                raise KeyboardInterrupt
+
+    settings = module.parse(
+        module.Settings,
+        "",
+        [*arguments, "--save-every", "1", "--keep-checkpoints", "9", "--out", str(folder)],
+    )
+    with pytest.raises(KeyboardInterrupt), Stopping(settings, ALONE) as run:
+        module.train(settings, ALONE, run)
+
+
+def test_the_reference_stays_the_original_one(flags, tmp_path, start, monkeypatch):
+    """Copied from the policy after it was restored, the reference would make DPO start anew at ln 2."""
+    seen = []
+    evaluate = train_dpo.evaluate
+    monkeypatch.setattr(
+        train_dpo,
+        "evaluate",
+        lambda policy, reference, *more: seen.append(reference) or evaluate(policy, reference, *more),
+    )
+    stopped(train_dpo, flags("train_dpo"), tmp_path / "run", after=4)
+    train_dpo.main([*flags("train_dpo"), "--out", str(tmp_path / "run"), "--resume"])
+    original = load_model(start).state_dict()
+    for name, value in seen[-1].state_dict().items():
+        assert torch.equal(value, original[name])
+    rows = metrics(tmp_path / "run")
+    assert rows[-1]["eval_rewards/margins"] != 0
+    assert rows[-1]["eval_loss"] < math.log(2)
+
+
+def test_each_row_is_logged_once(flags, tmp_path):
+    """A run that is killed after its checkpoint has logged steps that the resumed one logs again."""
+    folder = tmp_path / "run"
+    stopped(train_sft, flags("train_sft", log_every=1), folder, after=5)
+    for newest in checkpoints(folder / "checkpoints")[:3]:
+        newest.unlink()
+    assert max(row["step"] for row in metrics(folder)) == 5
+    train_sft.main([*flags("train_sft", log_every=1), "--out", str(folder), "--resume"])
+    assert [row["step"] for row in metrics(folder) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resuming_a_finished_run_does_nothing(flags, tmp_path, capsys):
+    """Not one more step, not one byte."""
+    arguments = [*flags("train_dpo"), "--out", str(tmp_path / "run")]
+    train_dpo.main(arguments)
+    before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "run").iterdir()}
+    assert set(before) == {"model.pt", "config.json", "tokenizer.json", "metrics.jsonl", ".lock"}
+    train_dpo.main([*arguments, "--resume"])
+    assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "run").iterdir()} == before
+    assert "the run is finished" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"has finished with other settings: lr 0\.001, now 0\.002"):
+        train_dpo.main([*arguments, "--resume", "--lr", "0.002"])
+
+
+def test_a_run_that_was_stopped_after_its_last_step_only_ends(flags, tmp_path):
+    """All is done but the model's file: no step may be taken twice."""
+    train(train_sft, [*flags("train_sft"), "--out", str(tmp_path / "whole")], ALONE)
+    stopped(train_sft, flags("train_sft"), tmp_path / "run", after=6)
+    train_sft.main([*flags("train_sft"), "--out", str(tmp_path / "run"), "--resume"])
+    assert (tmp_path / "run" / "model.pt").read_bytes() == (tmp_path / "whole" / "model.pt").read_bytes()
+
+
+def test_resume_without_a_checkpoint_begins(flags, tmp_path):
+    """So that one command, with --resume, is right for the first start and for every restart."""
+    train_sft.main([*flags("train_sft"), "--out", str(tmp_path / "run"), "--resume"])
+    assert (tmp_path / "run" / "model.pt").exists()
+
+
+def test_a_fresh_run_does_not_throw_a_stopped_one_away(flags, tmp_path):
+    """The night's work must not be lost because --resume was forgotten."""
+    folder = tmp_path / "run"
+    stopped(train_sft, flags("train_sft"), folder, after=2)
+    before = states(folder)
+    with pytest.raises(InputError, match="was stopped after step 2: go on with --resume, or remove"):
+        train_sft.main([*flags("train_sft"), "--out", str(folder)])
+    assert states(folder) == before
+    shutil.rmtree(folder / "checkpoints")
+    train_sft.main([*flags("train_sft"), "--out", str(folder)])
+    train_sft.main([*flags("train_sft", lr=1e-2), "--out", str(folder)])  # A finished one is replaced.
+
+
+def test_a_stopped_demo_begins_anew(flags, tmp_path, monkeypatch):
+    """`make demo` has no --resume; a Ctrl-C in it must not make the next one refuse."""
+    main, begun = train_sft.main, []
+    stopped(train_sft, flags("train_sft"), tmp_path / "sft", after=2)
+
+    def short(arguments):
+        main([*arguments, *flags("train_sft", max_steps=1)])
+        begun.append(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_sft, "main", short)
+    with pytest.raises(KeyboardInterrupt):
+        demo.main(["--out", str(tmp_path)])
+    assert begun and (tmp_path / "sft" / "model.pt").exists()
+
+
+def test_an_unfinished_run_has_no_model(flags, tmp_path):
+    """`train_sft && train_dpo`: a model that an earlier run left here must not be taken for this run's."""
+    train_sft.main([*flags("train_sft"), "--out", str(tmp_path / "run")])
+    stopped(train_sft, flags("train_sft", lr=1e-2), tmp_path / "run", after=2)
+    assert not (tmp_path / "run" / "model.pt").exists()
+
+
+def test_out_must_not_be_the_model(flags, start):
+    """It would write over its own reference."""
+    before = (start / "model.pt").read_bytes()
+    with pytest.raises(InputError, match="must not write over where it starts"):
+        train_dpo.main([*flags("train_dpo"), "--out", str(start)])
+    assert (start / "model.pt").read_bytes() == before
+
+
+# ---- what may differ, and what is refused
+
+
+CHANGES = {
+    "lr": {"lr": 2e-3},
+    "beta": {"beta": 0.5},
+    "batch_size": {"batch_size": 5},
+    "micro_batch_size": {"micro_batch_size": 2},
+    "seed": {"seed": 7},
+    "epochs": {"epochs": 3},
+    "max_length": {"max_length": 300},
+    "layout": {"layout": "twin"},
+    "precision": {"precision": "bf16"},
+    "weight_decay": {"weight_decay": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_setting_is_refused_by_name(name, flags, tmp_path):
+    """A run whose settings changed on the way is no run that anybody could repeat; unless it is meant."""
+    folder = tmp_path / "run"
+    stopped(train_dpo, flags("train_dpo"), folder, after=2)
+    before = states(folder)
+    changed = [*flags("train_dpo", **CHANGES[name]), "--out", str(folder), "--resume"]
+    with pytest.raises(InputError, match=rf"started otherwise: {name} .*, now .*--override {name}"):
+        train_dpo.main(changed)
+    assert states(folder) == before
+    with pytest.raises(InputError, match=rf"started otherwise: {name}"):
+        train_dpo.main([*changed, "--override", "skip_bad"])
+    train_dpo.main([*changed, "--override", name])
+    assert (folder / "model.pt").exists()
+
+
+def test_an_override_must_be_a_setting(flags, tmp_path):
+    stopped(train_dpo, flags("train_dpo"), tmp_path / "run", after=2)
+    with pytest.raises(InputError, match="--override learning_rate: no such setting"):
+        train_dpo.main(
+            [*flags("train_dpo"), "--out", str(tmp_path / "run"), "--resume", "--override", "learning_rate"]
+        )
+
+
+def test_an_overridden_setting_takes_effect(flags, tmp_path):
+    """The optimizer's own state holds the old weight decay, and would bring it back."""
+    ends = {}
+    for name, decay in (("same", 0.0), ("other", 0.9)):
+        stopped(train_dpo, flags("train_dpo"), tmp_path / name, after=2)
+        changed = flags("train_dpo", weight_decay=decay)
+        train_dpo.main([*changed, "--out", str(tmp_path / name), "--resume", "--override", "weight_decay"])
+        ends[name] = weights(tmp_path / name)
+    assert any(not torch.equal(ends["same"][key], ends["other"][key]) for key in ends["same"])
+
+
+def test_free_settings_may_change(flags, tmp_path):
+    """How often one looks and saves, and on what one evaluates, changes no bit of the weights."""
+    train(train_dpo, [*flags("train_dpo"), "--out", str(tmp_path / "whole")], ALONE)
+    stopped(train_dpo, flags("train_dpo"), tmp_path / "run", after=2)
+    free = ["--save-every", "2", "--keep-checkpoints", "1", "--resume", "--out", str(tmp_path / "run")]
+    train_dpo.main([*flags("train_dpo", log_every=1, eval_every=1, eval_data=""), *free])
+    assert (tmp_path / "run" / "model.pt").read_bytes() == (tmp_path / "whole" / "model.pt").read_bytes()
+
+
+def test_another_start_data_or_tokenizer_is_refused(flags, tmp_path, start, tokenizer):
+    """Paths say nothing: what is compared is the content. A DPO run with another reference is another run."""
+    folder = tmp_path / "run"
+    arguments = flags("train_dpo")
+    stopped(train_dpo, arguments, folder, after=2)
+    resumed = [*arguments, "--out", str(folder), "--resume"]
+    data = tmp_path / "pairs.jsonl"
+    original = data.read_bytes()
+
+    data.write_bytes(original.replace(b"No 0", b"No 9"))
+    with pytest.raises(InputError, match=r"started otherwise: data [0-9a-f]{12}, now [0-9a-f]{12}; start"):
+        train_dpo.main(resumed)
+    data.write_bytes(original)
+
+    shutil.copytree(start, tmp_path / "kept")
+    (start / "tokenizer.json").write_text(tokenizer.json + "\n")
+    with pytest.raises(InputError, match="started otherwise: tokenizer "):
+        train_dpo.main(resumed)
+    tokenizer.save(start)
+
+    save_model(start, make_model(tokenizer.vocab_size, torch.float32, seed=1))
+    with pytest.raises(InputError, match="started otherwise: model "):
+        train_dpo.main(resumed)
+
+    moved = [str(tmp_path / "kept") if each == str(start) else each for each in resumed]
+    train_dpo.main(moved)
+    assert (folder / "model.pt").exists()
+
+
+def test_a_moved_run_folder_goes_on(flags, tmp_path):
+    """Nothing in a checkpoint depends on where it lies."""
+    train(train_sft, [*flags("train_sft"), "--out", str(tmp_path / "whole")], ALONE)
+    stopped(train_sft, flags("train_sft"), tmp_path / "run", after=3)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    train_sft.main([*flags("train_sft"), "--out", str(tmp_path / "moved"), "--resume"])
+    same = [(tmp_path / name / "model.pt").read_bytes() for name in ("moved", "whole")]
+    assert same[0] == same[1]
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_must_be_named_and_is_then_the_same_run(flags, tmp_path):
+    """The windows are those of all ranks together, so only the rounding of sums changes."""
+    train(train_sft, [*flags("train_sft"), "--out", str(tmp_path / "whole")], ALONE)
+    stopped(train_sft, flags("train_sft"), tmp_path / "run", after=3)
+    arguments = [*flags("train_sft"), "--out", str(tmp_path / "run"), "--resume"]
+    result = torchrun(2, "train_sft.py", *arguments)
+    assert result.returncode != 0 and "started otherwise: ranks 1, now 2" in result.stderr
+    result = torchrun(2, "train_sft.py", *arguments, "--override", "ranks")
+    assert result.returncode == 0, result.stderr
+    alone, together = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    for name, value in alone.items():
+        assert torch.allclose(value, together[name], atol=1e-5)
+    for one, two in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "run"), strict=True):
+        assert two.get("loss", 0) == pytest.approx(one.get("loss", 0), rel=1e-4)
