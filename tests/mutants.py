@@ -943,6 +943,22 @@ MUTANTS = [
         "if False:",
         REWARD + "test_folders_tell_what_they_hold",
     ),
+    Mutant(
+        "delta-forgotten",
+        "BCO's running mean begins anew after a resume, and the run is another one.",
+        "train_dpo.py",
+        '    state["objective"] = objective\n',
+        "",
+        RESUME + "test_what_an_objective_remembers_is_resumed[soft]",
+    ),
+    Mutant(
+        "moved-reference-forgotten",
+        "TR-DPO's reference falls back to where the run began.",
+        "train_dpo.py",
+        "    if objective.moves_reference:\n",
+        "    if False:\n",
+        RESUME + "test_what_an_objective_remembers_is_resumed[hard]",
+    ),
     # ---- Answers
     Mutant(
         "cache-position-off",

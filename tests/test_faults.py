@@ -99,8 +99,7 @@ def planted(monkeypatch):
 # ---- signals
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("step", [0, 2, 5])
+@pytest.mark.parametrize("step, name", [(0, "SIGINT"), (2, "SIGTERM"), (5, "SIGTERM")])
 def test_a_signal_saves_after_the_step_and_leaves(name, step, flags, whole, tmp_path, planted, capfd):
     """Status 0 would let `train_sft && train_dpo` go on with half a model; no save would lose the work."""
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
