@@ -23,6 +23,7 @@ from dataset.tokenizer import ChatTokenizer
 from errors import run_script
 from eval.preference import evaluate
 from losses import dpo_loss, pair_metrics
+from model.lora import WithoutAdapters, add_adapters
 from model.weights import load_model, save_model
 from training.distributed import Precision, exchange_gradients, join, wrap
 from training.metrics import Meter, MetricsLog
@@ -53,7 +54,12 @@ def train(settings: Settings, world) -> None:
     # ---- the two models: the policy learns, the reference remembers where it started
     model = load_model(settings.model, world.device)
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
-    reference = copy.deepcopy(model).eval().requires_grad_(False)
+    model.config.admit(tokenizer.vocab_size, settings.max_length)
+    if settings.lora_rank:
+        add_adapters(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
+        reference = WithoutAdapters(model)
+    else:
+        reference = copy.deepcopy(model).eval().requires_grad_(False)
     policy = wrap(model, world)
 
     # ---- the data: pairs, and which of them each optimizer step sees

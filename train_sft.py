@@ -16,6 +16,7 @@ from dataset.packing import Windows, build_stream, deal, share
 from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script
+from model.lora import add_adapters
 from model.transformer import PRESETS, ModelConfig, Transformer
 from model.weights import load_model, save_model
 from training.distributed import Precision, exchange_gradients, join, wrap
@@ -48,6 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
 def train(settings: Settings, world) -> None:
     # ---- the model
     model, tokenizer = start_model(settings, world.device)
+    model.config.admit(tokenizer.vocab_size, settings.max_length)
+    if settings.lora_rank:
+        add_adapters(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
     policy = wrap(model, world)
 
     # ---- the data: conversations, and which of them each optimizer step sees
@@ -116,6 +120,8 @@ def start_model(settings: Settings, device: torch.device) -> tuple[Transformer, 
         if not Path(settings.model).is_dir():
             raise InputError(f"--model {settings.model}: neither a folder nor one of {', '.join(PRESETS)}")
         return load_model(settings.model, device), ChatTokenizer(Path(settings.model) / "tokenizer.json")
+    if settings.lora_rank:
+        raise InputError(f"--lora-rank adapts a model folder; {settings.model} is a fresh model")
     tokenizer = ChatTokenizer(settings.tokenizer)
     torch.manual_seed(settings.seed)
     config = ModelConfig(vocab_size=tokenizer.vocab_size, **PRESETS[settings.model])

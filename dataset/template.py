@@ -8,7 +8,7 @@ text, Llama 3, Zephyr and Mistral pass; so does whatever else is joints and cont
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dataset.shapes import Message
 from errors import InputError
@@ -48,7 +48,7 @@ class ChatTemplate:
                 ("assistant", "user"): self.answer_to_user.removeprefix(self.end),
             }[before, message.role]
             if joint is None:
-                raise InputError("the model's chat template has no place for a system text")
+                raise InputError("the model's chat template has no place of its own for a system text")
             yield joint, message
 
     def content(self, message: Message) -> str:
@@ -106,28 +106,40 @@ def read_template(source: str, specials: dict[str, str], controls: list[str]) ->
     ends = [control for control in controls if answer_to_user.startswith(control)]
     if not ends:
         raise InputError(f"no control token ends an answer in the chat template, but {answer_to_user!r}")
-    try:
-        before_system, system_to_user, _ = between([system, user], ask=True)
-    except InputError:  # Some templates forbid system texts.
-        before_system = system_to_user = None
-    padded = [Message(message.role, f"  {message.content}  ") for message in (system, user, answer)]
-    padded = padded[before_system is None :]
-    spaced = render(padded, False)
+
+    def is_stripped(messages: list[Message], message: Message) -> bool:
+        padded = replace(message, content=f"  {message.content}  ")
+        return padded.content not in render([padded if m is message else m for m in messages], False)
+
+    stripped = [message.role for message in (user, answer) if is_stripped([user, answer], message)]
     template = ChatTemplate(
         before_user=before_user,
-        before_system=before_system,
-        system_to_user=system_to_user,
+        before_system=None,
+        system_to_user=None,
         user_to_earlier_answer=earlier,
         user_to_answer=last,
         answer_to_user=answer_to_user,
         end=max(ends, key=len),
-        stripped=tuple(message.role for message in padded if message.content not in spaced),
+        stripped=tuple(stripped),
         source=source,
     )
-    for start in ([], [system])[: 1 + (before_system is not None)]:
-        for rest in ([user], [user, answer], [user, answer, again], [user, answer, again, reply, user]):
-            check(template, render, [*start, *rest])
-    return template
+    probes = [user], [user, answer], [user, answer, again], [user, answer, again, reply, user]
+    for probe in probes:
+        check(template, render, probe)
+    try:
+        before_system, system_to_user, _ = between([system, user], ask=True)
+        stripped += ["system"] * is_stripped([system, user], system)
+        with_system = replace(
+            template,
+            before_system=before_system,
+            system_to_user=system_to_user,
+            stripped=tuple(stripped),
+        )
+        for probe in probes:
+            check(with_system, render, [system, *probe])
+    except InputError:  # Some templates forbid a system text, or put it before the last question.
+        return template
+    return with_system
 
 
 def check(template: ChatTemplate, render: Callable, messages: list[Message]) -> None:

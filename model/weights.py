@@ -6,6 +6,7 @@ back, for transformers, vLLM and llama.cpp's converter:
 
     python -m model.weights export runs/dpo --to DIR
     python -m model.weights export runs/dpo --to DIR --dtype bf16
+    python -m model.weights export runs/dpo --to DIR --adapter      # a LoRA run's adapter alone, for peft
 """
 
 import argparse
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from errors import InputError, run_script
 from model import huggingface
+from model.lora import adapter_shape, adapter_weights, merged_weights
 from model.transformer import ModelConfig, Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,10 +29,17 @@ TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json
 
 
 def save_model(folder: Path, model: Transformer, **settings) -> None:
-    """Write the weights as they are, bit for bit, and the config; `settings` are kept beside the shape."""
+    """Write the weights as they are, bit for bit, and the config; `settings` are kept beside the shape.
+
+    Adapters are merged, so that a LoRA run is a model folder like any other, and also written by themselves.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "model.pt", lambda file: torch.save(model.state_dict(), file))
-    write_json(folder / "config.json", {"model": model.config.to_dict(), **settings})
+    config = {"model": model.config.to_dict()}
+    write_whole(folder / "model.pt", lambda file: torch.save(merged_weights(model), file))
+    if adapter := adapter_weights(model):
+        config["adapter"] = adapter_shape(model)
+        write_whole(folder / "adapter.pt", lambda file: torch.save(adapter, file))
+    write_json(folder / "config.json", {**config, **settings})
 
 
 def write_whole(path: Path, write) -> None:
@@ -57,7 +66,7 @@ def load_model(folder: str | Path, device="cpu") -> Transformer:
     if "model_type" in config:
         config, weights = read_hugging_face(folder, config, device)
     else:
-        config, weights = model_config(folder, config), read_ours(folder, device)
+        config, weights = model_config(folder, config), read_ours(folder / "model.pt", device)
     with torch.device("meta"):
         model = Transformer(config)
     model.to_empty(device=device)
@@ -87,14 +96,16 @@ def model_config(folder: Path, config: dict) -> ModelConfig:
         raise InputError(f"{folder / 'config.json'}: not the config of a model ({error})") from None
 
 
-def read_ours(folder: Path, device) -> dict[str, Tensor]:
+def read_ours(path: Path, device="cpu") -> dict[str, Tensor]:
     try:
-        return torch.load(folder / "model.pt", map_location=device, weights_only=True)
+        return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"{folder}: there is a config.json but no model.pt; did training finish?") from None
+        raise InputError(
+            f"{path.parent}: there is a config.json but no {path.name}; did training finish?"
+        ) from None
     except Exception as error:  # torch.load raises many kinds for a damaged or hostile file.
         raise InputError(
-            f"{folder / 'model.pt'}: unreadable ({str(error).partition(chr(10))[0] or 'it is empty'})"
+            f"{path}: unreadable ({str(error).partition(chr(10))[0] or 'it is empty'})"
         ) from None
 
 
@@ -159,6 +170,31 @@ def export(source: Path, target: Path, dtype: torch.dtype) -> None:
     write_json(target / "config.json", {**config, **ids})
 
 
+def export_adapter(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Write the adapter of a LoRA run as peft reads it; it belongs on the model that the run started from."""
+    safetensors = import_safetensors()
+    config = read_json(source / "config.json")
+    if "adapter" not in config:
+        raise InputError(f"{source}: no adapter there, the run was not made with --lora-rank")
+    weights = {
+        f"base_model.model.model.{name}.weight": weight.to(dtype)
+        for name, weight in read_ours(source / "adapter.pt").items()
+    }
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config["settings"]["model"],
+        "inference_mode": True,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        **config["adapter"],
+    }
+    target.mkdir(parents=True, exist_ok=True)
+    data = safetensors.torch.save(weights, metadata={"format": "pt"})
+    write_whole(target / "adapter_model.safetensors", lambda file: file.write(data))
+    write_json(target / "adapter_config.json", described)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m model.weights", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True)
@@ -166,9 +202,11 @@ def main() -> None:
     command.add_argument("source", metavar="RUN", type=Path, help="model folder")
     command.add_argument("--to", metavar="DIR", type=Path, required=True, help="where the new folder goes")
     command.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the exported weights")
+    command.add_argument("--adapter", action="store_true", help="the adapter of a LoRA run alone, for peft")
     arguments = parser.parse_args()
-    export(arguments.source, arguments.to, DTYPES[arguments.dtype])
-    print(f"{arguments.to}: {arguments.dtype} weights, config and tokenizer of {arguments.source}")
+    write = export_adapter if arguments.adapter else export
+    write(arguments.source, arguments.to, DTYPES[arguments.dtype])
+    print(f"{arguments.to}: {arguments.source} in {arguments.dtype}")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,9 @@ class TrainSettings:
     warmup_steps: int = flag(10, "steps of linear warm-up before the cosine")
     weight_decay: float = flag(0.0, "AdamW's, on matrices only")
     grad_clip: float = flag(1.0, "longest gradient norm; 0 to leave it alone")
+    lora_rank: int = flag(0, "train adapters of this rank and leave the model as it is; 0 trains all weights")
+    lora_alpha: float = flag(32.0, "what an adapter says counts alpha / rank times")
+    lora_targets: str = flag("all", "layers with an adapter: all linear ones, or names such as q_proj,v_proj")
     log_every: int = flag(10, "optimizer steps between rows of metrics.jsonl")
     eval_every: int = flag(100, "optimizer steps between evaluations on --eval-data")
 
@@ -53,11 +56,14 @@ class TrainSettings:
         for name in ("epochs", "batch_size", "micro_batch_size", "max_length", "log_every", "eval_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_steps", "lr", "warmup_steps", "weight_decay", "grad_clip"):
+        for name in ("max_steps", "lr", "warmup_steps", "weight_decay", "grad_clip", "lora_rank"):
             if not getattr(self, name) >= 0:
                 raise InputError(
                     f"--{name.replace('_', '-')} must not be negative, nor {getattr(self, name)}"
                 )
+
+        if not self.lora_alpha > 0:
+            raise InputError(f"--lora-alpha must be above 0, not {self.lora_alpha}")
 
     def to_dict(self) -> dict:
         return asdict(self)

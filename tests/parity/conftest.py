@@ -1,4 +1,4 @@
-"""Folders as transformers writes them: tiny random models of each family, tokenizers with their control tokens."""
+"""Folders as transformers writes them: tiny random models of each family, and tokenizers like theirs."""
 
 import json
 from pathlib import Path
@@ -25,14 +25,15 @@ SHAPE = dict(
     max_position_embeddings=512,
 )
 LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
+    "rope_type": "llama3", "rope_theta": 500.0, "original_max_position_embeddings": 64,
+    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
 }  # fmt: skip
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 # Name: their class, and what sets the family apart.
 FAMILIES = {
     "llama-2": ("Llama", dict(rms_norm_eps=1e-5)),
     "llama-3": ("Llama", dict(rope_parameters=LLAMA3_ROPE, num_key_value_heads=1)),
-    "llama-linear": ("Llama", dict(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4})),
+    "llama-linear": ("Llama", dict(rope_parameters=LINEAR_ROPE)),
     "llama-biases": ("Llama", dict(attention_bias=True, head_dim=10)),
     "smollm2": ("Llama", dict(tie_word_embeddings=True, rope_theta=1e5)),
     "mistral": ("Mistral", dict(sliding_window=None, head_dim=12)),
@@ -45,7 +46,7 @@ FAMILIES = {
 
 
 def their_model(family: str):
-    """A random model of transformers' whose every weight matters; a fresh one has biases of 0 and gains of 1."""
+    """A random model of transformers' whose every weight matters: a fresh one has biases of 0, gains of 1."""
     name, options = FAMILIES[family]
     config = getattr(transformers, f"{name}Config")(**{**SHAPE, **options})
     torch.manual_seed(0)
@@ -64,7 +65,7 @@ def byte_level(specials: list[str]) -> Tokenizer:
 
 
 def sentencepiece(specials: list[str]) -> Tokenizer:
-    """BPE over spaces made visible, with one before every text, and bytes for what is unknown: as Llama 2's."""
+    """BPE over spaces made visible, one of them before every text, and bytes for the unknown: as Llama 2."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # While it learns: no piece goes on behind a space.
     pieces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -86,7 +87,7 @@ def sentencepiece(specials: list[str]) -> Tokenizer:
 
 
 def metaspace(specials: list[str]) -> Tokenizer:
-    """The same as newer files have it: the space stands before the first text only, not behind control tokens."""
+    """The same as newer files have it: a space before the first text only, and none behind control tokens."""
     tokenizer = sentencepiece(specials)
     settings = json.loads(tokenizer.to_str()) | {"normalizer": None}
     settings["pre_tokenizer"] = {

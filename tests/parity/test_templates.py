@@ -1,7 +1,7 @@
-"""Our ids of a conversation and those of the folder's own Jinja template, one by one. `make parity` runs this.
+"""Our ids of a conversation and those of the folder's own Jinja template, one by one.
 
-The templates of Qwen, Llama 3 and more are those that TRL ships; Mistral's and Zephyr's, of which there is no copy
-there, are written here as their model cards describe them.
+The templates of Qwen and Llama 3 are those that TRL ships; those of SmolLM2, Mistral and Zephyr, which it
+does not ship, are written here as the model cards describe them.
 """
 
 from importlib.resources import files
@@ -119,7 +119,7 @@ def test_ids_are_those_of_the_template(both, name):
     tokenizer, reader = both
     asked = CONVERSATIONS[name]
     if name.endswith("system") and tokenizer.template.before_system is None:
-        with pytest.raises(InputError, match="no place for a system text"):
+        with pytest.raises(InputError, match="no place of its own for a system text"):
             tokenizer.prompt(asked)
         return
     assert tokenizer.prompt(asked) == their_ids(reader, asked, ask=True)
