@@ -7,6 +7,7 @@ a system text, exactly as the template does, or the folder is refused. ChatML, Q
 text, Llama 3, Zephyr and Mistral pass; so does whatever else is joints and contents.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -168,6 +169,9 @@ def compile_template(source: str, specials: dict[str, str]) -> Callable[[list[Me
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals["raise_exception"] = refuse
+    # Some mark what assistants say for transformers' own mask; the marks are no part of the text.
+    source = re.sub(r"({%-?\s*)generation\b", r"\1if true", source)
+    source = re.sub(r"({%-?\s*)endgeneration\b", r"\1endif", source)
 
     def render(messages: list[Message], ask: bool) -> str:
         try:

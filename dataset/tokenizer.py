@@ -55,7 +55,10 @@ class ChatTokenizer:
         self._tokenizer.no_padding()
         for token in (START, END) if self.template == CHATML else (self.template.end,):
             if self._tokenizer.token_to_id(token) is None:
-                raise InputError(f"{path}: the tokenizer has no {token} token, which the chat template needs")
+                raise InputError(
+                    f"{path}: the tokenizer has no {token} token, which the chat template needs; "
+                    "a chat_template.jinja beside it could say another"
+                )
         self.end_id = self._tokenizer.token_to_id(self.template.end)
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
         self.fingerprint = hashlib.sha256(f"{self.template}\n{self.json}".encode()).hexdigest()
@@ -144,8 +147,12 @@ def read_speech(folder: Path, added: dict[str, int]) -> tuple[ChatTemplate, dict
     """
 
     def read(name: str) -> dict:
-        path = folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        try:
+            return json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise InputError(f"{folder / name}: not JSON ({error})") from None
 
     config = read("tokenizer_config.json") or {"tokenizer_class": "PreTrainedTokenizerFast"}
     source = config.get("chat_template")

@@ -711,7 +711,7 @@ MUTANTS = [
         "model/weights.py",
         "if Path(name).name != name",
         "if False",
-        HUGGING_FACE + "test_an_index_names_files_of_its_folder[../llama/model.safetensors-is no file of this folder]",
+        HUGGING_FACE + "test_an_index_names_files_of_its_folder[outside]",
     ),
     Mutant(
         "tokenizer-of-another-model",

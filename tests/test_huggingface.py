@@ -194,7 +194,7 @@ def test_a_torn_file_is_refused(llama, size):
 @pytest.mark.parametrize("name, reason", [
     ("../llama/model.safetensors", "is no file of this folder"),
     ("model-00001-of-00002.safetensors", "no model-00001-of-00002"),
-])  # fmt: skip
+], ids=["outside", "missing"])  # fmt: skip
 def test_an_index_names_files_of_its_folder(llama, name, reason):
     """A path that leads out of the folder reads whatever the index of a stranger likes."""
     index = {"weight_map": {"model.norm.weight": name}}

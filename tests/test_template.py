@@ -103,6 +103,18 @@ def test_templates_are_measured_as_what_they_are(family):
     assert read_template(source, SPECIALS, CONTROLS) == expected
 
 
+def test_marks_of_what_is_generated_change_nothing():
+    """They are transformers' way to a loss mask, which ours does not need."""
+    said = "{%- generation -%}{{ m.content + '<|im_end|>' }}{%- endgeneration -%}{{ '\\n' }}"
+    header = "{{ '<|im_start|>' + m.role + '\\n' }}"
+    marked = jinja(
+        f"{header}{{% if m.role == 'assistant' %}}{said}{{% else %}}"
+        "{{ m.content + '<|im_end|>\\n' }}{% endif %}",
+        "{{ '<|im_start|>assistant\\n' }}",
+    )
+    assert read_template(marked, {}, CONTROLS) == replace(CHATML, source=marked)
+
+
 def test_chatml_writes_what_its_jinja_writes():
     """Ours stands twice, as joints and as the Jinja template that goes into an export."""
     other = CHATML.source.replace("'role'", "'role' ")
@@ -221,6 +233,12 @@ def test_the_template_is_part_of_the_fingerprint(folder):
     before = ChatTokenizer(folder / "tokenizer.json").fingerprint
     (folder / "chat_template.jinja").write_text(LLAMA_DATED)
     assert ChatTokenizer(folder / "tokenizer.json").fingerprint != before
+
+
+def test_a_torn_config_is_named(folder):
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "')
+    with pytest.raises(InputError, match=f"^{folder}/tokenizer_config.json: not JSON"):
+        ChatTokenizer(folder / "tokenizer.json")
 
 
 def test_a_bad_template_names_the_folder(folder):

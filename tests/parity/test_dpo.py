@@ -112,8 +112,8 @@ def test_token_log_probs_of_a_whole_file_are_trls(folder, tmp_path):
 # Adapters want a larger learning rate than whole matrices.
 ADAPTED = ["--lora-rank", "4", "--lora-alpha", "16", "--lr", "0.02"]
 OPTIONS = [
-    "--precision", "fp32", "--batch-size", "16", "--max-steps", "6", "--warmup-steps", "0", "--log-every", "1",
-    "--lr", "0.003",
+    "--precision", "fp32", "--batch-size", "16", "--max-steps", "6", "--warmup-steps", "0",
+    "--log-every", "1", "--lr", "0.003",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dataset.tokenizer import ChatTokenizer
 from model.generate import generate
 from model.weights import export, load_model, save_model
-from tests.conftest import TEXTS, turns
+from tests.conftest import TEXTS, make_model, turns
 from tests.parity.conftest import FAMILIES, V, their_model
 from tests.test_model import all_logits
 
@@ -99,3 +99,19 @@ def test_greedy_answers_are_transformers(folder):
 def test_every_family_was_asked_for():
     """The families that the README names."""
     assert {"llama-2", "llama-3", "smollm2", "mistral", "qwen2.5", "qwen3", "minimind"} <= FAMILIES.keys()
+
+
+def test_a_run_of_ours_speaks_as_it_did(tokenizer, tmp_path):
+    """A tokenizer that this project trained: its ids, template and end token, read by transformers."""
+    save_model(tmp_path / "run", make_model(tokenizer.vocab_size, torch.float32))
+    tokenizer.save(tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "out", torch.float32)
+    reader = AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.generation_config.eos_token_id == [reader.eos_token_id] == [tokenizer.end_id]
+    for text in TEXTS:
+        assert reader(text)["input_ids"] == tokenizer.text(text)
+    asked = turns(TEXTS[0], TEXTS[3], TEXTS[4], system="Short.")
+    said = [vars(message) for message in asked]
+    theirs = reader.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+    assert theirs == tokenizer.prompt(asked)

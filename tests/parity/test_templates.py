@@ -37,6 +37,7 @@ def by_role(user: str, assistant: str) -> str:
 TEMPLATES = {
     "qwen2.5": (byte_level, CHATML, None, "<|im_end|>", "qwen2_5.jinja"),
     "qwen3": (byte_level, [*CHATML, "<think>", "</think>"], None, "<|im_end|>", "qwen3.jinja"),
+    "qwen2.5-training": (byte_level, CHATML, None, "<|im_end|>", "qwen2_5_training.jinja"),
     "qwen3-2507": (byte_level, CHATML, None, "<|im_end|>", "qwen3_instruct_2507.jinja"),
     "llama-3": (byte_level, LLAMA, LLAMA[0], "<|eot_id|>", "llama3.jinja"),
     "llama-3.1": (byte_level, LLAMA, LLAMA[0], "<|eot_id|>", "llama3_1.jinja"),
