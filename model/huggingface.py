@@ -30,6 +30,7 @@ ONLY = {
     "hidden_act": ("silu", "swish"),
     "mlp_bias": (False,),
     "use_moe": (False,),
+    "use_sliding_window": (False,),  # Qwen's, for some of the layers.
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
     "is_causal": (True,),
@@ -63,10 +64,8 @@ def read_config(config: dict, names: Collection[str]) -> ModelConfig:
         ours["attention_output_bias"] = ours.get("attention_bias", False)  # The option means all four.
     if family == "minimind":
         ours["qk_norm"] = "model.layers.0.self_attn.q_norm.weight" in names
-    if family.startswith("qwen") and not config.get("use_sliding_window"):
-        ours["sliding_window"] = None
-    if (window := ours.get("sliding_window")) and window >= config.get("max_position_embeddings", window + 1):
-        ours["sliding_window"] = None  # No text is longer than the window.
+    if family != "mistral":
+        ours["sliding_window"] = None  # Named in other families' files, and not used by them.
     return ModelConfig(**ours)
 
 
@@ -87,10 +86,12 @@ def read_rope(config: dict) -> dict:
 
 def write_config(config: ModelConfig, dtype: torch.dtype) -> dict:
     """Our config to theirs, as the plainest family that can say it."""
-    if config.qk_norm:
-        family = "qwen3"
-    elif config.sliding_window:
+    if config.sliding_window and (config.qk_norm or config.attention_bias):
+        raise InputError("no family of Hugging Face's has a sliding window, and QK-norm or attention_bias")
+    if config.sliding_window:
         family = "mistral"
+    elif config.qk_norm:
+        family = "qwen3"
     elif config.attention_bias and not config.attention_output_bias:
         family = "qwen2"
     else:
@@ -100,8 +101,6 @@ def write_config(config: ModelConfig, dtype: torch.dtype) -> dict:
     for name in ("qk_norm", "attention_output_bias", "sliding_window"):
         theirs.pop(name)
     if family == "mistral":
-        if biased:
-            raise InputError("no family of Hugging Face's has a sliding window and attention_bias")
         theirs["sliding_window"] = config.sliding_window
     elif family != "qwen2":
         theirs["attention_bias"] = biased

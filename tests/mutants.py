@@ -418,8 +418,8 @@ MUTANTS = [
         "newline-after-role-lost",
         "Another template than the one that the model was trained on elsewhere.",
         "dataset/template.py",
-        'before_user="<|im_start|>user\\n",',
-        'before_user="<|im_start|>user",',
+        'system_to_user="<|im_end|>\\n<|im_start|>user\\n",',
+        'system_to_user="<|im_end|>\\n<|im_start|>user",',
         TOKENIZER + "test_template_by_hand",
     ),
     Mutant(
@@ -679,7 +679,7 @@ MUTANTS = [
         "model/huggingface.py",
         'if kind not in ("default", *SCALING):',
         "if False:",
-        HUGGING_FACE + "test_what_is_not_supported_is_refused_by_name[edit6-rope_scaling of type 'yarn']",
+        HUGGING_FACE + "test_what_is_not_supported_is_refused_by_name[edit7-rope_scaling of type 'yarn']",
     ),
     Mutant(
         "absent-key-means-ours",
@@ -693,8 +693,8 @@ MUTANTS = [
         "window-forgotten",
         "A sliding window that text is longer than must not be dropped in silence.",
         "model/huggingface.py",
-        "window >= config.get",
-        "window <= config.get",
+        'if family != "mistral":',
+        "if True:",
         HUGGING_FACE + "test_a_folder_is_read_as_what_it_says[mistral-window]",
     ),
     Mutant(

@@ -58,9 +58,9 @@ FAMILIES = {
         dict(model_type="mistral", sliding_window=32),
         dict(sliding_window=32, tie_word_embeddings=False),
     ),
-    "mistral-window-as-long-as-any-text": (
-        dict(model_type="mistral", sliding_window=64),
-        dict(tie_word_embeddings=False),
+    "mistral-that-says-nothing": (
+        dict(model_type="mistral"),
+        dict(sliding_window=4096, tie_word_embeddings=False),
     ),
     "qwen2": (
         dict(model_type="qwen2", tie_word_embeddings=True, use_sliding_window=False, sliding_window=32),
@@ -132,6 +132,7 @@ def test_half_precision_and_shards_load_into_float32(dtype, shards, tmp_path):
     (dict(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
     (dict(hidden_act="gelu"), "hidden_act 'gelu' is not supported, only 'silu'"),
     (dict(mlp_bias=True), "mlp_bias True"),
+    (dict(model_type="qwen2", use_sliding_window=True), "use_sliding_window True"),
     (dict(model_type="minimind", use_moe=True), "use_moe True"),
     (dict(rope_scaling={"type": "yarn", "factor": 4.0}), "rope_scaling of type 'yarn'"),
     (dict(rope_scaling={"rope_type": "dynamic", "factor": 4.0}), "rope_scaling of type 'dynamic'"),
