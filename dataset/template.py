@@ -78,6 +78,13 @@ CHATML = ChatTemplate(
 )
 
 
+# What a template is asked to write: words that it will not hold itself.
+SYSTEM, USER, ANSWER = Message("system", "Qsys0"), Message("user", "Quse1"), Message("assistant", "Qans2")
+AGAIN, REPLY = Message("user", "Quse3"), Message("assistant", "Qans4")
+PROBES = [USER], [USER, ANSWER], [USER, ANSWER, AGAIN], [USER, ANSWER, AGAIN, REPLY, USER]
+Render = Callable[[list[Message], bool], str]
+
+
 def read_template(source: str, specials: dict[str, str], controls: list[str]) -> ChatTemplate:
     """The `ChatTemplate` that writes what this Jinja template writes.
 
@@ -87,32 +94,13 @@ def read_template(source: str, specials: dict[str, str], controls: list[str]) ->
     if source == CHATML.source:
         return CHATML
     render = compile_template(source, specials)
-    system, user, answer = Message("system", "Qsys0"), Message("user", "Quse1"), Message("assistant", "Qans2")
-    again, reply = Message("user", "Quse3"), Message("assistant", "Qans4")
-
-    def between(messages: list[Message], ask: bool) -> list[str]:
-        """What lies before, between and after the messages in the rendered text."""
-        text, parts = render(messages, ask), []
-        for message in messages:
-            part, found, text = text.partition(message.content)
-            if not found:
-                raise InputError(f"the chat template leaves out or moves the {message.role} text")
-            parts.append(part)
-        return [*parts, text]
-
-    before_user, earlier, answer_to_user, last, _ = between([user, answer, again, reply], ask=False)
-    asked = between([user], ask=True)[1]
+    before_user, earlier, answer_to_user, last, _ = between(render, [USER, ANSWER, AGAIN, REPLY], ask=False)
+    asked = between(render, [USER], ask=True)[1]
     if asked.rstrip(" ") != last.rstrip(" "):
         raise InputError(f"the chat template asks with {asked!r} and writes answers after {last!r}")
     ends = [control for control in controls if answer_to_user.startswith(control)]
     if not ends:
         raise InputError(f"no control token ends an answer in the chat template, but {answer_to_user!r}")
-
-    def is_stripped(messages: list[Message], message: Message) -> bool:
-        padded = replace(message, content=f"  {message.content}  ")
-        return padded.content not in render([padded if m is message else m for m in messages], False)
-
-    stripped = [message.role for message in (user, answer) if is_stripped([user, answer], message)]
     template = ChatTemplate(
         before_user=before_user,
         before_system=None,
@@ -121,29 +109,47 @@ def read_template(source: str, specials: dict[str, str], controls: list[str]) ->
         user_to_answer=last,
         answer_to_user=answer_to_user,
         end=max(ends, key=len),
-        stripped=tuple(stripped),
+        stripped=tuple(m.role for m in (USER, ANSWER) if is_stripped(render, [USER, ANSWER], m)),
         source=source,
     )
-    probes = [user], [user, answer], [user, answer, again], [user, answer, again, reply, user]
-    for probe in probes:
+    for probe in PROBES:
         check(template, render, probe)
     try:
-        before_system, system_to_user, _ = between([system, user], ask=True)
-        stripped += ["system"] * is_stripped([system, user], system)
-        with_system = replace(
-            template,
-            before_system=before_system,
-            system_to_user=system_to_user,
-            stripped=tuple(stripped),
-        )
-        for probe in probes:
-            check(with_system, render, [system, *probe])
-    except InputError:  # Some templates forbid a system text, or put it before the last question.
+        return with_system_text(template, render)
+    except InputError:  # Some forbid a system text, or put it before the last question.
         return template
-    return with_system
 
 
-def check(template: ChatTemplate, render: Callable, messages: list[Message]) -> None:
+def with_system_text(template: ChatTemplate, render: Render) -> ChatTemplate:
+    """The same template with the joints of a system text; `InputError` if that is more than joints."""
+    before_system, system_to_user, _ = between(render, [SYSTEM, USER], ask=True)
+    stripped = template.stripped + ("system",) * is_stripped(render, [SYSTEM, USER], SYSTEM)
+    template = replace(
+        template, before_system=before_system, system_to_user=system_to_user, stripped=stripped
+    )
+    for probe in PROBES:
+        check(template, render, [SYSTEM, *probe])
+    return template
+
+
+def between(render: Render, messages: list[Message], ask: bool) -> list[str]:
+    """What lies before, between and after the messages in the rendered text."""
+    text, parts = render(messages, ask), []
+    for message in messages:
+        part, found, text = text.partition(message.content)
+        if not found:
+            raise InputError(f"the chat template leaves out or moves the {message.role} text")
+        parts.append(part)
+    return [*parts, text]
+
+
+def is_stripped(render: Render, messages: list[Message], message: Message) -> bool:
+    """Whether white space around this message is lost."""
+    padded = replace(message, content=f"  {message.content}  ")
+    return padded.content not in render([padded if m is message else m for m in messages], False)
+
+
+def check(template: ChatTemplate, render: Render, messages: list[Message]) -> None:
     """Refuse a template that does not write these messages as the Jinja template does."""
     ask = messages[-1].role == "user"
     theirs, ours = render(messages, ask), template.write(messages)
@@ -154,7 +160,7 @@ def check(template: ChatTemplate, render: Callable, messages: list[Message]) -> 
         raise InputError(f"the chat template is no row of joints: it writes {theirs!r}, and not {ours!r}")
 
 
-def compile_template(source: str, specials: dict[str, str]) -> Callable[[list[Message], bool], str]:
+def compile_template(source: str, specials: dict[str, str]) -> Render:
     """A function that renders messages, and the header of an answer if one is asked for, sandboxed."""
     try:
         import jinja2

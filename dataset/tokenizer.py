@@ -167,7 +167,8 @@ def read_speech(folder: Path, added: dict[str, int]) -> tuple[ChatTemplate, dict
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
 
-    specials = {"pad_token": template.end, **specials, "eos_token": template.end}
+    pad = "<|endoftext|>" if "<|endoftext|>" in added else template.end
+    specials = {"pad_token": pad, **specials, "eos_token": template.end}
     generation = read("generation_config.json")
     ends = generation.get("eos_token_id", [])
     ends = [added.get(template.end), *(ends if isinstance(ends, list) else [ends])]

@@ -116,7 +116,7 @@ def write_config(config: ModelConfig, dtype: torch.dtype) -> dict:
 
 def read_weights(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Their weights under our names; a second copy of a tied head and stored rotary tables are left out."""
-    ours = {n.removeprefix('model.'): w for n, w in weights.items() if not n.endswith("rotary_emb.inv_freq")}
+    ours = {n.removeprefix("model."): w for n, w in weights.items() if not n.endswith("rotary_emb.inv_freq")}
     if unfit := [name for name, weight in ours.items() if not weight.is_floating_point()]:
         raise InputError(f"{unfit[0]} holds {ours[unfit[0]].dtype}: quantised weights are not supported")
     head = ours.pop("lm_head.weight", None) if config.tie_word_embeddings else None

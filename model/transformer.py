@@ -143,9 +143,7 @@ class Transformer(nn.Module):
     def hidden(self, tokens: Tensor, positions: Tensor, context) -> Tensor:
         """Final hidden states, (T, d). `context.attend` decides who sees whom: a stream or a KV cache."""
         x = self.embed_tokens(tokens)  # (T, d)
-        rotation = rotary(
-            positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
-        )
+        rotation = rotary(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         for layer in self.layers:
             x = layer(x, rotation, context)
         return self.norm(x)
