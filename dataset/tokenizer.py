@@ -171,9 +171,9 @@ def read_speech(folder: Path, added: dict[str, int]) -> tuple[ChatTemplate, dict
     specials = {"pad_token": pad, **specials, "eos_token": template.end}
     generation = read("generation_config.json")
     ends = generation.get("eos_token_id", [])
-    ends = [added.get(template.end), *(ends if isinstance(ends, list) else [ends])]
+    ends = dict.fromkeys([added.get(template.end), *(ends if isinstance(ends, list) else [ends])])
     ids = {f"{name}_id": added[token] for name, token in specials.items() if token in added}
-    generation |= {**ids, "eos_token_id": list(dict.fromkeys(ends))}
+    generation |= {**ids, "eos_token_id": list(ends) if len(ends) > 1 else ids.get("eos_token_id")}
     return template, {**config, **specials, "chat_template": template.source}, generation
 
 

@@ -290,7 +290,7 @@ def test_export_names_a_family_that_computes_the_same(options, family, tokenizer
     export(tmp_path / "run", tmp_path / "out", torch.bfloat16)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == [family] and config["torch_dtype"] == "bfloat16"
-    assert config["eos_token_id"] == [tokenizer.end_id]
+    assert config["eos_token_id"] == tokenizer.end_id
     assert {weight.dtype for weight in load_file(tmp_path / "out" / "model.safetensors").values()} == {
         torch.bfloat16
     }

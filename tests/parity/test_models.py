@@ -76,7 +76,7 @@ def test_export_is_read_back_by_transformers(family, folder, dtype, tmp_path):
     assert torch.equal(their_logits(after, IDS), their_logits(before, IDS))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == str(dtype)[6:]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert after.generation_config.eos_token_id == [tokenizer.eos_token_id]
+    assert after.generation_config.eos_token_id == tokenizer.eos_token_id
     assert tokenizer.eos_token == "<|im_end|>"
 
 
@@ -108,7 +108,7 @@ def test_a_run_of_ours_speaks_as_it_did(tokenizer, tmp_path):
     export(tmp_path / "run", tmp_path / "out", torch.float32)
     reader = AutoTokenizer.from_pretrained(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.generation_config.eos_token_id == [reader.eos_token_id] == [tokenizer.end_id]
+    assert model.generation_config.eos_token_id == reader.eos_token_id == tokenizer.end_id
     for text in TEXTS:
         assert reader(text)["input_ids"] == tokenizer.text(text)
     asked = turns(TEXTS[0], TEXTS[3], TEXTS[4], system="Short.")
