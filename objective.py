@@ -303,5 +303,7 @@ def check_options(objective: Objective) -> None:
 
     both = settings.tr_alpha is not None and settings.tr_every is not None
     require(not both, "--tr-alpha moves the reference at every step, --tr-every copies it: choose one")
+    adapted = objective.moves_reference and getattr(settings, "lora_rank", 0)
+    require(not adapted, "--tr-alpha and --tr-every move the reference, which --lora-rank keeps frozen")
     nothing = objective.moves_reference and not objective.needs_reference
     require(not nothing, f"--tr-alpha and --tr-every move the reference, and --loss {settings.loss} has none")

@@ -24,17 +24,18 @@ from dataset.store import open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import run_script
 from eval.preference import evaluate
-from model.weights import load_model, save_model
+from model.lora import WithoutAdapters, add_adapters, trained_part
+from model.weights import load_model, save_model, weights_hash
 from objective import Objective, ObjectiveSettings, Pairs, no_reference, pair_metrics
 from training.distributed import Precision, exchange_gradients, join, wrap
 from training.metrics import Meter, MetricsLog
 from training.run import RunFolder
 from training.schedule import adamw, clip_gradients, cosine_lr, require_finite, set_lr
-from training.settings import SAMPLE, TrainSettings, flag, parse
+from training.settings import SAMPLE, AdapterSettings, flag, parse
 
 
 @dataclass
-class Settings(ObjectiveSettings, TrainSettings):
+class Settings(ObjectiveSettings, AdapterSettings):
     model: str = flag("runs/sft", "model folder to start from; its frozen copy is the reference")
     data: str = flag(str(SAMPLE / "preferences.jsonl"), "preference pairs: .jsonl or .json, also .gz")
     eval_data: str = flag(
@@ -53,15 +54,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def train(settings: Settings, world, run) -> None:
-    objective = Objective(settings)  # what is minimised: DPO's loss, unless other flags say otherwise
     if run.is_finished():
         return
+    objective = Objective(settings)  # what is minimised: DPO's loss, unless other flags say otherwise
 
     # ---- the two models: the policy learns, the reference remembers where it started
     model = load_model(settings.model, world.device)
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
-    reference = no_reference
-    if objective.needs_reference:
+    model.config.admit(tokenizer.vocab_size, settings.max_length)
+    if settings.lora_rank:
+        add_adapters(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
+    if not objective.needs_reference:
+        reference = no_reference
+    elif settings.lora_rank:
+        reference = WithoutAdapters(model)  # The same weights, no second copy.
+    else:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
     policy = wrap(model, world)
 
@@ -84,11 +91,11 @@ def train(settings: Settings, world, run) -> None:
     meter = Meter(world)
 
     # ---- what a checkpoint holds, and where an interrupted run goes on
-    state = {"model": model, "optimizer": optimizer, "precision": precision, "meter": meter}
+    state = {"model": trained_part(model), "optimizer": optimizer, "precision": precision, "meter": meter}
     state["objective"] = objective
     if objective.moves_reference:
         state["reference"] = reference  # TR-DPO's is no longer the model of --model.
-    first_step = run.begin(state, data=pairs.fingerprint, tokenizer=tokenizer.fingerprint)
+    first_step = run.begin(state, weights_hash(model), pairs.fingerprint, tokenizer.fingerprint)
     log = MetricsLog(Path(settings.out), world, first_step, total_steps, unit="pairs")
 
     def evaluate_now(step: int) -> None:
@@ -114,9 +121,9 @@ def train(settings: Settings, world, run) -> None:
                     policy_logps, collisions = (
                         policy(stream, collisions=True) if settings.wpo else (policy(stream), None)
                     )
+                    aux_loss = model.aux_loss()  # how unevenly the policy loads its experts; 0 if it has none
                     with torch.no_grad():
                         reference_logps = reference(stream)  # (N,)
-                aux_loss = model.aux_loss()  # how unevenly the policy loads its experts; 0 if it has none
 
                 # A response's log-prob is the sum over its tokens: (N,) to (B,) for each side and model. DPO:
                 # -log sigmoid(beta [(policy - reference)(chosen) - (policy - reference)(rejected)])

@@ -35,7 +35,7 @@ from files import write_whole
 from losses import bradley_terry_loss, reward_metrics
 from model.reward import RewardModel
 from model.stream import sides
-from model.weights import load_model, save_model
+from model.weights import load_model, save_model, weights_hash
 from training.distributed import Precision, World, exchange_gradients, join, wrap
 from training.metrics import Meter, MetricsLog
 from training.run import RunFolder
@@ -96,7 +96,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
 
     # ---- what a checkpoint holds, and where an interrupted run goes on
     state = {"model": model, "optimizer": optimizer, "precision": precision, "meter": meter}
-    first_step = run.begin(state, data=pairs.fingerprint, tokenizer=tokenizer.fingerprint)
+    first_step = run.begin(state, weights_hash(model), pairs.fingerprint, tokenizer.fingerprint)
     log = MetricsLog(Path(settings.out), world, first_step, total_steps, unit="pairs")
 
     def evaluate_now(step: int) -> None:

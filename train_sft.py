@@ -16,17 +16,18 @@ from dataset.packing import Windows, build_stream, deal, share
 from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script
+from model.lora import add_adapters, trained_part
 from model.transformer import PRESETS, ModelConfig, Transformer
-from model.weights import load_model, save_model
+from model.weights import load_model, save_model, weights_hash
 from training.distributed import Precision, exchange_gradients, join, wrap
 from training.metrics import Meter, MetricsLog
 from training.run import RunFolder
 from training.schedule import adamw, clip_gradients, cosine_lr, require_finite, set_lr
-from training.settings import SAMPLE, TrainSettings, flag, parse
+from training.settings import SAMPLE, AdapterSettings, flag, parse
 
 
 @dataclass
-class Settings(TrainSettings):
+class Settings(AdapterSettings):
     model: str = flag(
         "tiny", f"a fresh model of this size ({', '.join(PRESETS)}), or a model folder to go on from"
     )
@@ -52,6 +53,9 @@ def train(settings: Settings, world, run) -> None:
 
     # ---- the model
     model, tokenizer = start_model(settings, world.device)
+    model.config.admit(tokenizer.vocab_size, settings.max_length)
+    if settings.lora_rank:
+        add_adapters(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
     policy = wrap(model, world)
 
     # ---- the data: conversations, and which of them each optimizer step sees
@@ -71,8 +75,8 @@ def train(settings: Settings, world, run) -> None:
     meter = Meter(world)
 
     # ---- what a checkpoint holds, and where an interrupted run goes on
-    state = {"model": model, "optimizer": optimizer, "precision": precision, "meter": meter}
-    first_step = run.begin(state, data=conversations.fingerprint, tokenizer=tokenizer.fingerprint)
+    state = {"model": trained_part(model), "optimizer": optimizer, "precision": precision, "meter": meter}
+    first_step = run.begin(state, weights_hash(model), conversations.fingerprint, tokenizer.fingerprint)
     log = MetricsLog(Path(settings.out), world, first_step, total_steps, unit="conversations")
 
     for step in range(first_step, total_steps):
@@ -127,6 +131,8 @@ def start_model(settings: Settings, device: torch.device) -> tuple[Transformer, 
         if not Path(settings.model).is_dir():
             raise InputError(f"--model {settings.model}: neither a folder nor one of {', '.join(PRESETS)}")
         return load_model(settings.model, device), ChatTokenizer(Path(settings.model) / "tokenizer.json")
+    if settings.lora_rank:
+        raise InputError(f"--lora-rank adapts a model folder; {settings.model} is a fresh model")
     tokenizer = ChatTokenizer(settings.tokenizer)
     torch.manual_seed(settings.seed)
     config = ModelConfig(vocab_size=tokenizer.vocab_size, **PRESETS[settings.model])

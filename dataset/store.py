@@ -180,7 +180,10 @@ def _write(folder: Path, path: Path, kind, tokenizer, max_length, shape, skip_ba
                 report.drop(record.reason, record.line)
                 bad += 1
                 continue
-            branches = encode(record, tokenizer)
+            try:
+                branches = encode(record, tokenizer)
+            except InputError as error:  # The chat template cannot say this record.
+                raise DataError(path, record.line, str(error)) from None
             report.shape, report.longest = record.shape, max(report.longest, full_length(branches))
             if reason := reason_to_drop(branches, max_length):
                 report.drop(reason, record.line)

@@ -1,6 +1,6 @@
 """Text to token ids, and the chat template that knows which of them are supervised.
 
-A conversation is written in ChatML:
+A conversation is written in the format of the files beside the tokenizer; where there are none, in ChatML:
 
     <|im_start|>user\\nHow are you?<|im_end|>\\n<|im_start|>assistant\\nWell, thank you.<|im_end|>
 
@@ -22,47 +22,92 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dataset.records import Conversation, DataError, Message, Preference, read_records
+from dataset.template import CHATML, ChatTemplate, read_template
 from errors import InputError, run_script
 
 START, END = "<|im_start|>", "<|im_end|>"
+# A model that reasons says these itself, so in a text they are what they look like; they end no turn.
+SPOKEN = ("<think>", "</think>")
 
 
 class ChatTokenizer:
-    """A ``tokenizer.json`` and the ChatML template over it."""
-
-    template = "chatml"
+    """A ``tokenizer.json``, and the chat template that the files beside it ask for."""
 
     def __init__(self, path: str | Path):
+        path = Path(path)
         try:
-            self.json = Path(path).read_text(encoding="utf-8")
+            self.json = path.read_text(encoding="utf-8")
             settings = json.loads(self.json)
+            added = {token["content"]: token["id"] for token in settings["added_tokens"]}
+            self.template, self.config, self.generation = read_speech(path.parent, added)
             for token in settings["added_tokens"]:
                 # A control token that the file does not flag as special would be parsed out of user text.
-                token["special"] |= token["content"] in (START, END)
+                of_template = any(token["content"] in text for text in self.template.texts())
+                token["special"] |= of_template and token["content"] not in SPOKEN
             self._tokenizer = Tokenizer.from_str(json.dumps(settings))
+        except InputError:
+            raise
         except OSError as error:
             raise InputError(f"{path}: no tokenizer there ({error.strerror})") from None
         except Exception as error:  # The tokenizers library raises bare Exception for a bad file.
             raise InputError(f"{path}: not a tokenizer.json of the tokenizers library ({error})") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
-        self.start_id, self.end_id = (self._control(token, path) for token in (START, END))
-        self.vocab_size = self._tokenizer.get_vocab_size()
+        for token in (START, END) if self.template == CHATML else (self.template.end,):
+            if self._tokenizer.token_to_id(token) is None:
+                raise InputError(
+                    f"{path}: the tokenizer has no {token} token, which the chat template needs; "
+                    "a chat_template.jinja beside it could say another"
+                )
+        self.end_id = self._tokenizer.token_to_id(self.template.end)
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
         self.fingerprint = hashlib.sha256(f"{self.template}\n{self.json}".encode()).hexdigest()
 
-    def _control(self, token: str, path) -> int:
-        token_id = self._tokenizer.token_to_id(token)
-        if token_id is None:
-            raise InputError(f"{path}: the tokenizer has no {token} token, which the ChatML template needs")
-        return token_id
+        # SentencePiece's heirs put a space before a text, and some of them after each control token too.
+        self._line_feed = self._encode("\n")
+        self._spaces_text = self._encode("a") != self._encode("\na")[len(self._line_feed) :]
+        self._spaces_section = self._encode("a") == self._encode(f"{self.template.end}a")[1:]
+        self._joints = {joint: self._joint(joint) for joint in self.template.texts()}
+        self._controls = set(added.values())
+        self._tokenizer.encode_special_tokens = True  # From here on control tokens in a text are text.
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _encode_behind_text(self, text: str) -> list[int]:
+        """Ids of a text that goes on from another, so that no space is put before it."""
+        if not self._spaces_text:
+            return self._encode(text)
+        return self._encode("\n" + text)[len(self._line_feed) :]
+
+    def _joint(self, joint: str) -> list[int]:
+        """Ids of a joint, its control tokens parsed."""
+        template, text = self.template, joint.rstrip(" ")
+        starts = joint in (template.before_user, template.before_system)
+        behind_end = joint == template.answer_to_user.removeprefix(template.end)
+        if starts or (behind_end and self._spaces_section):
+            return self._encode(text)
+        return self._encode_behind_text(text)
+
+    def _content(self, joint: str, message: Message) -> list[int]:
+        """Ids of what one speaker says; a space at the end of the joint before it is its first."""
+        ids = self._joints[joint]
+        text = joint[len(joint.rstrip(" ")) :] + self.template.content(message)
+        if not ids or (ids[-1] in self._controls and self._spaces_section):
+            return self._encode(text)
+        return self._encode_behind_text(text)
 
     def save(self, folder: Path) -> None:
+        """Write the tokenizer, and beside it what transformers reads: chat template and end token."""
+        speech = {"tokenizer_config.json": self.config, "generation_config.json": self.generation}
         (folder / "tokenizer.json").write_text(self.json, encoding="utf-8")
+        for name, value in speech.items():
+            text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+            (folder / name).write_text(text, encoding="utf-8")
 
     def text(self, text: str) -> list[int]:
         """Ids of plain text; no id in it is a control token, whatever the text spells."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -76,22 +121,60 @@ class ChatTokenizer:
             ids.extend(new_ids)
             supervised.extend([is_supervised] * len(new_ids))
 
-        for message in messages:
-            append(self._header(message.role, first=not ids), False)
-            append(self.response(message.content), message.role == "assistant")
+        for joint, message in self.template.joints(messages):
+            append(self._joints[joint], False)
+            if message.role == "assistant":
+                append(self.response(message.content), True)
+            else:
+                append(self._content(joint, message), False)
         return ids, supervised
 
     def prompt(self, messages: Iterable[Message]) -> list[int]:
         """Ids of a conversation up to the place where the assistant is to speak."""
         ids, _ = self.conversation(messages)
-        return ids + self._header("assistant", first=not ids)
+        return ids + self._joints[self.template.user_to_answer]
 
     def response(self, content: str) -> list[int]:
-        """Ids of what one speaker says, with the end token."""
-        return [*self.text(content), self.end_id]
+        """Ids of what the assistant says, with the end token."""
+        return [*self._content(self.template.user_to_answer, Message("assistant", content)), self.end_id]
 
-    def _header(self, role: str, first: bool) -> list[int]:
-        return [*([] if first else self.text("\n")), self.start_id, *self.text(f"{role}\n")]
+
+def read_speech(folder: Path, added: dict[str, int]) -> tuple[ChatTemplate, dict, dict]:
+    """The template of a folder, its tokenizer_config.json and its generation_config.json.
+
+    `added` are the ids of the added tokens. Where there are no such files they are made, for ChatML. What is
+    saved says that an answer ends with the template's end token, whatever a base model ended its texts with.
+    """
+
+    def read(name: str) -> dict:
+        try:
+            return json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise InputError(f"{folder / name}: not JSON ({error})") from None
+
+    config = read("tokenizer_config.json") or {"tokenizer_class": "PreTrainedTokenizerFast"}
+    source = config.get("chat_template")
+    if isinstance(source, list):  # Several by name: for tools, for retrieval, …
+        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    if (folder / "chat_template.jinja").is_file():
+        source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    named = {name: config[name] for name in ("bos_token", "eos_token", "pad_token") if config.get(name)}
+    specials = {name: said["content"] if isinstance(said, dict) else said for name, said in named.items()}
+    try:
+        template = read_template(source, specials, list(added)) if source else CHATML
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None
+
+    pad = "<|endoftext|>" if "<|endoftext|>" in added else template.end
+    specials = {"pad_token": pad, **specials, "eos_token": template.end}
+    generation = read("generation_config.json")
+    ends = generation.get("eos_token_id", [])
+    ends = dict.fromkeys([added.get(template.end), *(ends if isinstance(ends, list) else [ends])])
+    ids = {f"{name}_id": added[token] for name, token in specials.items() if token in added}
+    generation |= {**ids, "eos_token_id": list(ends) if len(ends) > 1 else ids.get("eos_token_id")}
+    return template, {**config, **specials, "chat_template": template.source}, generation
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -72,6 +72,8 @@ def measure(settings: Settings, world: World) -> dict[str, float]:
     reference, reference_tokenizer = load_speaker(settings.reference, world.device)
     if tokenizer.fingerprint != reference_tokenizer.fingerprint:
         raise InputError(f"{settings.model} and {settings.reference} have different tokenizers")
+    policy.config.admit(length=settings.max_length)
+    reference.config.admit(length=settings.max_length)
     if policy.config.vocab_size != reference.config.vocab_size:
         raise InputError(f"{settings.model} and {settings.reference} have vocabularies of different sizes")
     how = settings.max_length, settings.shape, settings.skip_bad
@@ -158,7 +160,9 @@ def next_token_kl(policy: Transformer, reference: Transformer, stream: TokenStre
 def load_speaker(folder: str, device: torch.device) -> tuple[Transformer, ChatTokenizer]:
     """A model folder's model, not to be trained, and its tokenizer; `InputError` when either is missing."""
     model = load_model(folder, device).eval().requires_grad_(False)
-    return model, ChatTokenizer(Path(folder) / "tokenizer.json")
+    tokenizer = ChatTokenizer(Path(folder) / "tokenizer.json")
+    model.config.admit(tokenizer.vocab_size)
+    return model, tokenizer
 
 
 def require(holds: bool, name: str, value, rule: str) -> None:

@@ -19,6 +19,7 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, rows: int, capacity: int, like: Tensor):
+        config.admit(length=capacity)
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
 

@@ -29,9 +29,11 @@ class ModelConfig:
     intermediate_size: int = 704
     head_dim: int | None = None  # None means hidden_size / num_attention_heads
     rope_theta: float = 10_000.0
+    rope_scaling: dict | None = None  # rope_type linear or llama3, and its factors
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     attention_bias: bool = False  # on q, k and v, as in Qwen2
+    attention_output_bias: bool = False  # on o as well, which Llama and Qwen3 mean by `attention_bias`
     qk_norm: bool = False  # RMSNorm of each query and key head, as in Qwen3
     num_experts: int = 0  # feed-forward networks a layer to choose from (see moe.py); 0 is a dense model
     num_experts_per_tok: int = 2  # how many of them each token is sent to
@@ -39,6 +41,8 @@ class ModelConfig:
     norm_topk_prob: bool = True  # weights of a token's experts sum to 1; a single one then teaches no router
     shared_expert_intermediate_size: int = 0  # of an expert that every token is sent to; 0 for none
     router_aux_loss_coef: float = 0.001  # what the load-balancing loss is multiplied by
+    sliding_window: int | None = None  # as in Mistral: what is longer would need a mask that is not here
+    max_position_embeddings: int = 32_768  # what an exported model promises; nothing here depends on it
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
@@ -65,6 +69,19 @@ class ModelConfig:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+    def admit(self, tokens: int = 0, length: int = 0) -> None:
+        """Refuse a tokenizer with more ids than there are embeddings, and text longer than the window."""
+        if tokens > self.vocab_size:
+            raise InputError(
+                f"the tokenizer has {tokens} ids, the model's embedding only {self.vocab_size}: "
+                "they do not belong together"
+            )
+        if self.sliding_window and length > self.sliding_window:
+            raise InputError(
+                f"{length} tokens do not fit into this model's sliding window of {self.sliding_window}, "
+                "and beyond it attention would need a mask that is not implemented: lower the length"
+            )
 
 
 # Each preset leaves out `vocab_size`: the tokenizer decides it.
@@ -148,7 +165,7 @@ class Transformer(nn.Module):
     def hidden(self, tokens: Tensor, positions: Tensor, context) -> Tensor:
         """Final hidden states, (T, d). `context.attend` decides who sees whom: a stream or a KV cache."""
         x = self.embed_tokens(tokens)  # (T, d)
-        rotation = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        rotation = rotary(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         for layer in self.layers:
             x = layer(x, rotation, context)
         return self.norm(x)
@@ -192,7 +209,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_output_bias)
         self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
@@ -219,11 +236,28 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def rotary(positions: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary(positions: Tensor, size: int, theta: float, scaling: dict | None = None) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary angles, each (T, 1, D/2) in float32 (Su et al. 2021, arXiv 2104.09864)."""
     frequencies = theta ** (-torch.arange(0, size, 2, device=positions.device).float() / size)  # (D/2,)
-    angles = positions[:, None, None].float() * frequencies
+    angles = positions[:, None, None].float() * scaled(frequencies, scaling)
     return angles.cos(), angles.sin()
+
+
+def scaled(frequencies: Tensor, scaling: dict | None) -> Tensor:
+    """Rotary frequencies as a checkpoint made for longer texts turns them, (D/2,).
+
+    ``linear`` divides all by a factor (Chen et al. 2023, arXiv 2306.15595). ``llama3`` divides those that
+    turn less than `low_freq_factor` times over the original length, leaves alone those that turn more than
+    `high_freq_factor` times, and goes over from one to the other in a straight line (Llama 3.1).
+    """
+    if scaling is None:
+        return frequencies
+    if scaling["rope_type"] == "linear":
+        return frequencies / scaling["factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: as it is, 0: divided
+    return frequencies * (kept + (1 - kept) / scaling["factor"])
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

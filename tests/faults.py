@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from errors import run_script
+from objective import Objective
 from tests.loops import metrics
 from training.checkpoint import checkpoints, load_checkpoint, step_of
 from training.distributed import World, join
@@ -110,14 +111,15 @@ def plant(module, fault: str, rank: int, step: int) -> None:
         calls += 1
         return norm
 
-    def dpo_loss(*arguments):
-        losses, *rewards = loss(*arguments)
-        if due() and fault.startswith("loss"):
-            losses = losses * math.nan if fault == "loss nan" else losses + math.inf
-        return losses, *rewards
+    class FaultyObjective(Objective):
+        def __call__(self, pairs, training=False):
+            losses = super().__call__(pairs, training)
+            if training and due() and fault.startswith("loss"):
+                losses = losses * math.nan if fault == "loss nan" else losses + math.inf
+            return losses
 
-    clip, loss = module.clip_gradients, getattr(module, "dpo_loss", None)
-    module.clip_gradients, module.dpo_loss = clip_gradients, dpo_loss
+    clip = module.clip_gradients
+    module.clip_gradients, module.Objective = clip_gradients, FaultyObjective
 
 
 if __name__ == "__main__":

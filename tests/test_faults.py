@@ -90,7 +90,7 @@ def planted(monkeypatch):
 
     def plant_here(module, fault: str, step: int) -> None:
         monkeypatch.setattr(module, "clip_gradients", module.clip_gradients)
-        monkeypatch.setattr(module, "dpo_loss", getattr(module, "dpo_loss", None), raising=False)
+        monkeypatch.setattr(module, "Objective", getattr(module, "Objective", None), raising=False)
         plant(module, fault, 0, step)
 
     return plant_here
@@ -234,8 +234,8 @@ def test_weights_that_are_none_are_never_saved(flags, tmp_path, monkeypatch):
 
 def test_skipped_steps_are_counted_and_bounded(flags, tmp_path, monkeypatch):
     """A scaler that skips every step trains nothing, for ever, with a loss that looks well."""
-    loss = train_dpo.dpo_loss
-    monkeypatch.setattr(train_dpo, "dpo_loss", lambda *a: (loss(*a)[0] * float("nan"), *loss(*a)[1:]))
+    call = train_dpo.Objective.__call__
+    monkeypatch.setattr(train_dpo.Objective, "__call__", lambda *a, **how: call(*a, **how) * float("nan"))
     settings = flags(tmp_path, precision="fp16", epochs=20, log_every=1, eval_data="", save_every=0)
     with pytest.raises(FloatingPointError, match="step 25: the gradient norm is nan; the data lines"):
         train(train_dpo, settings, ALONE)

@@ -148,15 +148,19 @@ def test_last_short_window_is_a_step_of_its_own_size(dpo, start, tokenizer, pair
     assert_close(steps[2:], [wanted])
 
 
-@pytest.mark.parametrize("script, data", [("train_dpo", "pairs"), ("train_sft", "chats")])
-def test_two_ranks_equal_one_process(request, tmp_path, start, script, data):
+@pytest.mark.parametrize(
+    "script, data, lora_rank",
+    [("train_dpo", "pairs", 0), ("train_sft", "chats", 0), ("train_dpo", "pairs", 2)],
+    ids=["train_dpo-pairs", "train_sft-chats", "train_dpo-adapters"],
+)
+def test_two_ranks_equal_one_process(request, tmp_path, start, script, data, lora_rank):
     """Ranks that divide by their own count, or exchange gradients of the wrong micro-batch, drift apart.
 
     Windows of 3 over 2 ranks are uneven, and the last window holds a single record: one rank has none.
     """
     flags = command_line(
         model=start, data=request.getfixturevalue(data), eval_data="", batch_size=3, micro_batch_size=1,
-        epochs=2, lr=1e-3, log_every=1, warmup_steps=1, device="cpu", precision="fp32",
+        epochs=2, lr=1e-3, log_every=1, warmup_steps=1, device="cpu", precision="fp32", lora_rank=lora_rank,
     )  # fmt: skip
     module = {"train_dpo": train_dpo, "train_sft": train_sft}[script]
     alone = record_gradients(module, lambda: module.main([*flags, "--out", str(tmp_path / "one")]))

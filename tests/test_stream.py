@@ -481,4 +481,5 @@ def test_text_that_spells_control_tokens_scores_like_any_text(tokenizer, write_j
         expected = [plain_logp(model, *plain_ids(tokenizer, prompt, side)) for side in (chosen, rejected)]
     assert_close(sums, expected)
     # Two control tokens a turn, but for the last one of the prompt, whose end is that of the response.
-    assert sum(stream.tokens.tolist().count(i) for i in (tokenizer.start_id, tokenizer.end_id)) == 3 + 2
+    start_id = tokenizer.prompt(prompt)[0]
+    assert sum(stream.tokens.tolist().count(i) for i in (start_id, tokenizer.end_id)) == 3 + 2

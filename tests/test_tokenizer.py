@@ -53,11 +53,13 @@ def test_template_by_hand(tokenizer):
     assert tokenizer.decode(ids) == written
     spoken = [i for i, mine in zip(ids, supervised, strict=True) if mine]
     assert tokenizer.decode(spoken) == "Hello<|im_end|>!<|im_end|>"
-    assert ids[0] == tokenizer.start_id and ids[-1] == tokenizer.end_id
+    start_id = tokenizer.prompt(turns("Hi"))[0]
+    assert tokenizer.decode([start_id]) == START
+    assert ids[0] == start_id and ids[-1] == tokenizer.end_id
     # Two control tokens a turn, of which there are five; the newline after a role is a token of its own.
     assert controls_in(ids, tokenizer) == 10
     newline = tokenizer.text("\n")
-    for place in (i for i, token in enumerate(ids) if token == tokenizer.start_id):
+    for place in (i for i, token in enumerate(ids) if token == start_id):
         assert place == 0 or [ids[place - 2], *newline] == [tokenizer.end_id, ids[place - 1]]
 
 

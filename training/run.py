@@ -2,7 +2,7 @@
 
     with join(settings.device) as world, RunFolder(settings, world) as run:
         ...
-        first_step = run.begin({"model": model, "optimizer": optimizer, ...}, data=..., tokenizer=...)
+        first_step = run.begin({"model": model, "optimizer": optimizer, ...}, digests...)
         for step in range(first_step, total_steps):
             ...
             run.save_when_due(step + 1)
@@ -23,7 +23,6 @@ import torch
 
 from errors import InputError
 from files import sync
-from model.weights import weights_hash
 from training.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -64,10 +63,11 @@ class RunFolder:
         """Whether --resume finds the run at its end, so that there is nothing to do."""
         return self.settings.resume and self.world.from_main(self._look_whether_finished)
 
-    def begin(self, things: dict, **fingerprints: str) -> int:
+    def begin(self, things: dict, model: str, data: str, tokenizer: str) -> int:
         """Take the folder; return the step to go on with, to which `things` are then set: 0 for a fresh run.
 
-        Call it when the model is as it started. `things` have state_dict() and load_state_dict().
+        `things` have state_dict() and load_state_dict(); `model`, `data` and `tokenizer` are digests of what
+        the run starts from.
         """
         self.things = things
         self.identity = {
@@ -77,8 +77,9 @@ class RunFolder:
             "precision": things["precision"].name,
             "ranks": self.world.ranks,
             "torch": torch.__version__.split("+")[0],
-            "model": weights_hash(things["model"]),
-            **fingerprints,
+            "model": model,
+            "data": data,
+            "tokenizer": tokenizer,
         }
         state = None  # of the checkpoint to go on from
 

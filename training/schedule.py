@@ -37,6 +37,7 @@ def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     decayed = [(name, p) for name, p in trainable if p.dim() >= 2 and id(p) not in embeddings]
     plain = [(name, p) for name, p in trainable if p.dim() < 2 or id(p) in embeddings]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]  # Adapters are all matrices.
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), fused=True)
 
 

@@ -68,6 +68,22 @@ class TrainSettings:
         return asdict(self)
 
 
+@dataclass
+class AdapterSettings(TrainSettings):
+    """What the scripts that train a language model also ask."""
+
+    lora_rank: int = flag(0, "train adapters of this rank and leave the model as it is; 0 trains all weights")
+    lora_alpha: float = flag(32.0, "what an adapter says counts alpha / rank times")
+    lora_targets: str = flag("all", "layers with an adapter: all linear ones, or names such as q_proj,v_proj")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank < 0:
+            raise InputError(f"--lora-rank must not be negative, nor {self.lora_rank}")
+        if not self.lora_alpha > 0:
+            raise InputError(f"--lora-alpha must be above 0, not {self.lora_alpha}")
+
+
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str):
         raise InputError(f"{message} (see {self.prog} --help)")

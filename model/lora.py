@@ -1,0 +1,125 @@
+"""Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685): train a small addition to matrices that stay.
+
+    y = W x + (alpha / r) B A x                                       (section 4.1)
+
+A is (r, in) and random, B is (out, r) and zero, so that at first nothing is added and the policy is the
+reference. Only A and B are trained, kept by the optimizer and saved to resume from. The reference needs no
+weights of its own: it is the same model with its adapters off.
+"""
+
+import math
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from errors import InputError
+from model.stream import TokenStream
+from model.transformer import Transformer
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class AdaptedLinear(nn.Linear):
+    """A linear layer that keeps its weight and its name, and adds what its adapter says."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
+        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.scale, self.on = alpha / rank, True
+        # As nn.Linear would draw it, on the CPU, so that a seed gives the same adapter on every device.
+        bound = 1 / math.sqrt(base.in_features)
+        start = torch.rand(rank, base.in_features, generator=generator) * 2 * bound - bound
+        self.lora_A = nn.Parameter(start.to(base.weight))  # (r, in)
+        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))  # (out, r)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B) if self.on else y
+
+    def merged(self) -> Tensor:
+        """W + (alpha / r) B A, the matrix that does the same without an adapter."""
+        return self.weight + self.scale * self.lora_B @ self.lora_A
+
+
+def add_adapters(model: Transformer, rank: int, alpha: float, targets: str, seed: int) -> None:
+    """Freeze the model and put an adapter on every layer of `targets`: "all", or names with commas."""
+    names = TARGETS if targets == "all" else targets.split(",")
+    if unknown := [name for name in names if name not in TARGETS]:
+        raise InputError(f"--lora-targets {unknown[0]!r} is neither all nor any of {', '.join(TARGETS)}")
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if name in names:
+                setattr(module, name, AdaptedLinear(child, rank, alpha, generator))
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+
+@contextmanager
+def adapters_off(model: nn.Module):
+    """Within, the model is what it was before its adapters, bit for bit."""
+    layers = adapted_layers(model).values()
+    for layer in layers:
+        layer.on = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.on = True
+
+
+class WithoutAdapters:
+    """The reference of a model with adapters: the same weights, no second copy."""
+
+    def __init__(self, model: Transformer):
+        self.model = model
+
+    def __call__(self, stream: TokenStream) -> Tensor:
+        with adapters_off(self.model):
+            return self.model(stream)
+
+
+def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The A and B of every adapter by name, which is all that training changes; empty without adapters."""
+    return {name: weight for name, weight in model.state_dict().items() if ".lora_" in name}
+
+
+class Adapters:
+    """All adapters of a model, as a checkpoint keeps them."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return adapter_weights(self.model)
+
+    def load_state_dict(self, weights: dict[str, Tensor]) -> None:
+        if other := weights.keys() ^ adapter_weights(self.model).keys():
+            raise KeyError(f"adapters differ in {sorted(other)}")
+        self.model.load_state_dict(weights, strict=False)  # The frozen weights are those of --model.
+
+
+def trained_part(model: Transformer) -> Transformer | Adapters:
+    """What training changes and a checkpoint keeps: the adapters if there are any, else the model."""
+    return Adapters(model) if adapted_layers(model) else model
+
+
+def adapter_shape(model: nn.Module) -> dict:
+    """Rank, alpha and targets of the adapters, as peft names them."""
+    layers = adapted_layers(model)
+    rank, scale = next((layer.lora_A.shape[0], layer.scale) for layer in layers.values())
+    targets = sorted({name.rpartition(".")[2] for name in layers})
+    return {"r": rank, "lora_alpha": scale * rank, "target_modules": targets}
+
+
+@torch.no_grad()
+def merged_weights(model: Transformer) -> dict[str, Tensor]:
+    """The weights of a plain model that does the same; of a model without adapters its own, untouched."""
+    layers = adapted_layers(model)
+    plain = {name: weight for name, weight in model.state_dict().items() if ".lora_" not in name}
+    return plain | {f"{name}.weight": layer.merged() for name, layer in layers.items()}
