@@ -91,6 +91,7 @@ class TokenStore:
     """The arrays of one file: row i is a prompt and its branches, each a run of ids with a loss mask."""
 
     def __init__(self, folder: Path):
+        self.folder = folder
         self.report = Report(**json.loads((folder / "report.json").read_text()))
         self.bounds = np.load(folder / "bounds.npy", mmap_mode="r")  # (rows, 2 + branches) offsets
         self.lines = np.load(folder / "lines.npy", mmap_mode="r")  # (rows,) line in the data file
@@ -100,6 +101,9 @@ class TokenStore:
         self.targets = np.load(folder / "targets.npy", mmap_mode="r")  # (rows,) supervised tokens
         self.score_margins = np.load(folder / "score_margins.npy", mmap_mode="r")  # (rows,) NaN: has none
         self.lengths = self.bounds[:, -1] - self.bounds[:, 0]  # (rows,) tokens of all branches
+        self.target_bounds = np.concatenate([[0], np.cumsum(self.targets)])  # (rows + 1,) offsets, see next
+        # With --reference cached: log pi_ref of each supervised token, row by row (reference.py).
+        self.reference_logps: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.bounds)

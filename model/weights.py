@@ -1,5 +1,6 @@
 """Model folders: ``config.json`` says the shape, ``model.pt`` holds the weights. Nothing is unpickled."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -28,6 +29,15 @@ def write_whole(path: Path, write) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """SHA-256 of all weights with their names, types and shapes."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.contiguous().view(-1).view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()
 
 
 def load_model(folder: str | Path, device="cpu", model_class: type[Transformer] = Transformer) -> Transformer:
