@@ -26,6 +26,7 @@ from errors import run_script
 from eval.preference import evaluate
 from model.weights import load_model, save_model
 from objective import Objective, ObjectiveSettings, Pairs, no_reference, pair_metrics
+from reference import REFERENCES, cache_reference, cached_reference, check_reference
 from training.distributed import Precision, exchange_gradients, join, wrap
 from training.metrics import Meter, MetricsLog
 from training.schedule import adamw, clip_gradients, cosine_lr, set_lr
@@ -42,6 +43,9 @@ class Settings(ObjectiveSettings, TrainSettings):
     out: str = flag("runs/dpo", "run folder: config, weights, tokenizer, metrics")
     lr: float = flag(2e-4, "peak learning rate; with much more the tiny model's answers fall apart")
     layout: str = flag("forked", "forked computes a prompt once for both sides, twin once for each", LAYOUTS)
+    reference: str = flag(
+        "live", "live runs the frozen copy at every step; cached asks it once, before training", REFERENCES
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,13 +56,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 def train(settings: Settings, world) -> None:
     objective = Objective(settings)  # what is minimised: DPO's loss, unless other flags say otherwise
+    check_reference(settings.reference, objective)
 
     # ---- the two models: the policy learns, the reference remembers where it started
     model = load_model(settings.model, world.device)
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
     reference = no_reference
-    if objective.needs_reference:
+    if objective.needs_reference and settings.reference == "live":
         reference = copy.deepcopy(model).eval().requires_grad_(False)
+    model.checkpoint_activations = settings.checkpoint_activations
     policy = wrap(model, world)
 
     # ---- the data: pairs, and which of them each optimizer step sees
@@ -75,7 +81,11 @@ def train(settings: Settings, world) -> None:
     windows = Windows(len(pairs), settings.batch_size, settings.seed)
     total_steps = settings.max_steps or settings.epochs * windows.per_epoch
 
-    precision = Precision(settings.precision, world.device)
+    precision = Precision(settings.precision, world.device, settings.matmul_precision)
+    if settings.reference == "cached":  # The policy has not moved yet: it is the reference.
+        for store in filter(None, [pairs, eval_pairs]):
+            cache_reference(model, store, world, precision, settings.layout, settings.micro_batch_size)
+        reference = cached_reference
     optimizer = adamw(model, settings.weight_decay)
     world.print(f"{settings.data}: {pairs.report}")
     world.print(windows.describe(total_steps, world.ranks, settings.micro_batch_size))

@@ -73,6 +73,7 @@ def train(settings: Settings, world: World) -> None:
     # ---- the model: what the language model knows, and a head that knows nothing yet
     model = RewardModel.from_language_model(load_model(settings.model, world.device))
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
+    model.checkpoint_activations = settings.checkpoint_activations
     reward = wrap(model, world)
 
     # ---- the data: pairs, and which of them each optimizer step sees
@@ -81,7 +82,7 @@ def train(settings: Settings, world: World) -> None:
     windows = Windows(len(pairs), settings.batch_size, settings.seed)
     total_steps = settings.max_steps or settings.epochs * windows.per_epoch
 
-    precision = Precision(settings.precision, world.device)
+    precision = Precision(settings.precision, world.device, settings.matmul_precision)
     optimizer = adamw(model, settings.weight_decay)
     world.print(windows.describe(total_steps, world.ranks, settings.micro_batch_size))
     log = MetricsLog(Path(settings.out), world, total_steps, unit="pairs")
@@ -165,7 +166,8 @@ def score(settings: Settings, world: World) -> None:
     model = load_model(settings.model, world.device, RewardModel)
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
     pairs = open_pairs(settings.score, tokenizer, settings, world)
-    rewards = score_pairs(model, pairs, settings, world, Precision(settings.precision, world.device))
+    precision = Precision(settings.precision, world.device, settings.matmul_precision)
+    rewards = score_pairs(model, pairs, settings, world, precision)
     if world.is_main:
         write_scored(Path(settings.to), settings.score, pairs, rewards)
     figures = mean_metrics(rewards)

@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
 def train(settings: Settings, world) -> None:
     # ---- the model
     model, tokenizer = start_model(settings, world.device)
+    model.checkpoint_activations = settings.checkpoint_activations
     policy = wrap(model, world)
 
     # ---- the data: conversations, and which of them each optimizer step sees
@@ -62,7 +63,7 @@ def train(settings: Settings, world) -> None:
     windows = Windows(len(conversations), settings.batch_size, settings.seed)
     total_steps = settings.max_steps or settings.epochs * windows.per_epoch
 
-    precision = Precision(settings.precision, world.device)
+    precision = Precision(settings.precision, world.device, settings.matmul_precision)
     optimizer = adamw(model, settings.weight_decay)
     world.print(f"{settings.data}: {conversations.report}")
     world.print(windows.describe(total_steps, world.ranks, settings.micro_batch_size))
