@@ -1,5 +1,6 @@
 # make demo       SFT, DPO and evaluation on the bundled data, in minutes on two cores
 # make test       lint and the test suite; make test-all runs the slow tests as well
+# make bench      install the peers as well, and time them and ours: about an hour on two cores, or BENCH="--quick"
 # make sample     write the bundled data and its tokenizer anew
 #
 # The first call makes .venv and installs the pinned packages. To use an environment of your own, with a
@@ -9,6 +10,7 @@ PYTHON = .venv/bin/python
 ifeq ($(PYTHON),.venv/bin/python)
 RUN_READY = .venv/run-ready
 DEV_READY = .venv/dev-ready
+PARITY_READY = .venv/parity-ready
 endif
 
 demo: $(RUN_READY)
@@ -19,6 +21,9 @@ test: $(DEV_READY) lint
 
 test-all: $(DEV_READY) lint
 	$(PYTHON) -m pytest -m ""
+
+bench: $(PARITY_READY)
+	$(PYTHON) -m bench.run $(BENCH)
 
 lint: $(DEV_READY)
 	$(PYTHON) -m ruff check .
@@ -37,4 +42,8 @@ sample: $(RUN_READY)
 	.venv/bin/python -m pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
-.PHONY: demo test test-all lint sample
+.venv/parity-ready: requirements-parity.txt .venv/dev-ready
+	.venv/bin/python -m pip install --quiet --requirement requirements-parity.txt
+	touch $@
+
+.PHONY: demo test test-all bench lint sample

@@ -1365,11 +1365,11 @@ MUTANTS = [
         CACHED + "test_what_cannot_be_cached_is_refused[options0-TR-DPO]",
     ),
     Mutant(
-        "cached-reference-torn",
-        "Written under its final name, half a file is taken for a whole one after a stop.",
+        "cached-reference-litter",
+        "Each stopped run leaves its half of a file in the cache for ever.",
         "reference.py",
-        'dir=path.parent, prefix="unfinished-", delete=False',
-        'dir=path.parent, prefix="reference-", suffix=".bin", delete=False',
+        "Path(file.name).unlink(missing_ok=True)",
+        "pass",
         CACHED + "test_an_interrupted_file_is_no_file",
     ),
     Mutant(
@@ -1403,6 +1403,14 @@ MUTANTS = [
         "if self.checkpoint_activations and torch.is_grad_enabled():",
         "if False:",
         SPEED + "test_checkpointed_activations_are_exact_and_not_kept[plain]",
+    ),
+    Mutant(
+        "flops-of-a-square",
+        "A causal mask hides half of the scores; counted as if it did not, the machine looks better used.",
+        "bench/work.py",
+        "own * (own + 1) // 2",
+        "own * own",
+        "tests/test_bench.py::test_flops_are_those_that_torch_counts[forked]",
     ),
     Mutant(
         "matmul-precision-ignored",
