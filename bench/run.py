@@ -204,7 +204,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="timed optimizer steps a run, instead of the case's own")
     parser.add_argument("--pairs", type=int, help="pairs an optimizer step, instead of the case's own")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--minutes", type=float, default=60, help="start no run after these")
     parser.add_argument("--json", default="runs/bench.json", help="where the figures are saved")
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
@@ -235,6 +235,7 @@ def main(arguments: list[str] | None = None) -> None:
     found = measure(options)
     for name, figures in found.items():
         print(f"\n{table(name, figures, rate)}")
+    print("\n" + "\n".join(f"{one}: {IMPLEMENTATIONS[one]}" for one in options.only))
     Path(options.json).parent.mkdir(parents=True, exist_ok=True)
     figures = {"machine": machine, "rate": rate, "cases": found}
     Path(options.json).write_text(json.dumps(figures, indent=2) + "\n")

@@ -1,8 +1,12 @@
-"""The work that every implementation of the benchmark is given: pairs, weights, and their least cost."""
+"""The work that every implementation of the benchmark is given: pairs, weights, and their least cost.
+
+    python -m bench.work                                # what each switch saves, counted and not timed
+"""
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +147,44 @@ def run_flops(case: Case, store: TokenStore) -> int:
     return 3 * forward_flops(config, build_stream(store, timed(case), "forked"))
 
 
+def switches(case: Case) -> dict[str, int]:
+    """FLOPs of the timed steps, one switch after another, from the textbook's rectangles to the floor."""
+    config, pairs = ModelConfig(case.vocabulary, **case.shape), synthetic_pairs(case)
+    padded = everywhere = twin = forked = 0
+    for rows in case.windows[1:]:
+        sides = [(pairs[row][0], pairs[row][side]) for row in rows for side in (1, 2)]
+        lengths = [len(prompt) + len(answer) for prompt, answer in sides]
+        answers = [len(answer) for _, answer in sides]
+        padded += rows_flops(config, [max(lengths)] * len(sides), len(sides) * max(lengths))
+        everywhere += rows_flops(config, lengths, sum(lengths))
+        twin += rows_flops(config, lengths, sum(answers))
+        shared = [len(pairs[row][0]) for row in rows]
+        again = rows_flops(config, shared, 0)  # A prompt's second time, without any answer's scores.
+        forked += rows_flops(config, lengths, sum(answers)) - again
+    return {
+        "padded, activations computed again, live reference": 5 * padded,
+        "padded, live reference": 4 * padded,
+        "no padding": 4 * everywhere,
+        "only supervised positions meet the vocabulary": 4 * twin,
+        "the prompt once": 4 * forked,
+        "the reference cached: the floor": 3 * forked,
+    }
+
+
+def rows_flops(config: ModelConfig, lengths: list[int], targets: int) -> int:
+    """A forward of separate rows of these lengths, of whose positions so many meet the vocabulary."""
+    ends = np.cumsum([0, *lengths])
+    segments = [(start, end, 0, 0) for start, end in pairwise(ends.tolist())]
+    empty = torch.empty(0, dtype=torch.long)
+    return forward_flops(
+        config,
+        TokenStream(
+            tokens=empty.new_empty(int(ends[-1])), positions=empty, segments=torch.tensor(segments),
+            predictors=empty, targets=empty.new_empty(targets), owners=empty, responses=0,
+        ),
+    )  # fmt: skip
+
+
 def matrix_rate(seconds: float = 2.0, size: int = 1024) -> float:
     """The best float32 rate of this machine's matrix products, in FLOP/s, with the threads that are set."""
     a, b = torch.randn(size, size), torch.randn(size, size)
@@ -152,3 +194,17 @@ def matrix_rate(seconds: float = 2.0, size: int = 1024) -> float:
         a @ b
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
+
+
+def main() -> None:
+    for name, case in CASES.items():
+        counted = switches(replace(case, steps=50))
+        floor = min(counted.values())
+        print(f"\n{name}, {case.pairs} pairs a step, mean of 50 steps\n")
+        print("| one switch after another | GFLOP a step | × floor |\n|---|---|---|")
+        for switch, flops in counted.items():
+            print(f"| {switch} | {flops / 50e9:.0f} | {flops / floor:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -51,6 +51,14 @@ def test_flops_are_those_that_torch_counts(layout, tmp_path):
     assert work.forward_flops(config, stream) == counter.get_total_flops() - wasted
 
 
+def test_each_switch_saves_and_the_last_is_the_floor(tmp_path):
+    """Counted twice: from the streams of the timed rows, and from lengths alone."""
+    store = work.write_store(tmp_path, work.synthetic_pairs(CASE))
+    counted = list(work.switches(CASE).values())
+    assert counted == sorted(counted, reverse=True) and len(set(counted)) == 6
+    assert counted[-1] == work.run_flops(CASE, store)
+
+
 def test_a_moved_model_is_another():
     """With equal models every loss is ln 2, and no comparison of losses could fail."""
     one, same, moved = (work.make_model(CASE, seed) for seed in (0, 0, 1))
