@@ -1,6 +1,7 @@
 # make demo       SFT, DPO and evaluation on the bundled data, in minutes on two cores
 # make test       lint and the test suite; make test-all runs the slow tests as well
 # make parity     install TRL, transformers and peft as well, and compare with them
+# make bench      install the peers as well, and time them and ours: about an hour on two cores, or BENCH="--quick"
 # make sample     write the bundled data and its tokenizer anew
 #
 # The first call makes .venv and installs the pinned packages. To use an environment of your own, with a
@@ -25,6 +26,9 @@ test-all: $(DEV_READY) lint
 parity: $(PARITY_READY)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest tests/parity
 
+bench: $(PARITY_READY)
+	$(PYTHON) -m bench.run $(BENCH)
+
 lint: $(DEV_READY)
 	$(PYTHON) -m ruff check .
 
@@ -46,4 +50,4 @@ sample: $(RUN_READY)
 	.venv/bin/python -m pip install --quiet --requirement requirements-parity.txt
 	touch $@
 
-.PHONY: demo test test-all parity lint sample
+.PHONY: demo test test-all parity bench lint sample

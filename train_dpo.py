@@ -27,6 +27,7 @@ from eval.preference import evaluate
 from model.lora import WithoutAdapters, add_adapters, trained_part
 from model.weights import load_model, save_model, weights_hash
 from objective import Objective, ObjectiveSettings, Pairs, no_reference, pair_metrics
+from reference import REFERENCES, cache_reference, cached_reference, check_reference
 from training.distributed import Precision, exchange_gradients, join, wrap
 from training.metrics import Meter, MetricsLog
 from training.run import RunFolder
@@ -45,6 +46,9 @@ class Settings(ObjectiveSettings, AdapterSettings):
     batch_size: int = flag(16, "pairs per optimizer step, over all ranks and micro-batches")
     lr: float = flag(1e-4, "peak learning rate; with much more the tiny model's answers fall apart")
     layout: str = flag("forked", "forked computes a prompt once for both sides, twin once for each", LAYOUTS)
+    reference: str = flag(
+        "live", "live runs the frozen copy at every step; cached asks it once, before training", REFERENCES
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -57,6 +61,7 @@ def train(settings: Settings, world, run) -> None:
     if run.is_finished():
         return
     objective = Objective(settings)  # what is minimised: DPO's loss, unless other flags say otherwise
+    check_reference(settings.reference, objective)
 
     # ---- the two models: the policy learns, the reference remembers where it started
     model = load_model(settings.model, world.device)
@@ -66,10 +71,13 @@ def train(settings: Settings, world, run) -> None:
         add_adapters(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
     if not objective.needs_reference:
         reference = no_reference
+    elif settings.reference == "cached":
+        reference = cached_reference  # What it says is asked below, as long as the policy has not moved.
     elif settings.lora_rank:
         reference = WithoutAdapters(model)  # The same weights, no second copy.
     else:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
+    model.checkpoint_activations = settings.checkpoint_activations
     policy = wrap(model, world)
 
     # ---- the data: pairs, and which of them each optimizer step sees
@@ -84,7 +92,10 @@ def train(settings: Settings, world, run) -> None:
     windows = Windows(len(pairs), settings.batch_size, settings.seed)
     total_steps = settings.max_steps or settings.epochs * windows.per_epoch
 
-    precision = Precision(settings.precision, world.device)
+    precision = Precision(settings.precision, world.device, settings.matmul_precision)
+    if settings.reference == "cached":
+        for store in filter(None, [pairs, eval_pairs]):
+            cache_reference(model, store, world, precision, settings.layout, settings.micro_batch_size)
     optimizer = adamw(model, settings.weight_decay)
     world.print(f"{settings.data}: {pairs.report}")
     world.print(windows.describe(total_steps, world.ranks, settings.micro_batch_size))

@@ -81,6 +81,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     # ---- the model: what the language model knows, and a head that knows nothing yet
     model = RewardModel.from_language_model(load_model(settings.model, world.device))
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
+    model.checkpoint_activations = settings.checkpoint_activations
     reward = wrap(model, world)
 
     # ---- the data: pairs, and which of them each optimizer step sees
@@ -89,7 +90,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     windows = Windows(len(pairs), settings.batch_size, settings.seed)
     total_steps = settings.max_steps or settings.epochs * windows.per_epoch
 
-    precision = Precision(settings.precision, world.device)
+    precision = Precision(settings.precision, world.device, settings.matmul_precision)
     optimizer = adamw(model, settings.weight_decay)
     world.print(windows.describe(total_steps, world.ranks, settings.micro_batch_size))
     meter = Meter(world)
@@ -181,7 +182,8 @@ def score(settings: Settings, world: World) -> None:
     model = load_model(settings.model, world.device, RewardModel)
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
     pairs = open_pairs(settings.score, tokenizer, settings, world)
-    rewards = score_pairs(model, pairs, settings, world, Precision(settings.precision, world.device))
+    precision = Precision(settings.precision, world.device, settings.matmul_precision)
+    rewards = score_pairs(model, pairs, settings, world, precision)
     if world.is_main:
         write_scored(Path(settings.to), settings.score, pairs, rewards)
     figures = mean_metrics(rewards)

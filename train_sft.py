@@ -56,6 +56,7 @@ def train(settings: Settings, world, run) -> None:
     model.config.admit(tokenizer.vocab_size, settings.max_length)
     if settings.lora_rank:
         add_adapters(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
+    model.checkpoint_activations = settings.checkpoint_activations
     policy = wrap(model, world)
 
     # ---- the data: conversations, and which of them each optimizer step sees
@@ -68,7 +69,7 @@ def train(settings: Settings, world, run) -> None:
     windows = Windows(len(conversations), settings.batch_size, settings.seed)
     total_steps = settings.max_steps or settings.epochs * windows.per_epoch
 
-    precision = Precision(settings.precision, world.device)
+    precision = Precision(settings.precision, world.device, settings.matmul_precision)
     optimizer = adamw(model, settings.weight_decay)
     world.print(f"{settings.data}: {conversations.report}")
     world.print(windows.describe(total_steps, world.ranks, settings.micro_batch_size))

@@ -78,7 +78,7 @@ def build_stream(store: TokenStore, rows, layout: str = "forked") -> TokenStream
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is none of {LAYOUTS}")
-    tokens, positions, segments, predictors, targets, owners = [], [], [], [], [], []
+    tokens, positions, segments, predictors, targets, owners, cached = [], [], [], [], [], [], []
     end = 0  # of the stream so far
 
     def append(ids: np.ndarray, first_position: int, prefix: tuple[int, int] = (0, 0)) -> int:
@@ -100,7 +100,7 @@ def build_stream(store: TokenStore, rows, layout: str = "forked") -> TokenStream
         targets.append(ids[where])
         owners.append(np.full(len(where), owner))
 
-    responses = 0
+    responses, known = 0, store.reference_logps
     for row in rows:
         (prompt, _), *branches = store.row(row)
         fork = layout == "forked" and len(prompt) > 0
@@ -115,9 +115,12 @@ def build_stream(store: TokenStore, rows, layout: str = "forked") -> TokenStream
                 start = append(np.concatenate([prompt, ids]), 0) + len(prompt)
                 supervise(ids, supervised, start, start - 1, responses)
             responses += 1
+        if known is not None:
+            start, stop = store.target_bounds[row : row + 2]
+            cached.append(known[start:stop])
 
-    def tensor(parts: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]))
+    def tensor(parts: list[np.ndarray], dtype=np.int64) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([np.zeros(0, dtype), *parts]))
 
     return TokenStream(
         tokens=tensor(tokens),
@@ -127,4 +130,5 @@ def build_stream(store: TokenStore, rows, layout: str = "forked") -> TokenStream
         targets=tensor(targets),
         owners=tensor(owners),
         responses=responses,
+        reference_logps=None if known is None else tensor(cached, known.dtype),
     )

@@ -92,7 +92,7 @@ class TokenStore:
     """The arrays of one file: row i is a prompt and its branches, each a run of ids with a loss mask."""
 
     def __init__(self, folder: Path, fingerprint: str):
-        self.fingerprint = fingerprint  # of the data file
+        self.folder, self.fingerprint = folder, fingerprint  # the latter of the data file
         self.report = Report(**json.loads((folder / "report.json").read_text()))
         self.bounds = np.load(folder / "bounds.npy", mmap_mode="r")  # (rows, 2 + branches) offsets
         self.lines = np.load(folder / "lines.npy", mmap_mode="r")  # (rows,) line in the data file
@@ -104,6 +104,9 @@ class TokenStore:
         self.lengths = self.bounds[:, -1] - self.bounds[:, 0]  # (rows,) tokens of all branches
         if not len(self.tokens) == len(self.supervised) == self.bounds[-1, -1]:
             raise ValueError("the arrays do not fit together")
+        self.target_bounds = np.concatenate([[0], np.cumsum(self.targets)])  # (rows + 1,) offsets, see next
+        # With --reference cached: log pi_ref of each supervised token, row by row (reference.py).
+        self.reference_logps: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.bounds)

@@ -29,11 +29,13 @@ class TokenStream:
     targets: Tensor  # (N,) the supervised token's id
     owners: Tensor  # (N,) which response it belongs to: 2 * pair + (0 chosen, 1 rejected)
     responses: int  # R, so that a response keeps its place in a sum even when a rank holds none
+    reference_logps: Tensor | None = None  # (N,) of the targets, where the reference was asked beforehand
 
     def to(self, device) -> "TokenStream":
         """The same stream on another device. `segments` drive a Python loop, so they never leave the CPU."""
         names = [f.name for f in fields(self) if f.name not in ("segments", "responses")]
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        here = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(self, **{name: x.to(device, non_blocking=True) for name, x in here.items()})
 
     def sum_by_response(self, token_logps: Tensor) -> Tensor:
         """log pi(y | x) = sum over t of log pi(y_t | x, y_<t): (N,) token log-probs to (R,) sums."""

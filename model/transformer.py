@@ -11,10 +11,13 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from errors import InputError
 from model.moe import MixtureOfExperts
 from model.stream import TokenStream
+
+LOGITS = 2**25  # scores held at once, 128 MB of float32: of 5,200 positions at 6,400 tokens, 220 at 152,000
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False  # keep only what enters a layer, and compute it again in backward
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -158,16 +162,32 @@ class Transformer(nn.Module):
         """
         hidden = self.hidden(stream.tokens, stream.positions, stream)  # (T, d)
         # Only the positions that predict a supervised token meet the vocabulary matrix.
-        logits = self.logits(hidden[stream.predictors])  # (N, V)
-        logps = token_logps(logits, stream.targets)
-        return (logps, collision_logps(logits)) if collisions else logps
+        hidden, targets = hidden[stream.predictors], stream.targets  # (N, d), (N,)
+        positions = max(1, LOGITS // self.config.vocab_size)
+        if len(targets) <= positions:
+            found = self.predict(hidden, targets, collisions)
+        else:
+            # Chunk by chunk, and again in backward: no (N, V) tensor is ever there.
+            parts = zip(hidden.split(positions), targets.split(positions), strict=True)
+            chunks = [again_in_backward(self.predict, *part, collisions) for part in parts]
+            found = [torch.cat(values) for values in zip(*chunks, strict=True)]
+        return tuple(found) if collisions else found[0]
+
+    def predict(self, hidden: Tensor, targets: Tensor, collisions: bool) -> list[Tensor]:
+        """log pi of the targets, (N,), from the states before them, (N, d); and the collisions' if asked."""
+        logits = self.logits(hidden)  # (N, V)
+        logps = token_logps(logits, targets)
+        return [logps, collision_logps(logits)] if collisions else [logps]
 
     def hidden(self, tokens: Tensor, positions: Tensor, context) -> Tensor:
         """Final hidden states, (T, d). `context.attend` decides who sees whom: a stream or a KV cache."""
         x = self.embed_tokens(tokens)  # (T, d)
         rotation = rotary(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         for layer in self.layers:
-            x = layer(x, rotation, context)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = again_in_backward(layer, x, rotation, context)
+            else:
+                x = layer(x, rotation, context)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -234,6 +254,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def again_in_backward(function, *arguments):
+    """The same values and gradients, for a second forward instead of the memory of what lies between."""
+    # There is no dropout, so no state of a random generator is worth keeping.
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def rotary(positions: Tensor, size: int, theta: float, scaling: dict | None = None) -> tuple[Tensor, Tensor]:

@@ -126,9 +126,16 @@ def cpu_multiplies_bf16() -> bool:
 
 
 class Precision:
-    """What the forward pass computes in. Weights, gradients and optimizer state stay float32."""
+    """What the forward pass computes in. Weights, gradients and optimizer state stay float32.
 
-    def __init__(self, name: str, device: torch.device):
+    `matmul` says how torch multiplies matrices that *are* float32, in the whole process: "highest" as they
+    are; "high" may round the factors to TF32 (10 bits of mantissa, on CUDA) or split them into two bf16;
+    "medium" may round them to bf16 (7 bits). Sums stay float32. What that gains and costs depends on the
+    hardware, from nothing at all to the error of --precision bf16, so it is a choice and not the default.
+    """
+
+    def __init__(self, name: str, device: torch.device, matmul: str = "highest"):
+        torch.set_float32_matmul_precision(matmul)
         if name == "auto":
             name = "fp32"
             if device.type == "cuda":

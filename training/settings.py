@@ -36,6 +36,14 @@ class TrainSettings:
         "of the forward pass; weights stay float32. auto: bf16 if the hardware has it",
         ("auto", "fp32", "bf16", "fp16"),
     )
+    matmul_precision: str = flag(
+        "highest",
+        "of float32 products: high may use TF32, medium bf16, where that is faster",
+        ("highest", "high", "medium"),
+    )
+    checkpoint_activations: bool = flag(
+        False, "compute each layer again in backward instead of keeping it: less memory, a third more time"
+    )
     epochs: int = flag(1, "times every record is seen")
     max_steps: int = flag(0, "stop after this many optimizer steps; 0 for all of --epochs")
     batch_size: int = flag(32, "records per optimizer step, over all ranks and micro-batches")

@@ -1,0 +1,101 @@
+"""The reference asked once, before training: ``--reference cached``.
+
+Data, layout and reference never change in a run, so neither does log pi_ref(y_t | x, y_<t). It is computed
+for every supervised token and kept beside the tokenised data; a step then costs no forward of the reference,
+and no copy of the model stays in memory. Later epochs read it again, as do later runs from the same model.
+
+Tokens are kept rather than sums: an array as long as the supervised tokens, from which every option of an
+objective can be had (LD-DPO looks at a part of a response). The values are those of the live reference but
+for rounding, since other pairs stand beside a pair in the two streams.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset.packing import build_stream
+from dataset.store import TokenStore
+from errors import InputError
+from model.stream import TokenStream
+from model.transformer import Transformer
+from model.weights import weights_hash
+from objective import Objective
+from training.distributed import Precision, World
+
+REFERENCES = ("live", "cached")
+
+
+def check_reference(reference: str, objective: Objective) -> None:
+    """Refuse to remember what moves, or what nobody asks for."""
+    if reference == "cached" and objective.moves_reference:
+        raise InputError("--reference cached remembers one reference, and TR-DPO (--tr-…) moves it")
+    if reference == "cached" and not objective.needs_reference:
+        raise InputError(f"--reference cached: --loss {objective.settings.loss} has no reference")
+
+
+def cached_reference(stream: TokenStream) -> Tensor:
+    """Takes the live reference's place: what it said of the stream's targets, (N,)."""
+    return stream.reference_logps
+
+
+def cache_reference(
+    model: Transformer, store: TokenStore, world: World, precision: Precision, layout: str, batch_size: int
+) -> None:
+    """Set `store.reference_logps` to what `model` says of the store's supervised tokens, now if it never did.
+
+    The store's folder is named after data, tokenizer, template and length; the file after all else that can
+    change a log-prob.
+    """
+    torch_dtype = torch.promote_types(model.norm.weight.dtype, torch.float32)
+    dtype = torch.empty(0, dtype=torch_dtype).numpy().dtype
+    rounding = [precision.name, torch.get_float32_matmul_precision(), world.device.type]
+    key = [weights_hash(model), model.config.to_dict(), layout, *rounding]
+    path = store.folder / f"reference-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.bin"
+    # Ranks compute together or not at all, even if another run is writing the file just now.
+    if world.sum(torch.tensor(float(not path.exists()), device=world.device)).item():
+        world.print(f"asking the reference about {len(store)} pairs")
+        write(path, token_logps(model, store, world, precision, layout, batch_size), world)
+    store.reference_logps = np.memmap(path, dtype, "r")
+
+
+@torch.no_grad()
+def token_logps(
+    model: Transformer, store: TokenStore, world: World, precision: Precision, layout: str, batch_size: int
+) -> Iterator[np.ndarray]:
+    """log pi(y_t | x, y_<t) of all rows in their order, in chunks; the ranks share the work of each."""
+    ends = store.target_bounds
+    for start in range(0, len(store), batch_size * world.ranks):
+        rows = range(start, min(start + batch_size * world.ranks, len(store)))
+        mine = rows[world.rank :: world.ranks]
+        with precision.autocast():
+            logps = model(build_stream(store, mine, layout).to(world.device))
+        chunk = logps.new_zeros(ends[rows.stop] - ends[start])
+        for row, part in zip(mine, logps.split(store.targets[mine].tolist()), strict=True):
+            chunk[ends[row] - ends[start] : ends[row + 1] - ends[start]] = part
+        yield world.sum(chunk).cpu().numpy()
+
+
+def write(path: Path, chunks: Iterator[np.ndarray], world: World) -> None:
+    """Write beside, sync, rename, as other runs may do at the same moment. Only the main rank writes."""
+    if not world.is_main:
+        for _ in chunks:
+            pass
+    else:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix="unfinished-", delete=False) as file:
+            try:
+                for chunk in chunks:
+                    file.write(chunk.tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o644)  # Another user may share the cache.
+                os.replace(file.name, path)
+            finally:
+                Path(file.name).unlink(missing_ok=True)
+    world.wait()

@@ -1,0 +1,173 @@
+"""The reference asked once before training: the same numbers as the live one, and never another model's.
+
+python -m pytest tests/test_reference.py
+"""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import reference
+import train_dpo
+from dataset.packing import build_stream
+from dataset.store import open_store
+from errors import InputError
+from model.weights import load_model, save_model
+from objective import Objective, ObjectiveSettings
+from tests.conftest import RAGGED, as_record, make_model
+from tests.loops import metrics, record_gradients, torchrun, weights
+from training.distributed import Precision, World
+
+ALONE = World(0, 1, torch.device("cpu"))
+FP32 = Precision("fp32", ALONE.device)
+
+
+@pytest.fixture(autouse=True)
+def cache_of_its_own(monkeypatch, tmp_path):
+    """Without what another test has kept."""
+    monkeypatch.setenv("MINIDPO_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def flags(tmp_path, tokenizer, write_jsonl):
+    """The flags of a run on the ragged pairs, written three times over: 21 pairs in windows of 4."""
+    model = make_model(tokenizer.vocab_size, torch.float32)
+    save_model(tmp_path / "start", model)
+    tokenizer.save(tmp_path / "start")
+    data = write_jsonl("pairs.jsonl", [as_record(pair) for pair in RAGGED] * 3)
+
+    def made(out: str, *others: str) -> list[str]:
+        return [
+            *("--model", str(tmp_path / "start"), "--data", str(data), "--eval-data", str(data)),
+            *("--batch-size", "4", "--micro-batch-size", "3", "--lr", "1e-3", "--warmup-steps", "2"),
+            *("--epochs", "4", "--max-steps", "20", "--log-every", "1", "--eval-every", "10"),
+            *("--device", "cpu", "--precision", "fp32", "--out", str(tmp_path / out), *others),
+        ]
+
+    return made
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """The loop over float64 weights, in which sums of long responses keep their digits."""
+    monkeypatch.setattr(train_dpo, "load_model", lambda *arguments: load_model(*arguments).double())
+
+
+@pytest.mark.parametrize("layout", ["forked", "twin"])
+@pytest.mark.parametrize("options", ["", "--ld-alpha 0.4", "--loss sigmoid,nca_pair --wpo"])
+def test_twenty_steps_are_those_of_the_live_reference(flags, tmp_path, in_float64, layout, options):
+    """Every logged figure, the weights after 20 steps and the evaluation, to 1e-9 in float64."""
+    for how in ("live", "cached"):
+        train_dpo.main(flags(how, "--reference", how, "--layout", layout, *options.split()))
+    live, cached = (metrics(tmp_path / how) for how in ("live", "cached"))
+    assert len(live) == len(cached) == 23
+    for one, two in zip(live, cached, strict=True):
+        # Before the first update margins are 0 but for rounding, and so no side has the larger reward.
+        left_out = {"pairs_per_second"} | {name for name in one if one["step"] <= 1 and "accuracies" in name}
+        one, two = ({k: v for k, v in row.items() if k not in left_out} for row in (one, two))
+        # What is logged is rounded to float32 on its way through the meter; the weights are not.
+        assert one == pytest.approx(two, rel=1e-5, abs=1e-6)
+    live, cached = (weights(tmp_path / how) for how in ("live", "cached"))
+    for name, value in live.items():
+        assert value.dtype == torch.float64
+        assert (value - cached[name]).abs().max() < 1e-9, name
+
+
+def test_each_token_has_its_own(flags, tmp_path, tokenizer):
+    """Row by row and token by token, whatever rows a stream takes and in whatever order."""
+    model = make_model(tokenizer.vocab_size)
+    store = open_store(tmp_path / "pairs.jsonl", "preferences", tokenizer, 512)
+    for layout in ("forked", "twin"):
+        reference.cache_reference(model, store, ALONE, FP32, layout, batch_size=4)
+        assert store.reference_logps.dtype == np.float64
+        stream = build_stream(store, [5, 0, 3], layout)
+        assert (reference.cached_reference(stream) - model(stream)).abs().max() < 1e-11
+
+
+def test_the_first_loss_is_ln_2(flags, tmp_path):
+    """In float32 to rounding only: the two see a pair beside other pairs."""
+    train_dpo.main(flags("cached", "--reference", "cached"))
+    first = metrics(tmp_path / "cached")[0]
+    assert first["eval_loss"] == pytest.approx(np.log(2), abs=2e-6)
+    assert first["eval_rewards/margins"] == pytest.approx(0, abs=2e-5)
+
+
+def test_no_copy_of_the_model_is_made(flags, monkeypatch):
+    """What it saves is the second model in memory and its forward at every step."""
+    monkeypatch.setattr(train_dpo, "copy", SimpleNamespace(deepcopy=lambda model: pytest.fail("a copy")))
+    train_dpo.main(flags("cached", "--reference", "cached", "--max-steps", "2"))
+
+
+def test_a_second_run_asks_nothing(flags, monkeypatch, tmp_path):
+    """Kept beside the data: other objectives, other seeds, more epochs read it again."""
+    train_dpo.main(flags("one", "--reference", "cached", "--max-steps", "1"))
+    monkeypatch.setattr(reference, "token_logps", lambda *a: pytest.fail("asked again"))
+    train_dpo.main(flags("two", "--reference", "cached", "--max-steps", "1", "--loss", "ipo", "--seed", "7"))
+
+
+def test_what_changes_a_log_prob_changes_the_file(flags, tmp_path, tokenizer):
+    """Another model's answers would train without an error, towards the wrong reference."""
+    data = tmp_path / "pairs.jsonl"
+
+    def file(model, layout="forked", precision="fp32", max_length=512):
+        store = open_store(data, "preferences", tokenizer, max_length)
+        reference.cache_reference(model, store, ALONE, Precision(precision, ALONE.device), layout, 4)
+        return store.reference_logps.filename
+
+    model = make_model(tokenizer.vocab_size, torch.float32)
+    same_weights = make_model(tokenizer.vocab_size, torch.float32, rope_theta=100.0)
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        moved.norm.weight[0] += 1e-6
+    files = [file(model), file(same_weights), file(moved), file(copy.deepcopy(model).double())]
+    files += [file(model, layout="twin"), file(model, precision="bf16"), file(model, max_length=40)]
+    data.write_text(data.read_text().replace("Two apples", "Ten apples"))
+    files.append(file(model))
+    assert len(set(files)) == len(files) == 8
+    assert file(model) == files[-1]
+
+
+def test_two_ranks_ask_as_one(flags, tmp_path):
+    """Each rank asks about its rows; another order would leave holes. The last window is of one pair."""
+    train = ["--reference", "cached", "--max-steps", "7", "--micro-batch-size", "2"]
+    alone = record_gradients(train_dpo, lambda: train_dpo.main(flags("one", *train)))
+    [kept] = (tmp_path / "cache").glob("*/reference-*.bin")
+    first = np.fromfile(kept, np.float32)
+    kept.unlink()
+    result = torchrun(2, "-m", "tests.loops", "train_dpo", str(tmp_path / "two.pt"), *flags("two", *train))
+    assert result.returncode == 0, result.stderr
+    assert np.allclose(first, np.fromfile(kept, np.float32), rtol=0, atol=1e-5)
+    for one, two in zip(alone, torch.load(tmp_path / "two.pt", weights_only=True), strict=True):
+        for a, b in zip(one, two, strict=True):
+            assert (a - b).abs().max() <= 2e-4 * b.abs().max().clamp(min=1e-3)
+
+
+def test_an_interrupted_file_is_no_file(flags, tmp_path, tokenizer, monkeypatch):
+    """Half of the log-probs under the final name would be read as all of them."""
+    store = open_store(tmp_path / "pairs.jsonl", "preferences", tokenizer, 512)
+    model = make_model(tokenizer.vocab_size, torch.float32)
+    original = reference.token_logps
+
+    def stops(*arguments):
+        yield next(original(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reference, "token_logps", stops)
+    with pytest.raises(KeyboardInterrupt):
+        reference.cache_reference(model, store, ALONE, FP32, "forked", 4)
+    assert not [*store.folder.glob("reference-*"), *store.folder.glob("unfinished-*")]
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [({"tr_alpha": 0.5}, "TR-DPO"), ({"tr_every": 3}, "TR-DPO"), ({"loss": "simpo"}, "has no reference")],
+)
+def test_what_cannot_be_cached_is_refused(options, reason):
+    """A reference that moves is not the one that was asked."""
+    objective = Objective(ObjectiveSettings(**options))
+    reference.check_reference("live", objective)
+    with pytest.raises(InputError, match=reason):
+        reference.check_reference("cached", objective)

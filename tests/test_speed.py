@@ -1,0 +1,172 @@
+"""What makes it fast or small costs no exactness: the vocabulary in chunks, layers computed again, precision.
+
+python -m pytest tests/test_speed.py
+"""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train_dpo
+import train_reward
+import train_sft
+from dataset.packing import build_stream
+from dataset.store import open_store
+from model import transformer
+from model.weights import load_model, save_model
+from tests.conftest import MODEL_OPTIONS, make_model
+from tests.loops import weights
+
+SCRIPTS = {"train_dpo": train_dpo, "train_sft": train_sft, "train_reward": train_reward}
+
+
+@pytest.fixture
+def stream(ragged, tokenizer):
+    return build_stream(open_store(ragged, "preferences", tokenizer, 512), range(7))
+
+
+def outcome(model, stream, collisions=False) -> tuple[list, dict]:
+    """What a forward returns, the experts' balance, and the gradients of a weighted sum over tokens."""
+    model.zero_grad()
+    found = model(stream, collisions=True) if collisions else [model(stream)]
+    balance = model.aux_loss()
+    weight = torch.linspace(-1, 2, len(stream.targets), dtype=found[0].dtype)
+    (found[0] @ weight + 0.3 * balance).backward()
+    return [*found, balance.detach()], {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same(one, two, tolerance=1e-11):
+    for a, b in zip(one[0], two[0], strict=True):
+        assert (a - b).abs().max() <= tolerance
+    for name, gradient in one[1].items():
+        assert (gradient - two[1][name]).abs().max() <= tolerance * max(1, gradient.abs().max()), name
+
+
+class Largest(TorchDispatchMode):
+    """The shape of the largest tensor that any operation gave, forward and backward."""
+
+    shape = torch.Size()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor) and x.numel() > self.shape.numel():
+                self.shape = x.shape
+        return result
+
+
+def kept_bytes(run) -> int:
+    """What autograd keeps from forward to backward, each storage once."""
+    storages = {}
+
+    def keep(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x):
+        graph = run()
+    assert graph is not None
+    return sum(storages.values())
+
+
+# ---- The vocabulary
+
+
+@pytest.mark.parametrize("options", MODEL_OPTIONS.values(), ids=MODEL_OPTIONS)
+def test_chunks_are_exact(stream, tokenizer, options, monkeypatch):
+    """Log-probs, collisions, balance and every gradient to 1e-11, in chunks of 1, 7, nearly all and all."""
+    model = make_model(tokenizer.vocab_size, **options)
+    whole, positions = outcome(model, stream, collisions=True), len(stream.targets)
+    for chunk in (1, 7, positions - 1, positions):
+        monkeypatch.setattr(transformer, "LOGITS", chunk * tokenizer.vocab_size)
+        assert_same(outcome(model, stream, collisions=True), whole)
+        assert_same(outcome(model, stream), ([whole[0][0], whole[0][2]], whole[1]))
+
+
+def test_no_tensor_is_positions_times_vocabulary(stream, monkeypatch):
+    """Whatever the vocabulary, no operation of forward or backward gives more than LOGITS scores."""
+    monkeypatch.setattr(transformer, "LOGITS", 2**18)
+    for vocabulary in (4000, 8000, 16000):
+        model = make_model(vocabulary, torch.float32, hidden_size=8, intermediate_size=12)
+        with Largest() as largest:
+            outcome(model, stream, collisions=True)
+        matrix = vocabulary * 8  # The weights and their gradient are as large as they are.
+        assert largest.shape.numel() <= max(2**18, matrix), largest.shape
+        assert len(stream.targets) * vocabulary > max(2**18, 4 * matrix)
+
+
+def test_what_is_kept_does_not_grow_with_the_vocabulary(stream, monkeypatch):
+    """Between forward and backward: the weights, and nothing else that a larger vocabulary makes larger."""
+    monkeypatch.setattr(transformer, "LOGITS", 2**13)
+    kept = []
+    for vocabulary in (1000, 4000):
+        model = make_model(vocabulary, torch.float32)
+        own = sum(p.untyped_storage().nbytes() for p in model.parameters())
+        kept.append(kept_bytes(lambda model=model: model(stream)) - own)
+    assert kept[1] <= kept[0]
+
+
+# ---- Layers
+
+
+@pytest.mark.parametrize("options", MODEL_OPTIONS.values(), ids=MODEL_OPTIONS)
+def test_checkpointed_activations_are_exact_and_not_kept(stream, tokenizer, options):
+    """The same numbers, experts and their balance included, with a fraction of what backward needs."""
+    model = make_model(tokenizer.vocab_size, num_hidden_layers=4, **options)
+    plain, needed = outcome(model, stream), kept_bytes(lambda: model(stream))
+    model.checkpoint_activations = True
+    assert_same(outcome(model, stream), plain)
+    assert kept_bytes(lambda: model(stream)) < 0.4 * needed
+
+
+# ---- Through the loop
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--layout twin", "--checkpoint-activations", "--reference cached", "chunks", "--micro-batch-size 3"],
+)
+def test_twenty_steps_are_the_same(flags, ragged, tokenizer, tmp_path, monkeypatch):
+    """Layouts, chunks, recomputation, cached reference, micro-batches: weights to 1e-9 in float64."""
+    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32))
+    tokenizer.save(tmp_path / "start")
+    monkeypatch.setattr(train_dpo, "load_model", lambda *arguments: load_model(*arguments).double())
+    common = [
+        *f"--model {tmp_path / 'start'} --data {ragged} --batch-size 7 --epochs 20 --lr 1e-3".split(),
+        *("--warmup-steps", "2", "--device", "cpu", "--precision", "fp32", "--eval-data", ""),
+    ]
+    train_dpo.main([*common, "--out", str(tmp_path / "plain")])
+    if flags == "chunks":
+        monkeypatch.setattr(transformer, "LOGITS", 11 * tokenizer.vocab_size)
+    others = flags.split() if flags != "chunks" else []
+    train_dpo.main([*common, *others, "--out", str(tmp_path / "other")])
+    plain, other = weights(tmp_path / "plain"), weights(tmp_path / "other")
+    start = weights(tmp_path / "start")
+    for name, value in plain.items():
+        assert (value - other[name]).abs().max() < 1e-9, name
+        assert (value - start[name]).abs().max() > 1e-3, name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_matmul_precision_reaches_torch(script, ragged, tokenizer, tmp_path, monkeypatch):
+    """And no later run inherits it."""
+    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32))
+    tokenizer.save(tmp_path / "start")
+    seen = []
+    module = SCRIPTS[script]
+    mean = module.Meter.mean
+
+    def spy(meter):
+        seen.append(torch.get_float32_matmul_precision())
+        return mean(meter)
+
+    monkeypatch.setattr(module.Meter, "mean", spy)
+    data = ragged
+    if script == "train_sft":
+        data = tmp_path / "chats.jsonl"
+        data.write_text('{"prompt": "2 + 2?", "response": "4"}\n')
+    flags = f"--model {tmp_path / 'start'} --data {data} --max-steps 1 --device cpu --out {tmp_path / 'out'}"
+    module.main([*flags.split(), "--eval-data", "", "--matmul-precision", "medium"])
+    module.main([*flags.split(), "--eval-data", ""])
+    assert set(seen[: len(seen) // 2]) == {"medium"} and set(seen[len(seen) // 2 :]) == {"highest"}
