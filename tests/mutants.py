@@ -46,6 +46,7 @@ STREAM, MODEL, LOSSES = "tests/test_stream.py::", "tests/test_model.py::", "test
 LOOPS, OBJECTIVES = "tests/test_loops.py::", "tests/test_objectives.py::"
 CLOSED = OBJECTIVES + "test_value_and_gradient_are_the_closed_form"
 MOE, REWARD = "tests/test_moe.py::", "tests/test_reward.py::"
+EXPERIMENTS = "tests/test_experiments.py::"
 GENERATE, TOKENIZER, STORE = "tests/test_generate.py::", "tests/test_tokenizer.py::", "tests/test_store.py::"
 
 MUTANTS = [
@@ -435,12 +436,8 @@ MUTANTS = [
         "ipo-target-doubled",
         "1 / beta instead of 1 / (2 beta): a target twice as far.",
         "losses.py",
-        "`ipo_norm` averages them.\n"
-        '    """\n'
-        "    return (margins - 1 / (2 * beta)) ** 2",
-        "`ipo_norm` averages them.\n"
-        '    """\n'
-        "    return (margins - 1 / beta) ** 2",
+        '`ipo_norm` averages them.\n    """\n    return (margins - 1 / (2 * beta)) ** 2',
+        '`ipo_norm` averages them.\n    """\n    return (margins - 1 / beta) ** 2',
         CLOSED + "[ipo-0.1]",
     ),
     Mutant(
@@ -609,8 +606,7 @@ MUTANTS = [
         "losses.py",
         "policy_chosen_logps / chosen_lengths - policy_rejected_logps / rejected_lengths\n"
         "    return -F.logsigmoid(beta * margins - simpo",
-        "policy_chosen_logps - policy_rejected_logps\n"
-        "    return -F.logsigmoid(beta * margins - simpo",
+        "policy_chosen_logps - policy_rejected_logps\n    return -F.logsigmoid(beta * margins - simpo",
         CLOSED + "[simpo-0.1]",
     ),
     Mutant(
@@ -1321,6 +1317,31 @@ MUTANTS = [
         "settings.batch_size, settings.seed)",
         "settings.batch_size, 0)",
         LOOPS + "test_seed_changes_the_order_and_repeats_it",
+    ),
+    # ---- The experiments: a wrong figure looks like a finding
+    Mutant(
+        "rewards-shown-as-log-ratios",
+        "A reward is beta times a log-ratio: the fall of the chosen answers looks ten times smaller.",
+        "eval/experiments/edit_distance.py",
+        " / settings.beta for epoch",
+        " for epoch",
+        EXPERIMENTS + "test_edit_distance",
+    ),
+    Mutant(
+        "held-out-labels-flipped",
+        "Whoever has learned what was meant is then said to be wrong.",
+        "eval/experiments/label_noise.py",
+        'write(out / "heldout.jsonl", held_out)',
+        'write(out / "heldout.jsonl", flipped(held_out, len(held_out), 0.4, 0))',
+        EXPERIMENTS + "test_label_noise",
+    ),
+    Mutant(
+        "reward-model-sees-true-labels",
+        "Soft labels then win by what the other objectives were not shown.",
+        "eval/experiments/label_noise.py",
+        'files = ["--data", noisy, "--eval-data", held_out',
+        'files = ["--data", settings.data, "--eval-data", held_out',
+        EXPERIMENTS + "test_label_noise",
     ),
 ]
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -58,13 +59,26 @@ def test_label_noise(start, ragged, tmp_path, capsys):
     assert (out / "label_noise.png").read_bytes().startswith(b"\x89PNG")
 
     # The figure is the accuracy on pairs with their true labels, of the model trained on flipped ones.
-    assert len(list(read_preferences(out / "heldout.jsonl"))) == 3
+    def answers(path):
+        return [(pair.chosen, pair.rejected) for pair in read_preferences(path)]
+
+    assert answers(out / "heldout.jsonl") == answers(ragged)[:3]
     asked = Settings(model=str(out / "40%-0" / "robust"), reference=start, data=str(out / "heldout.jsonl"))
     measured = measure(asked, World(0, 1, pick_device("auto")))
     assert accuracies["robust"]["40%"] == [measured["rewards/accuracies"]]
-    config = json.loads((out / "40%-0" / "robust" / "config.json").read_text())["settings"]
-    assert (config["loss"], config["label_smoothing"]) == ("robust", 0.4)
-    assert all(pair.scores for pair in read_preferences(out / "40%-0" / "scored.jsonl"))
+    # What every run was told, and that no reward model has seen a true label where there are false ones.
+    folder = out / "40%-0"
+    configs = {name: folder / name / "config.json" for name in label_noise.OBJECTIVES}
+    ran = {name: json.loads(config.read_text())["settings"] for name, config in configs.items()}
+    assert {name: (run["loss"], run["label_smoothing"], Path(run["data"])) for name, run in ran.items()} == {
+        "DPO": ("sigmoid", None, folder / "noisy.jsonl"),
+        "cDPO": ("sigmoid", 0.4, folder / "noisy.jsonl"),
+        "robust": ("robust", 0.4, folder / "noisy.jsonl"),
+        "soft": ("soft", None, folder / "scored.jsonl"),
+    }
+    reward = json.loads((folder / "reward" / "config.json").read_text())["settings"]
+    assert Path(reward["data"]) == folder / "noisy.jsonl"
+    assert answers(folder / "scored.jsonl") == answers(folder / "noisy.jsonl")
 
 
 def test_flips_are_exact_and_nested(ragged):
