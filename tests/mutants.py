@@ -436,8 +436,12 @@ MUTANTS = [
         "ipo-target-doubled",
         "1 / beta instead of 1 / (2 beta): a target twice as far.",
         "losses.py",
-        '`ipo_norm` averages them.\n    """\n    return (margins - 1 / (2 * beta)) ** 2',
-        '`ipo_norm` averages them.\n    """\n    return (margins - 1 / beta) ** 2',
+        "`ipo_norm` averages them.\n"
+        '    """\n'
+        "    return (margins - 1 / (2 * beta)) ** 2",
+        "`ipo_norm` averages them.\n"
+        '    """\n'
+        "    return (margins - 1 / beta) ** 2",
         CLOSED + "[ipo-0.1]",
     ),
     Mutant(
@@ -606,7 +610,8 @@ MUTANTS = [
         "losses.py",
         "policy_chosen_logps / chosen_lengths - policy_rejected_logps / rejected_lengths\n"
         "    return -F.logsigmoid(beta * margins - simpo",
-        "policy_chosen_logps - policy_rejected_logps\n    return -F.logsigmoid(beta * margins - simpo",
+        "policy_chosen_logps - policy_rejected_logps\n"
+        "    return -F.logsigmoid(beta * margins - simpo",
         CLOSED + "[simpo-0.1]",
     ),
     Mutant(

@@ -105,5 +105,5 @@ def test_matplotlib_is_asked_for_before_training(experiment, start, ragged, tmp_
 def test_too_few_pairs_are_refused(start, ragged, tmp_path):
     pytest.importorskip("matplotlib")
     flags = ["--model", start, "--data", str(ragged), "--eval-data", str(ragged), "--out", str(tmp_path)]
-    with pytest.raises(InputError, match="has 7 pairs, fewer than --pairs 600"):
+    with pytest.raises(InputError, match="has 7 pairs, fewer than --pairs 400"):
         label_noise.main(flags)

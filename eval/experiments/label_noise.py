@@ -41,7 +41,7 @@ class Settings:
     eval_data: str = flag(str(SAMPLE / "heldout.jsonl"), "held-out pairs, whose labels are left alone")
     out: str = flag("runs/label_noise", "folder of the runs, the figures and the picture")
     seeds: int = flag(3, "runs of each objective, each on pairs and flips of its own")
-    pairs: int = flag(600, "training pairs of a run")
+    pairs: int = flag(400, "training pairs of a run")
     eval_pairs: int = flag(200, "held-out pairs, the first of the file")
     epochs: int = flag(1, "times every pair is seen")
     batch_size: int = flag(16, "pairs per optimizer step")
