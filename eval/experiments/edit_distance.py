@@ -85,7 +85,7 @@ def draw(runs: dict[str, list[dict]], out: Path) -> None:
                 low, middle, high = zip((0, 0, 0), *map(spread, curves), strict=True)
                 axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
                 axes.plot(steps, middle, color=colour, linewidth=2, marker="o", markersize=3.5)
-                name_at_end = f" {label}\n {middle[-1]:.2f}".replace("-", "−")
+                name_at_end = f" {label}\n {middle[-1]:.1f}".replace("-", "−")
                 axes.text(steps[-1], middle[-1], name_at_end, color=colour, va="center", weight="bold")
             axes.set_xlim(0, steps[-1])
         figure.subplots_adjust(left=0.06, right=0.93, top=0.83, bottom=0.13, wspace=0.35)
