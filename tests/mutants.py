@@ -1344,8 +1344,8 @@ MUTANTS = [
         "reward-model-sees-true-labels",
         "Soft labels then win by what the other objectives were not shown.",
         "eval/experiments/label_noise.py",
-        'files = ["--data", noisy, "--eval-data", held_out',
-        'files = ["--data", settings.data, "--eval-data", held_out',
+        "train_reward.main([*how, *data, ",
+        'train_reward.main([*how, *data, f"--data={settings.data}", ',
         EXPERIMENTS + "test_label_noise",
     ),
 ]

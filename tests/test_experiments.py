@@ -63,9 +63,10 @@ def test_label_noise(start, ragged, tmp_path, capsys):
         return [(pair.chosen, pair.rejected) for pair in read_preferences(path)]
 
     assert answers(out / "heldout.jsonl") == answers(ragged)[:3]
-    asked = Settings(model=str(out / "40%-0" / "robust"), reference=start, data=str(out / "heldout.jsonl"))
-    measured = measure(asked, World(0, 1, pick_device("auto")))
-    assert accuracies["robust"]["40%"] == [measured["rewards/accuracies"]]
+    for name in ("robust", "soft"):
+        asked = Settings(model=str(out / "40%-0" / name), reference=start, data=str(out / "heldout.jsonl"))
+        measured = measure(asked, World(0, 1, pick_device("auto")))
+        assert accuracies[name]["40%"] == [measured["rewards/accuracies"]]
     # What every run was told, and that no reward model has seen a true label where there are false ones.
     folder = out / "40%-0"
     configs = {name: folder / name / "config.json" for name in label_noise.OBJECTIVES}

@@ -18,10 +18,9 @@ import train_dpo
 import train_reward
 from dataset.records import DataError, Preference, read_records
 from errors import InputError, run_script
-from eval import preference
 from eval.experiments.real_data import as_json
+from eval.preference import write_json
 from eval.report import BLUE, INK, ORANGE, PALE, VIOLET, canvas, need_matplotlib, plain
-from training.distributed import World, pick_device
 from training.settings import SAMPLE, flag, parse
 
 NOISE = (0.0, 0.2, 0.4)  # shares of flipped pairs
@@ -43,8 +42,8 @@ class Settings:
     seeds: int = flag(3, "runs of each objective, each on pairs and flips of its own")
     pairs: int = flag(200, "training pairs of a run")
     eval_pairs: int = flag(200, "held-out pairs, the first of the file")
-    epochs: int = flag(4, "times every pair is seen: enough to learn wrong labels by heart")
-    batch_size: int = flag(8, "pairs per optimizer step")
+    epochs: int = flag(3, "times every pair is seen: enough to learn wrong labels by heart")
+    batch_size: int = flag(16, "pairs per optimizer step")
     lr: float = flag(5e-4, "peak learning rate of the objectives")
     reward_lr: float = flag(1e-3, "peak learning rate of the reward model")
 
@@ -64,9 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
             write(folder / "noisy.jsonl", flipped(pairs, settings.pairs, share, seed))
             for name, accuracy in compare(settings, folder, share, seed).items():
                 accuracies.setdefault(name, {}).setdefault(f"{share:.0%}", []).append(accuracy)
-            preference.write_json(
-                out / "results.json", {"settings": asdict(settings), "accuracies": accuracies}
-            )
+            write_json(out / "results.json", {"settings": asdict(settings), "accuracies": accuracies})
     draw(accuracies, out / "label_noise.png")
     print(f"\nheld-out reward accuracy: mean (range) of {settings.seeds} runs")
     for name, of_share in accuracies.items():
@@ -102,28 +99,33 @@ def compare(settings: Settings, folder: Path, share: float, seed: int) -> dict[s
 
     Without flips DPO alone: it is what the others can hope for.
     """
-    noisy, held_out = str(folder / "noisy.jsonl"), str(Path(settings.out) / "heldout.jsonl")
+    noisy, held_out = folder / "noisy.jsonl", Path(settings.out) / "heldout.jsonl"
     how = ["--model", settings.model, f"--seed={seed}"]
     how += [f"--epochs={settings.epochs}", f"--batch-size={settings.batch_size}"]
     accuracies = {}
     for name, (flags, _) in OBJECTIVES.items():
         if share == 0 and name != "DPO":
             continue
-        data, to = noisy, str(folder / name)
+        data = [f"--data={noisy}", f"--eval-data={held_out}"]
         if name in TOLD:
             flags = [*flags, f"--label-smoothing={share}"]
         if name == "soft":
-            reward, data = str(folder / "reward"), str(folder / "scored.jsonl")
-            files = ["--data", noisy, "--eval-data", held_out, "--out", reward]
-            train_reward.main([*how, *files, f"--lr={settings.reward_lr}"])
-            train_reward.main(["--model", reward, "--score", noisy, "--to", data])
-            *_, last = (folder / "reward" / "metrics.jsonl").read_text("utf-8").splitlines()
-            accuracies["reward model"] = json.loads(last)["eval_rewards/accuracies"]
-        train_dpo.main([*how, "--data", data, "--eval-data", "", "--out", to, f"--lr={settings.lr}", *flags])
-        asked = preference.Settings(model=to, reference=settings.model, data=held_out)
-        world = World(0, 1, pick_device("auto"))
-        accuracies[name] = preference.measure(asked, world)["rewards/accuracies"]
+            reward = folder / "reward"
+            scored, scored_held_out = folder / "scored.jsonl", folder / "scored-heldout.jsonl"
+            train_reward.main([*how, *data, f"--out={reward}", f"--lr={settings.reward_lr}"])
+            train_reward.main([f"--model={reward}", f"--score={noisy}", f"--to={scored}"])
+            train_reward.main([f"--model={reward}", f"--score={held_out}", f"--to={scored_held_out}"])
+            accuracies["reward model"] = held_out_accuracy(reward)
+            data = [f"--data={scored}", f"--eval-data={scored_held_out}"]
+        train_dpo.main([*how, *data, f"--out={folder / name}", f"--lr={settings.lr}", *flags])
+        accuracies[name] = held_out_accuracy(folder / name)
     return accuracies
+
+
+def held_out_accuracy(run: Path) -> float:
+    """As the run's last evaluation, after its last step, found it."""
+    *_, last = (run / "metrics.jsonl").read_text("utf-8").splitlines()
+    return json.loads(last)["eval_rewards/accuracies"]
 
 
 def draw(accuracies: dict[str, dict[str, list[float]]], out: Path) -> None:
