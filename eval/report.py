@@ -8,6 +8,8 @@ Thin lines are means over the logged training steps, heavy lines with dots the e
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,23 +105,13 @@ def read_curves(path: Path) -> dict[str, Curve]:
 
 def draw(curves: dict[str, Curve], title: str, out: Path) -> None:
     """Draw the panels that `curves` has something for, in a PNG of 1800 pixels width."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError(
-            'pictures need matplotlib: pip install "minidpo[plots]", or matplotlib alone'
-        ) from None
     known = PREFERENCE_PANELS if any(part + "rewards/margins" in curves for part in PARTS) else SFT_PANELS
     panels = [p for p in known if any(part + name in curves for name, *_ in p.curves for part in PARTS)]
     if not panels:
         raise InputError(f"{title}: metrics.jsonl has nothing that this picture shows")
     columns = 3 if len(panels) > 4 else min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
-    with rc_context({"font.size": 9.5, "text.color": INK, "axes.edgecolor": PALE}):
-        figure = Figure(figsize=(12, 1.3 + 2.9 * rows), facecolor="white")
-        FigureCanvasAgg(figure)
+    with canvas(12, 1.3 + 2.9 * rows, out) as figure:
         grid = figure.subplots(rows, columns, sharex=True, squeeze=False).flat
         last_step = max(max(curve) for curve in curves.values())
         for place, axes in enumerate(grid):
@@ -131,6 +123,30 @@ def draw(curves: dict[str, Curve], title: str, out: Path) -> None:
                 axes.tick_params(labelbottom=True)
                 axes.set_xlabel("optimizer step", color=PALE)
         header(figure, curves, title, last_step)
+
+
+def need_matplotlib() -> None:
+    """Say what to install; a long experiment asks at its start, not when it comes to draw."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError(
+            'pictures need matplotlib: pip install "minidpo[plots]", or matplotlib alone'
+        ) from None
+
+
+@contextmanager
+def canvas(width: float, height: float, out: Path) -> Iterator:
+    """A figure of so many inches to draw on, without a screen; a PNG at the end, 150 pixels an inch."""
+    need_matplotlib()
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context({"font.size": 9.5, "text.color": INK, "axes.edgecolor": PALE}):
+        figure = Figure(figsize=(width, height), facecolor="white")
+        FigureCanvasAgg(figure)
+        yield figure
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(out, dpi=150, format="png")
@@ -156,14 +172,19 @@ def header(figure, curves: dict[str, Curve], title: str, last_step: int) -> None
     )
 
 
-def draw_panel(axes, panel: Panel, curves: dict[str, Curve], last_step: int) -> None:
-    """The curves of one panel, each named where it ends."""
-    axes.set_title(panel.title, loc="left", size=11, weight="bold", pad=19)
-    axes.text(0, 1.04, panel.unit, transform=axes.transAxes, size=8.5, color=PALE, parse_math=False)
+def plain(axes, title: str, unit: str) -> None:
+    """A title, what is measured, and no more lines than one reads by."""
+    axes.set_title(title, loc="left", size=11, weight="bold", pad=19)
+    axes.text(0, 1.04, unit, transform=axes.transAxes, size=8.5, color=PALE, parse_math=False)
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(colors=PALE, length=0, labelsize=8.5)
+
+
+def draw_panel(axes, panel: Panel, curves: dict[str, Curve], last_step: int) -> None:
+    """The curves of one panel, each named where it ends."""
+    plain(axes, panel.title, panel.unit)
     axes.locator_params(axis="both", nbins=5)
     ends = []  # (height, label, colour) of each curve
     for name, label, colour in panel.curves:

@@ -50,6 +50,7 @@ CHECKPOINT, FAULTS = "tests/test_checkpoint.py::", "tests/test_faults.py::"
 LORA, TEMPLATE = "tests/test_lora.py::", "tests/test_template.py::"
 HUGGING_FACE = "tests/test_huggingface.py::"
 CACHED, SPEED = "tests/test_reference.py::", "tests/test_speed.py::"
+EXPERIMENTS = "tests/test_experiments.py::"
 GENERATE, TOKENIZER, STORE = "tests/test_generate.py::", "tests/test_tokenizer.py::", "tests/test_store.py::"
 
 MUTANTS = [
@@ -1787,6 +1788,31 @@ MUTANTS = [
         "torch.set_float32_matmul_precision(matmul)",
         "torch.set_float32_matmul_precision('highest')",
         SPEED + "test_matmul_precision_reaches_torch[train_dpo]",
+    ),
+    # ---- The experiments: a wrong figure looks like a finding
+    Mutant(
+        "rewards-shown-as-log-ratios",
+        "A reward is beta times a log-ratio: the fall of the chosen answers looks ten times smaller.",
+        "eval/experiments/edit_distance.py",
+        " / settings.beta for epoch",
+        " for epoch",
+        EXPERIMENTS + "test_edit_distance",
+    ),
+    Mutant(
+        "held-out-labels-flipped",
+        "Whoever has learned what was meant is then said to be wrong.",
+        "eval/experiments/label_noise.py",
+        'write(out / "heldout.jsonl", held_out)',
+        'write(out / "heldout.jsonl", flipped(held_out, len(held_out), 0.4, 0))',
+        EXPERIMENTS + "test_label_noise",
+    ),
+    Mutant(
+        "reward-model-sees-true-labels",
+        "Soft labels then win by what the other objectives were not shown.",
+        "eval/experiments/label_noise.py",
+        "train_reward.main([*how, *data, ",
+        'train_reward.main([*how, *data, f"--data={settings.data}", ',
+        EXPERIMENTS + "test_label_noise",
     ),
 ]
 
