@@ -1710,6 +1710,14 @@ MUTANTS = [
         CACHED + "test_what_changes_a_log_prob_changes_the_file",
     ),
     Mutant(
+        "cached-reference-of-any-precision",
+        "Log-probs of rounded products are read by a run that asked for exact ones.",
+        "reference.py",
+        "layout, *products]",
+        "layout]",
+        CACHED + "test_what_changes_a_log_prob_changes_the_file",
+    ),
+    Mutant(
         "cached-reference-in-order-of-ranks",
         "Rows are dealt to ranks by turns, and their answers laid one rank's behind the other's.",
         "reference.py",

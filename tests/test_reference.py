@@ -112,9 +112,9 @@ def test_what_changes_a_log_prob_changes_the_file(flags, tmp_path, tokenizer):
     """Another model's answers would train without an error, towards the wrong reference."""
     data = tmp_path / "pairs.jsonl"
 
-    def file(model, layout="forked", precision="fp32", max_length=512):
+    def file(model, layout="forked", precision="fp32", max_length=512, matmul="highest"):
         store = open_store(data, "preferences", tokenizer, max_length)
-        reference.cache_reference(model, store, ALONE, Precision(precision, ALONE.device), layout, 4)
+        reference.cache_reference(model, store, ALONE, Precision(precision, ALONE.device, matmul), layout, 4)
         return store.reference_logps.filename
 
     model = make_model(tokenizer.vocab_size, torch.float32)
@@ -124,9 +124,10 @@ def test_what_changes_a_log_prob_changes_the_file(flags, tmp_path, tokenizer):
         moved.norm.weight[0] += 1e-6
     files = [file(model), file(same_weights), file(moved), file(copy.deepcopy(model).double())]
     files += [file(model, layout="twin"), file(model, precision="bf16"), file(model, max_length=40)]
+    files += [file(model, matmul="medium")]
     data.write_text(data.read_text().replace("Two apples", "Ten apples"))
     files.append(file(model))
-    assert len(set(files)) == len(files) == 8
+    assert len(set(files)) == len(files) == 9
     assert file(model) == files[-1]
 
 
