@@ -1,4 +1,4 @@
-"""Every bug of the catalogue turns its test red: the tests of this project work. See mutants.py."""
+"""Every bug of the catalogue (tests/planted) turns its test red: the tests of this project work."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ def test_the_named_tests_are_green_without_a_mutant(verdicts):
 
 @pytest.mark.parametrize("name", [mutant.name for mutant in MUTANTS])
 def test_mutant_is_killed(name, verdicts):
-    """A survivor is a bug that no test sees; look the mutant up in mutants.py for what it does."""
+    """A survivor is a bug that no test sees; look the mutant up in tests/planted for what it does."""
     kind, said = verdicts[name]
     assert kind == "killed", said
 

@@ -1,0 +1,18 @@
+"""The catalogue of planted bugs, by room. See tests/mutants.py."""
+
+from tests.planted import (
+    answers,
+    data,
+    experiments,
+    folders,
+    loops,
+    objectives,
+    resume,
+    reward,
+    speed,
+    stream,
+    transformer,
+)
+
+ROOMS = (stream, transformer, objectives, reward, answers, data, loops, folders, resume, speed, experiments)
+MUTANTS = [mutant for room in ROOMS for mutant in room.MUTANTS]

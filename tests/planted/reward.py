@@ -1,0 +1,131 @@
+"""The reward model. See tests/mutants.py."""
+
+from tests.planted.mutant import Mutant
+
+REWARD = "tests/test_reward.py::"
+RESUME = "tests/test_resume.py::"
+LORA = "tests/test_lora.py::"
+
+MUTANTS = [
+    Mutant(
+        "reward-before-the-end-token",
+        "Read where the end token is predicted, the reward does not know whether the answer ended there.",
+        "model/stream.py",
+        "device=self.tokens.device) - 1",
+        "device=self.tokens.device) - 2",
+        REWARD + "test_rewards_equal_brute_force[plain-forked]",
+    ),
+    Mutant(
+        "reward-from-the-predictors",
+        "One place after the last predictor is the end token, but not of an answer that is nothing else.",
+        "model/stream.py",
+        "        segments = self.segments.tolist()\n",
+        "        return self.predictors[self.lengths().cumsum(0) - 1] + 1\n        segments = []\n",
+        REWARD + "test_last_tokens_are_end_tokens[forked]",
+    ),
+    Mutant(
+        "reward-turned",
+        "The model learns to give the rejected answer the higher reward.",
+        "losses.py",
+        "-F.logsigmoid(chosen_rewards - rejected_rewards)",
+        "-F.logsigmoid(rejected_rewards - chosen_rewards)",
+        REWARD + "test_loss_is_its_closed_form",
+    ),
+    Mutant(
+        "reward-log-of-sigmoid",
+        "A pair that is far on the wrong side has an infinite loss and no gradient.",
+        "losses.py",
+        "-F.logsigmoid(chosen_rewards - rejected_rewards)",
+        "-(chosen_rewards - rejected_rewards).sigmoid().log()",
+        REWARD + "test_loss_is_finite_at_the_extremes",
+    ),
+    Mutant(
+        "reward-in-bf16",
+        "Autocast rounds the head's product to bf16, and close answers tie.",
+        "model/reward.py",
+        "(hidden.to(torch.promote_types(hidden.dtype, torch.float32)) * self.score.weight).sum(dim=-1)",
+        "self.score(hidden)[:, 0].float()",
+        REWARD + "test_rewards_are_float32_under_autocast",
+    ),
+    Mutant(
+        "reward-keeps-the-vocabulary",
+        "A matrix that no gradient reaches: ranks wait for it, and checkpoints carry it along.",
+        "model/reward.py",
+        "            del self.lm_head  #",
+        "            self.lm_head.requires_grad_()  #",
+        REWARD + "test_a_fresh_reward_model_is_the_language_models_body[False]",
+    ),
+    Mutant(
+        "reward-mean-of-micro-batches",
+        "Each micro-batch is divided by its own size, so pairs of small micro-batches weigh more.",
+        "train_reward.py",
+        "total * world.ranks / len(window)",
+        "total / len(rows) * world.ranks / len(micro_batches)",
+        REWARD + "test_accumulation_equals_one_big_batch[3]",
+    ),
+    Mutant(
+        "reward-ranks-average-away",
+        "DDP averages the ranks' gradients; without the factor two ranks learn at half the rate.",
+        "train_reward.py",
+        "total * world.ranks / len(window)",
+        "total / len(window)",
+        REWARD + "test_two_ranks_equal_one_process",
+    ),
+    Mutant(
+        "scores-by-row",
+        "Rows are counted without the pairs that were dropped: every score after one goes to another pair.",
+        "train_reward.py",
+        "dict(zip(pairs.records.tolist(), rewards",
+        "dict(zip(range(len(pairs)), rewards",
+        REWARD + "test_scores_are_written_back[pairs.jsonl]",
+    ),
+    Mutant(
+        "scores-by-line",
+        "In a JSON array several records may stand on one line.",
+        "dataset/store.py",
+        "places.append(place)",
+        "places.append(record.line - 1)",
+        REWARD + "test_scores_are_written_back[pairs.json]",
+    ),
+    Mutant(
+        "scores-swapped",
+        "Soft labels then say of every pair that the rejected answer is the better one.",
+        "train_reward.py",
+        'record["score_chosen"], record["score_rejected"] = scores[place]',
+        'record["score_rejected"], record["score_chosen"] = scores[place]',
+        REWARD + "test_scores_are_written_back[pairs.jsonl]",
+    ),
+    Mutant(
+        "any-model-for-any",
+        "What a folder holds is not looked at, and a user reads a list of keys instead of a reason.",
+        "model/weights.py",
+        "if (kind := config.get(\"kind\", Transformer.kind)) != model_class.kind:",
+        "if (kind := model_class.kind) != kind:",
+        REWARD + "test_folders_tell_what_they_hold",
+    ),
+    Mutant(
+        "delta-forgotten",
+        "BCO's running mean begins anew after a resume, and the run is another one.",
+        "train_dpo.py",
+        '    state["objective"] = objective\n',
+        "",
+        RESUME + "test_what_an_objective_remembers_is_resumed[soft]",
+    ),
+    Mutant(
+        "moved-reference-forgotten",
+        "TR-DPO's reference falls back to where the run began.",
+        "train_dpo.py",
+        "    if objective.moves_reference:\n",
+        "    if False:\n",
+        RESUME + "test_what_an_objective_remembers_is_resumed[hard]",
+    ),
+    Mutant(
+        "balance-of-the-reference-with-adapters",
+        "With adapters the reference is the same model: asked after it, the layers tell its balance.",
+        "train_dpo.py",
+        "aux_loss = model.aux_loss()",
+        "with torch.no_grad():\n                        reference(stream)\n"
+        "                    aux_loss = model.aux_loss()",
+        LORA + "test_experts_balance_is_the_policys",
+    ),
+]
