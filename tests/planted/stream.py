@@ -43,7 +43,7 @@ MUTANTS = [
         "dataset/packing.py",
         "start = append(ids, len(prompt), prefix)",
         "start = append(ids, len(prompt), (prefix[0], end))",
-        STREAM + "test_who_sees_whom[forked]",
+        STREAM + "test_who_sees_whom[forked-128]",
     ),
     Mutant(
         "mean-for-sum",
