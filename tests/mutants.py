@@ -802,7 +802,7 @@ MUTANTS = [
         "reference-free-copies-a-reference",
         "A model's worth of memory for nothing.",
         "train_dpo.py",
-        "if objective.needs_reference:",
+        'if objective.needs_reference and settings.reference == "live":',
         "if True:",
         OBJECTIVES + "test_every_objective_trains_and_evaluates[simpo]",
     ),
