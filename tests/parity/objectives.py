@@ -46,6 +46,8 @@ class Said(NamedTuple):
 class Rows(list):
     """Pairs of token ids, (prompt, chosen, rejected), where a `TokenStore` is expected."""
 
+    reference_logps = None  # nothing is cached
+
     def row(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
         return [(np.array(ids), np.ones(len(ids), dtype=bool)) for ids in self[index]]
 
