@@ -27,7 +27,7 @@ def write_whole(path: Path, write) -> Path:
     At no moment is there half a file under the final name, and what a power cut leaves is the old file or
     the new one. ``{sha256}`` in the name becomes the digest of the content.
     """
-    unfinished = path.with_name("unfinished.tmp")
+    unfinished = path.with_name(path.name + ".tmp")
     try:
         with open(unfinished, "wb") as file:
             digesting = DigestingFile(file)

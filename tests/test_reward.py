@@ -79,6 +79,8 @@ def test_last_tokens_are_end_tokens(layout, tokenizer, pairs):
         assert place == stream.predictors[stream.owners == response].max() + 1
 
     class OnePair:
+        reference_logps = None
+
         def row(self, index):
             prompt, yes = np.array([5, 6, 7]), np.ones(1, bool)
             return [(prompt, np.zeros(3, bool)), (np.array([8]), yes), (np.array([9]), yes)]
