@@ -17,12 +17,11 @@ endif
 demo: $(RUN_READY)
 	$(PYTHON) -m eval.demo --out runs/demo
 
-# Two processes, each with files of its own; the tests use one thread a process.
 test: $(DEV_READY) lint
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest
 
 test-all: $(DEV_READY) lint
-	$(PYTHON) -m pytest -n 2 --dist loadfile -m ""
+	$(PYTHON) -m pytest -m ""
 
 parity: $(PARITY_READY)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest tests/parity
