@@ -17,6 +17,10 @@ class DigestingFile:
         self.digest.update(data)
         return self.file.write(data)
 
+    def writelines(self, lines) -> None:
+        for line in lines:
+            self.write(line)
+
     def flush(self) -> None:
         self.file.flush()
 
@@ -27,7 +31,7 @@ def write_whole(path: Path, write) -> Path:
     At no moment is there half a file under the final name, and what a power cut leaves is the old file or
     the new one. ``{sha256}`` in the name becomes the digest of the content.
     """
-    unfinished = path.with_name(path.name + ".tmp")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # Another run may be writing the same.
     try:
         with open(unfinished, "wb") as file:
             digesting = DigestingFile(file)
@@ -37,10 +41,10 @@ def write_whole(path: Path, write) -> Path:
         path = path.with_name(path.name.replace("{sha256}", digesting.digest.hexdigest()))
         os.replace(unfinished, path)
         sync(path.parent)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:  # Also Ctrl-C: half a file is of no use to anybody.
         unfinished.unlink(missing_ok=True)
         # torch.save says only that its position is unexpected; the disk's own word is behind it.
-        reason = error if isinstance(error, OSError) else error.__context__
+        reason = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(reason, OSError):
             raise
         raise InputError(f"{path}: cannot be written ({reason.strerror}); what was there is whole") from None

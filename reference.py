@@ -11,10 +11,8 @@ for rounding, since other pairs stand beside a pair in the two streams.
 
 import hashlib
 import json
-import os
-import tempfile
+from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +21,7 @@ from torch import Tensor
 from dataset.packing import build_stream
 from dataset.store import TokenStore
 from errors import InputError
+from files import write_whole
 from model.stream import TokenStream
 from model.transformer import Transformer
 from model.weights import weights_hash
@@ -61,7 +60,12 @@ def cache_reference(
     # Ranks compute together or not at all, even if another run is writing the file just now.
     if world.sum(torch.tensor(float(not path.exists()), device=world.device)).item():
         world.print(f"asking the reference about {len(store)} pairs")
-        write(path, token_logps(model, store, world, precision, layout, batch_size), world)
+        chunks = token_logps(model, store, world, precision, layout, batch_size)
+        if world.is_main:
+            write_whole(path, lambda file: file.writelines(chunks))
+        else:
+            deque(chunks, maxlen=0)  # Every rank does its share of each chunk.
+        world.wait()
     store.reference_logps = np.memmap(path, dtype, "r")
 
 
@@ -80,22 +84,3 @@ def token_logps(
         for row, part in zip(mine, logps.split(store.targets[mine].tolist()), strict=True):
             chunk[ends[row] - ends[start] : ends[row + 1] - ends[start]] = part
         yield world.sum(chunk).cpu().numpy()
-
-
-def write(path: Path, chunks: Iterator[np.ndarray], world: World) -> None:
-    """Write beside, sync, rename, as other runs may do at the same moment. Only the main rank writes."""
-    if not world.is_main:
-        for _ in chunks:
-            pass
-    else:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix="unfinished-", delete=False) as file:
-            try:
-                for chunk in chunks:
-                    file.write(chunk.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)  # Another user may share the cache.
-                os.replace(file.name, path)
-            finally:
-                Path(file.name).unlink(missing_ok=True)
-    world.wait()

@@ -78,6 +78,7 @@ def train(settings: Settings, world, run) -> None:
     else:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
     model.checkpoint_activations = settings.checkpoint_activations
+    model.count_collisions = settings.wpo
     policy = wrap(model, world)
 
     # ---- the data: pairs, and which of them each optimizer step sees
@@ -128,11 +129,9 @@ def train(settings: Settings, world, run) -> None:
             stream = build_stream(pairs, rows, settings.layout).to(world.device)
             with exchange_gradients(policy, when=number == len(micro_batches)):
                 with precision.autocast():
-                    # (N,) log pi(y_t | x, y_<t). Only WPO asks for more: log sum over v of pi(v | x, y_<t)^2.
-                    policy_logps, collisions = (
-                        policy(stream, collisions=True) if settings.wpo else (policy(stream), None)
-                    )
+                    policy_logps = policy(stream)  # (N,) log pi(y_t | x, y_<t)
                     aux_loss = model.aux_loss()  # how unevenly the policy loads its experts; 0 if it has none
+                    collisions = model.collisions  # (N,) log sum over v of pi(v | x, y_<t)^2, for WPO alone
                     with torch.no_grad():
                         reference_logps = reference(stream)  # (N,)
 

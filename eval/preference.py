@@ -109,9 +109,8 @@ def evaluate(
     for rows in share(len(pairs), world.rank, world.ranks, batch_size):
         stream = build_stream(pairs, rows, layout).to(world.device)
         with precision.autocast():
-            policy_logps, collisions = (
-                policy(stream, collisions=True) if settings.wpo else (policy(stream), None)
-            )
+            policy_logps = policy(stream)
+            collisions = policy.collisions  # before the reference is asked: it may be the same model
             reference_logps = reference(stream)
         labels = pairs.score_margins[rows]
         batch = Pairs.of(stream, policy_logps, reference_logps, labels, collisions)

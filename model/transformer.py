@@ -127,6 +127,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False  # keep only what enters a layer, and compute it again in backward
+        self.count_collisions = False  # keep `collision_logps` of each forward, which WPO asks for
+        self.collisions: Tensor | None = None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -155,29 +157,31 @@ class Transformer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, stream: TokenStream, collisions: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, stream: TokenStream) -> Tensor:
         """log pi(y_t | x, y_<t) of every supervised token, (N,), float32 (float64 for a float64 model).
 
-        With `collisions` also `collision_logps` at the same places, (N,).
+        What else a loss may ask of the same forward stays on the model until the next one: `aux_loss()` and,
+        with `count_collisions`, `collisions`.
         """
         hidden = self.hidden(stream.tokens, stream.positions, stream)  # (T, d)
         # Only the positions that predict a supervised token meet the vocabulary matrix.
         hidden, targets = hidden[stream.predictors], stream.targets  # (N, d), (N,)
         positions = max(1, LOGITS // self.config.vocab_size)
         if len(targets) <= positions:
-            found = self.predict(hidden, targets, collisions)
+            found = self.predict(hidden, targets)
         else:
             # Chunk by chunk, and again in backward: no (N, V) tensor is ever there.
             parts = zip(hidden.split(positions), targets.split(positions), strict=True)
-            chunks = [again_in_backward(self.predict, *part, collisions) for part in parts]
+            chunks = [again_in_backward(self.predict, *part) for part in parts]
             found = [torch.cat(values) for values in zip(*chunks, strict=True)]
-        return tuple(found) if collisions else found[0]
+        self.collisions = found[1] if self.count_collisions else None  # (N,)
+        return found[0]
 
-    def predict(self, hidden: Tensor, targets: Tensor, collisions: bool) -> list[Tensor]:
+    def predict(self, hidden: Tensor, targets: Tensor) -> list[Tensor]:
         """log pi of the targets, (N,), from the states before them, (N, d); and the collisions' if asked."""
         logits = self.logits(hidden)  # (N, V)
         logps = token_logps(logits, targets)
-        return [logps, collision_logps(logits)] if collisions else [logps]
+        return [logps, collision_logps(logits)] if self.count_collisions else [logps]
 
     def hidden(self, tokens: Tensor, positions: Tensor, context) -> Tensor:
         """Final hidden states, (T, d). `context.attend` decides who sees whom: a stream or a KV cache."""

@@ -8,14 +8,15 @@ Nearly all of these bugs train without an error and with a loss that falls. So i
 are green: each mutant shows that one of them can be red. Reading the catalogue beside the code is also a way
 to learn what each line is for. To look at a bug longer, make the same change by hand and draw its curve.
 
-Each mutant changes one place in a copy of the project and runs one test there, in a forked child: torch is
-imported once, the project's own modules are not imported before the fork.
+Each mutant changes one place in a copy of the project and runs one test there, in a forked child, as many at
+a time as there are CPUs: torch is imported once, the project's own modules are not imported before the fork.
 """
 
 import argparse
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -136,12 +137,14 @@ def run_tests(tests: list[str], mutant: Mutant | None = None, seconds: float = S
         return {"passed": [], "failed": [], "broken": [], **outcomes, "log": log}
 
 
-def verdict(mutant: Mutant) -> tuple[str, str]:
-    """("killed", …) if the named test failed in its own body, else "survived" or "broken", and why."""
+def verdict(mutant: Mutant) -> tuple[str, str, float]:
+    """("killed", …) if the named test failed in its own body, else "survived" or "broken", why, seconds."""
+    start = time.monotonic()
     outcomes = run_tests([mutant.test], mutant)
+    seconds = time.monotonic() - start
     if outcomes["broken"] or not outcomes["passed"] + outcomes["failed"]:
-        return "broken", f"{outcomes['broken']}\n{outcomes['log'][-3000:]}"
-    return ("killed", "") if outcomes["failed"] else ("survived", f"{mutant.test} is green")
+        return "broken", f"{outcomes['broken']}\n{outcomes['log'][-3000:]}", seconds
+    return *(("killed", "") if outcomes["failed"] else ("survived", f"{mutant.test} is green")), seconds
 
 
 def run(mutants: Iterable[Mutant]) -> dict[str, tuple[str, str]]:
@@ -153,11 +156,10 @@ def run(mutants: Iterable[Mutant]) -> dict[str, tuple[str, str]]:
     green = len(outcomes["passed"]) == len(wanted) and not outcomes["failed"] + outcomes["broken"]
     verdicts = {"": ("green", "") if green else ("red", outcomes["log"][-3000:])}
     print(f"{verdicts[''][0]:9} {len(wanted)} tests without a mutant", flush=True)
-    for mutant in mutants:
-        start = time.monotonic()
-        verdicts[mutant.name] = verdict(mutant)
-        seconds = time.monotonic() - start
-        print(f"{verdicts[mutant.name][0]:9} {seconds:4.1f} s  {mutant.name}: {mutant.test}", flush=True)
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        for mutant, (kind, why, seconds) in zip(mutants, pool.imap(verdict, mutants), strict=True):
+            verdicts[mutant.name] = kind, why
+            print(f"{kind:9} {seconds:4.1f} s  {mutant.name}: {mutant.test}", flush=True)
     return verdicts
 
 

@@ -573,9 +573,10 @@ def test_pairs_of_a_stream_are_those_of_single_sequences(layout, stored, tokeniz
     """Sums, lengths, what lies beyond the shorter answer, and how surprising the tokens are."""
     model, reference = (make_model(tokenizer.vocab_size, seed=seed) for seed in (1, 2))
     stream = build_stream(stored, range(7), layout)
-    policy_logps, collisions = model(stream, collisions=True)
-    assert not collisions.requires_grad and torch.equal(policy_logps, model(stream))
-    found = Pairs.of(stream, policy_logps, reference(stream), None, collisions)
+    model.count_collisions = True
+    policy_logps = model(stream)
+    assert not model.collisions.requires_grad
+    found = Pairs.of(stream, policy_logps, reference(stream), None, model.collisions)
     expected = {name: [] for name in vars(found) if name != "score_margins"}
     for w, x in by_hand(model, reference, tokenizer):
         shorter, surprise = min(len(w["p"]), len(x["p"])), 0
@@ -803,12 +804,14 @@ def test_every_objective_trains_and_evaluates(flags, run_dpo, tokenizer, stored,
     rows = metrics(folder)
     made = Objective(train_dpo.parse(train_dpo.Settings, "", flags))
     model = load_model(folder.parent / "start")
+    model.count_collisions = made.settings.wpo
     data = open_store(folder.parent / "labelled.jsonl", "preferences", tokenizer, 512)
     stream = build_stream(data, range(7))
     with torch.no_grad():
-        logps, collisions = model(stream, collisions=True)
+        logps = model(stream)
         reference = logps if made.needs_reference else no_reference(stream)
-        expected = made(Pairs.of(stream, logps, reference, data.score_margins, collisions)).mean().item()
+        batch = Pairs.of(stream, logps, reference, data.score_margins, model.collisions)
+        expected = made(batch).mean().item()
     assert next(row["loss"] for row in rows if "loss" in row) == pytest.approx(expected, rel=1e-5)
     assert rows[0]["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert len(copies) == made.needs_reference

@@ -159,7 +159,7 @@ def test_an_interrupted_file_is_no_file(flags, tmp_path, tokenizer, monkeypatch)
     monkeypatch.setattr(reference, "token_logps", stops)
     with pytest.raises(KeyboardInterrupt):
         reference.cache_reference(model, store, ALONE, FP32, "forked", 4)
-    assert not [*store.folder.glob("reference-*"), *store.folder.glob("unfinished-*")]
+    assert not [*store.folder.glob("reference-*"), *store.folder.glob("*.tmp")]
 
 
 @pytest.mark.parametrize(

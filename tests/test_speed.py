@@ -29,7 +29,8 @@ def stream(ragged, tokenizer):
 def outcome(model, stream, collisions=False) -> tuple[list, dict]:
     """What a forward returns, the experts' balance, and the gradients of a weighted sum over tokens."""
     model.zero_grad()
-    found = model(stream, collisions=True) if collisions else [model(stream)]
+    model.count_collisions = collisions
+    found = [model(stream), *([model.collisions] if collisions else [])]
     balance = model.aux_loss()
     weight = torch.linspace(-1, 2, len(stream.targets), dtype=found[0].dtype)
     (found[0] @ weight + 0.3 * balance).backward()

@@ -120,10 +120,11 @@ def our(loss: str, pairs: Rows = PAIRS, shift=(0.0, 0.0), delta=0.0, **options) 
     objective = Objective(ObjectiveSettings(**{"beta": BETA, "loss": loss, **options}))
     objective.load_state_dict({"reward_sum": delta, "reward_count": 1.0})
     stream = build_stream(pairs, range(len(pairs)))
-    policy_logps, collisions = policy()(stream, collisions=True)
+    policy().count_collisions = True
+    policy_logps = policy()(stream)
     with torch.no_grad():
         reference_logps = reference()(stream)
-    batch = Pairs.of(stream, policy_logps, reference_logps, None, collisions)
+    batch = Pairs.of(stream, policy_logps, reference_logps, None, policy().collisions)
     chosen, rejected = batch.reference_chosen_logps + shift[0], batch.reference_rejected_logps + shift[1]
     batch = replace(batch, reference_chosen_logps=chosen, reference_rejected_logps=rejected)
     value = objective(batch).mean()
