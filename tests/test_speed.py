@@ -3,6 +3,9 @@
 python -m pytest tests/test_speed.py
 """
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -15,7 +18,7 @@ from dataset.packing import build_stream
 from dataset.store import open_store
 from model import transformer
 from model.weights import load_model, save_model
-from tests.conftest import MODEL_OPTIONS, make_model
+from tests.conftest import MODEL_OPTIONS, ROOT, make_model
 from tests.loops import weights
 
 SCRIPTS = {"train_dpo": train_dpo, "train_sft": train_sft, "train_reward": train_reward}
@@ -171,3 +174,25 @@ def test_matmul_precision_reaches_torch(script, ragged, tokenizer, tmp_path, mon
     module.main([*flags.split(), "--eval-data", "", "--matmul-precision", "medium"])
     module.main([*flags.split(), "--eval-data", ""])
     assert set(seen[: len(seen) // 2]) == {"medium"} and set(seen[len(seen) // 2 :]) == {"highest"}
+
+
+# ---- Memory on a CPU
+
+FAULTS = """
+import resource, torch
+from training.distributed import keep_freed_memory
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(pages(), keep_freed_memory(), pages(), pages())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other allocators")
+def test_freed_memory_is_used_again():
+    """Ten tensors of 64 MiB, one after another: the kernel gives pages for each, or for one only."""
+    ran = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True)
+    given_back, _, _, kept = ran.stdout.split()
+    assert int(kept) * 5 < int(given_back)

@@ -1,8 +1,10 @@
 """Where a process runs and how ranks meet: device, precision, process group, gradient exchange."""
 
+import ctypes
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -88,6 +90,8 @@ def join(device: str):
     """Join the process group that torchrun set up, if it did, and leave it in the end. Yields a `World`."""
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     here = pick_device(device)
+    if here.type == "cpu":
+        keep_freed_memory()
     if ranks == 1:
         yield World(0, 1, here)
         return
@@ -117,6 +121,18 @@ def pick_device(name: str) -> torch.device:
     if name == "mps" and not torch.backends.mps.is_available():
         raise InputError("--device mps: this torch sees no Apple GPU")
     return torch.device(name)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that tensors free, for the next ones.
+
+    By default glibc hands large blocks back to the kernel, which hands them out again page by page, filled
+    with zeros: a tenth of a step's time on a CPU. GPUs have torch's caching allocator for that.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # as <malloc.h> numbers them
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30)
 
 
 def cpu_multiplies_bf16() -> bool:

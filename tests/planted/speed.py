@@ -110,4 +110,12 @@ MUTANTS = [
         "torch.set_float32_matmul_precision('highest')",
         SPEED + "test_matmul_precision_reaches_torch[train_dpo]",
     ),
+    Mutant(
+        "freed-memory-given-back",
+        "With one threshold alone glibc still asks the kernel for every large block anew.",
+        "training/distributed.py",
+        "        mallopt(mmap_threshold, 2**30)\n",
+        "",
+        SPEED + "test_freed_memory_is_used_again",
+    ),
 ]
