@@ -67,6 +67,8 @@ def train(settings: Settings, world, run) -> None:
     model = load_model(settings.model, world.device)
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
     model.config.admit(tokenizer.vocab_size, settings.max_length)
+    if settings.fused_attention:
+        model.fuse_attention()
     if settings.lora_rank:
         add_adapters(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
     if not objective.needs_reference:

@@ -82,6 +82,8 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     model = RewardModel.from_language_model(load_model(settings.model, world.device))
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
     model.checkpoint_activations = settings.checkpoint_activations
+    if settings.fused_attention:
+        model.fuse_attention()
     reward = wrap(model, world)
 
     # ---- the data: pairs, and which of them each optimizer step sees

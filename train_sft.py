@@ -57,6 +57,8 @@ def train(settings: Settings, world, run) -> None:
     if settings.lora_rank:
         add_adapters(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
     model.checkpoint_activations = settings.checkpoint_activations
+    if settings.fused_attention:
+        model.fuse_attention()
     policy = wrap(model, world)
 
     # ---- the data: conversations, and which of them each optimizer step sees

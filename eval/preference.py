@@ -144,7 +144,7 @@ def next_token_kl(policy: Transformer, reference: Transformer, stream: TokenStre
 
     def log_distributions(model: Transformer):
         """log pi(. | x, y_<t), at least float32, in chunks of (≤ CHUNK, V)."""
-        hidden = model.hidden(stream.tokens, stream.positions, stream)[stream.predictors]  # (N, d)
+        hidden = model.hidden_of(stream)[stream.predictors]  # (N, d)
         for chunk in hidden.split(CHUNK):
             logits = model.logits(chunk)
             yield logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)

@@ -32,6 +32,6 @@ class RewardModel(Transformer):
 
     def forward(self, stream: TokenStream) -> Tensor:
         """r(x, y), read at the last token of each response, which has seen it all: (R,), at least float32."""
-        hidden = self.hidden(stream.tokens, stream.positions, stream)[stream.last_tokens()]  # (R, d)
+        hidden = self.hidden_of(stream)[stream.last_tokens()]  # (R, d)
         # A dot product written out: autocast would round a matrix product to bf16, and close rewards tie.
         return (hidden.to(torch.promote_types(hidden.dtype, torch.float32)) * self.score.weight).sum(dim=-1)

@@ -7,11 +7,12 @@ shifted: the hidden state at ``predictors[n]`` predicts token ``targets[n]`` of 
 
 import math
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 BLOCK = 256  # tokens that attend in one call, if they are of several trees
 
@@ -107,6 +108,11 @@ class TokenStream:
         block_at = {run[0][0]: index for index, run in enumerate(runs)}
         return [Block.of(run, block_at, self.tokens.device) for run in runs]
 
+    @cached_property
+    def fused(self) -> "FusedAttention | TokenStream":
+        """The same stream as a context that attends in one call; without tokens there is nothing to fuse."""
+        return FusedAttention(self) if len(self.tokens) else self
+
     def _trees(self) -> list[list[list[int]]]:
         """The segments, each that has no prefix followed by those that fork from it."""
         trees: list[list[list[int]]] = []
@@ -156,6 +162,39 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     q = q.reshape(groups, heads // groups * queries, size)
     scores = torch.baddbmm(bias.repeat(heads // groups, 1), q, k.mT, alpha=size**-0.5)  # (G, H/G * Lq, Lk)
     return (scores.softmax(dim=-1).to(v.dtype) @ v).view(heads, queries, size)
+
+
+class FusedAttention:
+    """The whole stream in one FlexAttention call (Dong et al. 2024, arXiv 2412.05496), for CUDA.
+
+    A query at i sees the keys from the start of its segment to i, and those of its prefix. The kernel leaves
+    out whole tiles in which nobody sees anybody and never writes scores to memory. Its backward does not
+    exist on CPUs, where `attend` is for forwards only.
+    """
+
+    def __init__(self, stream: TokenStream):
+        length, device = len(stream.tokens), stream.tokens.device
+        starts, ends, prefix_starts, prefix_ends = stream.segments.to(device).unbind(1)  # (S,)
+        own, first, last = (
+            x.repeat_interleave(ends - starts) for x in (starts, prefix_starts, prefix_ends)
+        )  # (T,)
+
+        def sees(batch, head, query, key):
+            return (own[query] <= key) & (key <= query) | (first[query] <= key) & (key < last[query])
+
+        make = compiled(create_block_mask) if stream.tokens.is_cuda else create_block_mask
+        self.mask: BlockMask = make(sees, None, None, length, length, device=device)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `TokenStream.attend`: q (H, T, D), k and v (G, T, D) to (H, T, D)."""
+        attention = compiled(flex_attention) if q.is_cuda else flex_attention
+        return attention(q[None], k[None], v[None], block_mask=self.mask, enable_gqa=True)[0]
+
+
+@cache
+def compiled(function):
+    """Compiled once, at the first call, for streams of any length."""
+    return torch.compile(function, dynamic=True)
 
 
 def causal_bias(queries: int, keys: int, like: Tensor) -> Tensor:

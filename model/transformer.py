@@ -127,6 +127,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False  # keep only what enters a layer, and compute it again in backward
+        self.fused_attention = False  # one call for the whole stream: see fuse_attention()
         self.count_collisions = False  # keep `collision_logps` of each forward, which WPO asks for
         self.collisions: Tensor | None = None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -163,9 +164,8 @@ class Transformer(nn.Module):
         What else a loss may ask of the same forward stays on the model until the next one: `aux_loss()` and,
         with `count_collisions`, `collisions`.
         """
-        hidden = self.hidden(stream.tokens, stream.positions, stream)  # (T, d)
         # Only the positions that predict a supervised token meet the vocabulary matrix.
-        hidden, targets = hidden[stream.predictors], stream.targets  # (N, d), (N,)
+        hidden, targets = self.hidden_of(stream)[stream.predictors], stream.targets  # (N, d), (N,)
         positions = max(1, LOGITS // self.config.vocab_size)
         if len(targets) <= positions:
             found = self.predict(hidden, targets)
@@ -183,6 +183,10 @@ class Transformer(nn.Module):
         logps = token_logps(logits, targets)
         return [logps, collision_logps(logits)] if self.count_collisions else [logps]
 
+    def hidden_of(self, stream: TokenStream) -> Tensor:
+        """Final hidden states of a stream, (T, d)."""
+        return self.hidden(stream.tokens, stream.positions, stream.fused if self.fused_attention else stream)
+
     def hidden(self, tokens: Tensor, positions: Tensor, context) -> Tensor:
         """Final hidden states, (T, d). `context.attend` decides who sees whom: a stream or a KV cache."""
         x = self.embed_tokens(tokens)  # (T, d)
@@ -199,6 +203,12 @@ class Transformer(nn.Module):
         return F.linear(
             hidden, self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         )
+
+    def fuse_attention(self) -> None:
+        """Let a stream attend in one FlexAttention call from now on; `InputError` where it cannot train."""
+        if not self.norm.weight.is_cuda:
+            raise InputError("--fused-attention: FlexAttention has no backward but on CUDA")
+        self.fused_attention = True
 
     def aux_loss(self) -> Tensor:
         """The load-balancing loss of the last forward, a scalar: mean over layers, 0 for a dense model."""

@@ -11,6 +11,7 @@ import torch
 from dataset.packing import LAYOUTS, build_stream
 from dataset.records import PREFERENCE_SHAPES, SFT_SHAPES, Message
 from dataset.store import open_store
+from errors import InputError
 from model.transformer import ModelConfig, Transformer
 from tests.conftest import MODEL_OPTIONS, RAGGED, as_record, make_model, plain_ids, plain_logp, turns
 
@@ -485,3 +486,24 @@ def test_text_that_spells_control_tokens_scores_like_any_text(tokenizer, write_j
     # Two control tokens a turn, but for the last one of the prompt, whose end is that of the response.
     start_id = tokenizer.prompt(prompt)[0]
     assert sum(stream.tokens.tolist().count(i) for i in (start_id, tokenizer.end_id)) == 3 + 2
+
+
+# ---- The fused call
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fused_attention_is_attention(layout, tokenizer, ragged):
+    """Who sees whom, in a mask instead of blocks. Its backward is CUDA's alone: tests/test_gpu.py."""
+    store = open_store(ragged, "preferences", tokenizer, max_length=512)
+    model, stream = make_model(tokenizer.vocab_size), build_stream(store, range(7), layout)
+    with torch.no_grad():
+        expected = model(stream)
+        model.fused_attention = True
+        assert_close(model(stream), expected, 1e-11)
+        assert len(model(build_stream(store, [], layout))) == 0
+
+
+def test_fused_attention_is_refused_where_it_cannot_train(tokenizer):
+    with pytest.raises(InputError, match=r"--fused-attention.*CUDA"):
+        make_model(tokenizer.vocab_size).fuse_attention()

@@ -93,4 +93,12 @@ MUTANTS = [
         'not in ("responses",)',
         STREAM + "test_segments_stay_on_the_cpu",
     ),
+    Mutant(
+        "fused-without-prefix",
+        "An answer that does not see its prompt still trains, on nothing.",
+        "model/stream.py",
+        "(own[query] <= key) & (key <= query) | (first[query] <= key) & (key < last[query])",
+        "(own[query] <= key) & (key <= query)",
+        STREAM + "test_fused_attention_is_attention[forked]",
+    ),
 ]
