@@ -27,11 +27,12 @@ from model.transformer import PRESETS, ModelConfig, Transformer
 from training.settings import ROOT
 
 PANELS = {
-    "prompt": ("The prompt's share", "of the tokens of a pair"),
+    "prompt": ("The prompt's share", "share of the tokens of a pair"),
     "length": ("Length", "tokens of prompt and answer"),
     "vocabulary": ("Vocabulary", "tokens"),
     "model": ("Model", "parameters"),
 }
+SMALLER = dict(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=352)
 LAYOUTS = {"forked": BLUE, "twin": ORANGE}
 PAIRS = 4  # a step
 
@@ -65,8 +66,7 @@ def points(quick: bool = False) -> list[Point]:
         add("length", length, (length // 2,) * 3)
     for vocabulary in (2_048, 8_000) if quick else (2_048, 6_400, 32_000, 152_000):
         add("vocabulary", vocabulary, (half,) * 3, vocabulary=vocabulary)
-    tiny = {**PRESETS["tiny"], "tie_word_embeddings": True}
-    for shape in (TINY, tiny) if quick else (TINY, tiny, SMALL, PRESETS["26m"], PRESETS["104m"]):
+    for shape in (TINY, SMALLER) if quick else (TINY, SMALLER, SMALL, PRESETS["26m"], PRESETS["104m"]):
         add("model", parameters(shape, 6400), (half,) * 3, shape=shape)
     return found
 
@@ -125,35 +125,41 @@ def draw(rows: list[dict], out: Path) -> None:
             mine = [row for row in rows if row["panel"] == panel]
             plain(speed, title, "pairs a second")
             plain(peak, "", "peak memory, GB")
-            curves(speed, mine, "pairs_per_second", "fastest", "products alone", 1)
-            curves(peak, mine, "peak_bytes", "least_bytes", "weights and moments", 1e9)
+            curves(speed, mine, "pairs_per_second", "fastest", unit=1)
+            curves(peak, mine, "peak_bytes", "least_bytes", unit=1e9)
             peak.set_xlabel(unit, color=PALE)
-        for axes in speeds[0], peaks[0]:
-            axes.legend(frameon=False, labelcolor="linecolor", fontsize=8.5)
-        figure.subplots_adjust(left=0.05, right=0.985, top=0.89, bottom=0.09, wspace=0.3, hspace=0.32)
+        how = dict(ncols=3, loc="upper right", frameon=False, labelcolor="linecolor")
+        figure.legend(handles=speeds[0].get_lines(), **how)
+        figure.subplots_adjust(left=0.05, right=0.985, top=0.85, bottom=0.085, wspace=0.3, hspace=0.32)
 
 
-def curves(axes, rows: list[dict], name: str, floor: str, floor_name: str, unit: float) -> None:
+def curves(axes, rows: list[dict], name: str, floor: str, unit: float) -> None:
     """What was measured, a line for each layout; dashed what cannot be passed. All but shares by ratios."""
+    from matplotlib.ticker import LogLocator
+
     for layout, colour in LAYOUTS.items():
         mine = [row for row in rows if row["layout"] == layout]
         xs = [row["x"] for row in mine]
         if xs:
             axes.plot(xs, [row[name] / unit for row in mine], "o-", color=colour, markersize=5, label=layout)
         if xs and layout == "forked":
-            axes.plot(xs, [row[floor] / unit for row in mine], "--", color=PALE, label=floor_name)
+            bounds = [row[floor] / unit for row in mine]
+            axes.plot(xs, bounds, "--", color=PALE, label="floor: products alone; weights and moments")
     if rows and rows[0]["panel"] == "prompt":
         axes.set_ylim(bottom=0)
     elif rows:
         axes.loglog()
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.set_xticks([row["x"] for row in rows], [short(row["x"]) for row in rows])
         axes.yaxis.set_major_formatter("{x:g}")
 
 
 def short(x: float) -> str:
-    """0.25, 2048, 152k, 7.5M."""
-    return f"{x:g}" if x < 1e4 else f"{x / 1e3:.0f}k" if x < 1e6 else f"{x / 1e6:.3g}M"
+    """0.25, 2048, 152k, 7.5M, 26M."""
+    if x < 1e4:
+        return f"{x:g}"
+    return f"{x / 1e3:.0f}k" if x < 1e6 else f"{x / 1e6:.1f}M" if x < 1e7 else f"{x / 1e6:.0f}M"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
