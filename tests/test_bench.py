@@ -244,6 +244,23 @@ def test_trl_as_shipped_is_timed_once_and_not_for_hours(device, precision, nativ
     assert run.parse([*flags, "--only", "TRL, as shipped"]).only == ["TRL, as shipped"]
 
 
+def test_the_clock_waits_for_a_gpu_that_works(monkeypatch):
+    """A GPU's calls return at once; read without waiting, the clock says how fast it was asked."""
+    called = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: called.append("synchronize"))
+    monkeypatch.setattr(work.time, "perf_counter", lambda: called.append("clock") or 1.0)
+    for used in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda used=used: used)
+        assert work.now() == 1.0
+    assert called == ["clock", "synchronize", "clock"]
+
+
+def test_peak_memory_is_that_of_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
+    assert work.peak_bytes("cuda") == 7
+    assert 5e7 < work.peak_bytes("cpu") < 1e11  # This process holds torch: bytes, not kilobytes.
+
+
 def test_gpu_cases_are_as_large_as_they_say():
     sizes = {"26M": (26e6, 6400), "104M": (104e6, 6400), "0.5B": (0.494e9, 152_000)}
     for name, case in work.CUDA_CASES.items():

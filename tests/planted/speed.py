@@ -119,6 +119,14 @@ MUTANTS = [
         "tests/test_bench.py::test_real_pairs_are_the_rows_that_training_reads[ragged.jsonl]",
     ),
     Mutant(
+        "clock-that-does-not-wait",
+        "A GPU goes on after the call has returned, and the clock shows how fast one can ask.",
+        "bench/work.py",
+        "torch.cuda.synchronize()",
+        "pass",
+        "tests/test_bench.py::test_the_clock_waits_for_a_gpu_that_works",
+    ),
+    Mutant(
         "growth-of-two-things",
         "The prompt grows and the answers stay, so what is drawn over its share is length.",
         "bench/growth.py",
