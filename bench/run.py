@@ -35,8 +35,8 @@ from training.distributed import cpu_multiplies_bf16, pick_device
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPLEMENTATIONS = {
-    SHIPPED: "its own defaults: bf16, checkpointed activations, live reference",
-    "TRL, defaults": "the same but for the precision, which is everyone's",
+    SHIPPED: "its defaults untouched: bf16, checkpointed activations, live reference",
+    "TRL, defaults": "the same in everyone's precision",
     "TRL, best": "no checkpointing, precomputed reference",
     "textbook, padded": "padded rectangles, all positions meet the vocabulary, live reference",
     "ours, twin live": "no padding, only supervised positions meet the vocabulary",
@@ -217,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
     machine, rates = look_at(options.device, options.threads)
     print(f"timed in {options.precision} on {machine}")
     if missing := [one for one in IMPLEMENTATIONS if one not in options.only]:
-        print(f"not among --only: {'; '.join(missing)}")
+        print(f"left out: {'; '.join(missing)}")
     for name in [name for name, case in options.cases.items() if not work.is_here(case)]:
         print(f"{name}: left out, there is no {work.DATA / options.cases.pop(name).data}")
     found = measure(options)
