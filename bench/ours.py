@@ -1,15 +1,14 @@
 """Our loop as a user runs it: train_dpo.py itself, with a clock."""
 
-import time
 from pathlib import Path
 
 import train_dpo
-from bench.work import BETA, Case
+from bench.work import BETA, Case, now
 from dataset.store import TokenStore
 from reference import cache_reference
 
 
-def train(case: Case, folder: Path, store: TokenStore, how: str, say) -> float:
+def train(case: Case, folder: Path, store: TokenStore, how: str, device: str, precision: str, say) -> float:
     """Seconds of the timed steps; `how` is a layout, a reference and more flags: "forked live --flag"."""
     layout, reference, *others = how.split()
     train_dpo.open_store = lambda *arguments: store
@@ -17,21 +16,26 @@ def train(case: Case, folder: Path, store: TokenStore, how: str, say) -> float:
 
     class Log(train_dpo.MetricsLog):
         def advance(self, items):
-            times.append(time.perf_counter())
+            times.append(now())
 
         def write(self, step, row):
             say(loss=row["loss"])
 
     def ask(*arguments):
-        start = time.perf_counter()
+        start = now()
         cache_reference(*arguments)
-        say(reference=time.perf_counter() - start)
+        say(reference=now() - start)
 
-    train_dpo.MetricsLog, train_dpo.cache_reference = Log, ask
+    class Precision(train_dpo.Precision):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            say(precision=self.name)  # what `auto` has become
+
+    train_dpo.MetricsLog, train_dpo.cache_reference, train_dpo.Precision = Log, ask, Precision
     train_dpo.main([
         *("--model", str(folder / "model"), "--data", "synthetic", "--eval-data", ""),
         *("--out", str(folder / "run"), "--beta", str(BETA), "--layout", layout, "--reference", reference),
-        *("--batch-size", str(case.pairs), "--micro-batch-size", str(case.pairs)),
-        *("--max-length", str(case.max_length), "--precision", "fp32", "--device", "cpu", *others),
+        *("--batch-size", str(case.pairs), "--micro-batch-size", str(case.micro_batch)),
+        *("--max-length", str(case.max_length), "--precision", precision, "--device", device, *others),
     ])  # fmt: skip
     return times[-1] - times[0]

@@ -1,7 +1,6 @@
 """The peers: TRL's DPOTrainer, and a textbook loop over padded rectangles, both on transformers' Llama."""
 
 import copy
-import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 
-from bench.work import BETA, Case
+from bench.work import BETA, Case, now
 from errors import InputError
 from model.transformer import Transformer
 from training.settings import SAMPLE
@@ -50,7 +49,7 @@ class Clock(TrainerCallback):
         self.times = []
 
     def on_step_end(self, *arguments, **options):
-        self.times.append(time.perf_counter())
+        self.times.append(now())
 
 
 class GivenIds(DPOTrainer):
@@ -65,13 +64,13 @@ class GivenIds(DPOTrainer):
         return SequentialSampler(self.train_dataset)
 
     def _precompute_ref_logps(self, *arguments, **options):
-        start = time.perf_counter()
+        start = now()
         dataset = super()._precompute_ref_logps(*arguments, **options)
-        self.seconds_of_reference = time.perf_counter() - start
+        self.seconds_of_reference = now() - start
         return dataset
 
 
-def trl_trainer(case: Case, folder: Path, pairs, model, reference, **options) -> DPOTrainer:
+def trl_trainer(case: Case, folder: Path, pairs, model, reference, device: str, **options) -> DPOTrainer:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(SAMPLE / "tokenizer.json"), pad_token="<|endoftext|>", eos_token="<|im_end|>"
     )
@@ -80,14 +79,14 @@ def trl_trainer(case: Case, folder: Path, pairs, model, reference, **options) ->
     arguments = DPOConfig(
         output_dir=str(folder / "trl"),
         report_to="none",
-        use_cpu=True,
-        bf16=False,
+        use_cpu=device == "cpu",
         beta=BETA,
         learning_rate=LR,
         max_length=case.max_length,
-        per_device_train_batch_size=case.pairs,
+        per_device_train_batch_size=case.micro_batch,
+        gradient_accumulation_steps=case.pairs // case.micro_batch,
         num_train_epochs=1,
-        precompute_ref_batch_size=case.pairs,
+        precompute_ref_batch_size=case.micro_batch,
         save_strategy="no",
         logging_steps=1,
         disable_tqdm=True,
@@ -98,27 +97,31 @@ def trl_trainer(case: Case, folder: Path, pairs, model, reference, **options) ->
     )
 
 
-def train_trl(case: Case, folder: Path, pairs, model: Transformer, best: bool, say) -> float:
-    """At its defaults but for float32: gradient checkpointing, a live reference; or at its best."""
-    llama = as_llama(model)
-    options = dict(precompute_ref_log_probs=True, gradient_checkpointing=False) if best else {}
+def train_trl(case: Case, folder: Path, pairs, model: Transformer, how: str, device, precision, say) -> float:
+    """Seconds of the timed steps: "as shipped" (bf16, gradient checkpointing, a live reference), at its
+    "defaults" but for the precision, or at its "best".
+    """
+    llama, best = as_llama(model), how == "best"
+    options = {} if how == "as shipped" else dict(bf16=precision == "bf16")
+    if best:
+        options |= dict(precompute_ref_log_probs=True, gradient_checkpointing=False)
     reference = None if best else copy.deepcopy(llama)
     ordered = [pairs[row] for window in case.windows for row in window]
-    trainer = trl_trainer(case, folder, ordered, llama, reference, **options)
+    trainer = trl_trainer(case, folder, ordered, llama, reference, device, **options)
     trainer.add_callback(clock := Clock())
     trainer.train()
-    say(reference=trainer.seconds_of_reference)
+    say(reference=trainer.seconds_of_reference, precision="bf16" if trainer.args.bf16 else "fp32")
     say(loss=[row["loss"] for row in trainer.state.log_history if "loss" in row][-1])
     return clock.times[-1] - clock.times[0]
 
 
-def trl_loss(case: Case, folder: Path, pairs, policy: Transformer, reference: Transformer) -> float:
-    """Its loss of all pairs under given weights of both models."""
+def trl_loss(case: Case, folder: Path, pairs, policy: Transformer, reference: Transformer, device: str):
+    """Its loss of all pairs in float32 under given weights of both models."""
     models = as_llama(policy), as_llama(reference)
-    trainer = trl_trainer(case, folder, pairs, *models, gradient_checkpointing=False)
+    trainer = trl_trainer(case, folder, pairs, *models, device, bf16=False, gradient_checkpointing=False)
     inputs = trainer.data_collator([trainer.train_dataset[place] for place in range(len(pairs))])
     with torch.no_grad():
-        return trainer.compute_loss(trainer.model, inputs).item()
+        return trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs)).item()
 
 
 # ---- The textbook
@@ -139,31 +142,34 @@ def rectangle(pairs: list[list[np.ndarray]]) -> tuple[Tensor, Tensor, Tensor]:
 
 def padded_logps(llama, ids: Tensor, there: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """log pi of each side, (B,) twice: all positions meet the vocabulary, and a mask picks."""
-    logits = llama(input_ids=ids, attention_mask=there).logits[:, :-1]  # (2B, L - 1, V)
+    logits = llama(input_ids=ids, attention_mask=there).logits[:, :-1].float()  # (2B, L - 1, V)
     logps = logits.log_softmax(dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
     return (logps * mask[:, 1:]).sum(dim=1).chunk(2)
 
 
 def textbook_losses(policy, reference, pairs) -> Tensor:
-    batch = rectangle(pairs)
+    batch = [x.to(policy.device) for x in rectangle(pairs)]
     chosen, rejected = padded_logps(policy, *batch)
     with torch.no_grad():
         reference_chosen, reference_rejected = padded_logps(reference, *batch)
     return -F.logsigmoid(BETA * ((chosen - reference_chosen) - (rejected - reference_rejected)))
 
 
-def train_textbook(case: Case, pairs, model: Transformer, say) -> float:
+def train_textbook(case: Case, pairs, model: Transformer, device: str, precision: str, say) -> float:
     """One loop as tutorials have it, with a live reference."""
-    policy = as_llama(model)
+    policy = as_llama(model).to(device)
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0)
     times = []
     for window in case.windows:
-        losses = textbook_losses(policy, reference, [pairs[row] for row in window])
-        losses.mean().backward()
+        for start in range(0, case.pairs, case.micro_batch):
+            rows = window[start : start + case.micro_batch]
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+                losses = textbook_losses(policy, reference, [pairs[row] for row in rows])
+            (losses.sum() / case.pairs).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        times.append(time.perf_counter())
+        times.append(now())
         say(loss=losses.mean().item())
     return times[-1] - times[0]

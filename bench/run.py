@@ -4,20 +4,20 @@
     python -m bench.run --quick                  # does everything work?
     python -m bench.run --pairs 4 --minutes 10   # what fits, on two cores; the tables say how many rounds did
     python -m bench.run --cases "26M, length 1024" --rounds 5 --steps 4 --json FILE
+    python -m bench.run --precision bf16         # on the CPU, where the default is float32
+    python -m bench.run --device cuda            # larger cases, on a GPU, in bf16 unless --precision fp32
 
 First the losses of all implementations are compared under the same weights; a benchmark of different things
 is worth nothing. Then each runs the same optimizer steps (forward, backward, clipping, AdamW), the same pairs
 in the same order, in a process of its own; the order turns around from round to round, so that a machine that
-warms up or is disturbed favours nobody. A first short step warms up and is not timed. Everything is float32
-on the CPU. What is printed and saved: the median over rounds, and the range.
+warms up or is disturbed favours nobody. A first step warms up and is not timed. All run in one precision,
+but for the two that run as shipped. What is printed and saved: the median over rounds, and the range.
 """
 
 import argparse
 import json
 import os
 import platform
-import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,29 +28,39 @@ from pathlib import Path
 import torch
 
 from bench import work
-from bench.work import CASES, QUICK, Case
+from bench.tables import SHIPPED, tables
+from bench.work import CASES, CUDA_CASES, QUICK, Case
 from errors import InputError, run_script
+from training.distributed import cpu_multiplies_bf16, pick_device
 
 ROOT = Path(__file__).resolve().parent.parent
+FUSED = "ours, forked cached --fused-attention"
 IMPLEMENTATIONS = {
-    "TRL, defaults": "checkpointed activations, live reference; float32 instead of bf16",
+    SHIPPED: "its defaults untouched: bf16, checkpointed activations, live reference",
+    "TRL, defaults": "the same in everyone's precision",
     "TRL, best": "no checkpointing, precomputed reference",
     "textbook, padded": "padded rectangles, all positions meet the vocabulary, live reference",
     "ours, twin live": "no padding, only supervised positions meet the vocabulary",
     "ours, forked live": "the default: a prompt is computed once",
+    "ours, forked live --precision auto": "as shipped: bf16 where the hardware multiplies in it",
     "ours, forked cached": "the reference asked once",
     "ours, forked cached --checkpoint-activations": "less memory",
     "ours, forked cached --matmul-precision medium": "bf16 factors where the hardware gains from it",
+    FUSED: "one attention call a layer, on a GPU",
 }
 
 
 # ---- One run, in a process of its own
 
 
-def run_one(case: Case, implementation: str) -> dict:
-    """Seconds of the timed steps and of asking a reference beforehand, peak memory, the last loss."""
-    said: dict = {}
-    pairs, model = work.synthetic_pairs(case), work.make_model(case)
+def run_one(case: Case, implementation: str, device: str, precision: str) -> dict:
+    """Seconds of the timed steps and of asking a reference beforehand, peak memory, the last loss.
+
+    The reference is asked about the pairs to warm up as well, which is taken off again by their tokens.
+    """
+    said: dict = {"reference": 0.0, "precision": precision}
+    pairs, model = work.make_pairs(case), work.make_model(case)
+    where = device, precision, said.update
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if implementation.startswith("ours"):
@@ -59,20 +69,20 @@ def run_one(case: Case, implementation: str) -> dict:
             work.write_model(folder / "model", case)
             store = work.write_store(folder / "store", pairs)
             del model
-            seconds = ours.train(case, folder, store, implementation.removeprefix("ours, "), said.update)
+            seconds = ours.train(case, folder, store, implementation.removeprefix("ours, "), *where)
         else:
             from bench import peers
 
             if implementation.startswith("TRL"):
-                best = implementation.endswith("best")
-                seconds = peers.train_trl(case, folder, pairs, model, best, said.update)
+                how = implementation.removeprefix("TRL, ")
+                seconds = peers.train_trl(case, folder, pairs, model, how, *where)
             else:
-                seconds = peers.train_textbook(case, pairs, model, said.update)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"seconds": seconds, "peak_bytes": peak, "reference": 0.0, **said}
+                seconds = peers.train_textbook(case, pairs, model, *where)
+    said["reference"] *= work.tokens(pairs, work.timed(case)) / work.tokens(pairs, range(len(pairs)))
+    return {"seconds": seconds, "peak_bytes": work.peak_bytes(device), **said}
 
 
-def check(case: Case) -> dict[str, float]:
+def check(case: Case, device: str) -> dict[str, float]:
     """The loss of the same pairs under the same two models, by everyone; they must agree.
 
     Ours in float64, both layouts, to 1e-9; the others in float32 to 1e-3, which is what float32 sums of
@@ -83,17 +93,17 @@ def check(case: Case) -> dict[str, float]:
     from losses import sigmoid
     from objective import Pairs
 
-    pairs = [work.synthetic_pairs(case)[row] for row in case.windows[1]]
+    pairs = [work.make_pairs(case)[row] for row in case.windows[1][: case.micro_batch]]
     policy, reference = work.make_model(case), work.make_model(case, seed=1)
     found = {}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        found["TRL"] = peers.trl_loss(case, Path(folder), pairs, policy, reference)
-        two = peers.as_llama(policy), peers.as_llama(reference)
+        found["TRL"] = peers.trl_loss(case, Path(folder), pairs, policy, reference, device)
+        two = peers.as_llama(policy).to(device), peers.as_llama(reference).to(device)
         found["textbook"] = peers.textbook_losses(*two, pairs).mean().item()
         store = work.write_store(Path(folder) / "store", pairs)
-        policy, reference = policy.double(), reference.double()
+        policy, reference = policy.double().to(device), reference.double().to(device)
         for layout in ("forked", "twin"):
-            stream = build_stream(store, range(len(store)), layout)
+            stream = build_stream(store, range(len(store)), layout).to(device)
             batch = Pairs.of(stream, policy(stream), reference(stream))
             margins = batch.chosen_logratios - batch.rejected_logratios
             found[f"ours, {layout}"] = sigmoid(margins, work.BETA).mean().item()
@@ -103,18 +113,19 @@ def check(case: Case) -> dict[str, float]:
     return found
 
 
-def worker(arguments: list[str], threads: int) -> dict:
-    """Run this file again with these arguments; what it prints last is its result."""
+def worker(arguments: list[str], threads: int, module: str = "bench.run") -> dict:
+    """Run this file, or another, with these arguments; what it prints last is its result."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     environment |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+    environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # TRL would share its batches out to all cards.
     with tempfile.TemporaryDirectory() as cache:
-        environment |= {"HF_HOME": cache, "MINIDPO_CACHE": cache}
+        environment |= {"HF_HOME": cache}
         result = subprocess.run(
-            [sys.executable, "-m", "bench.run", *arguments],
+            [sys.executable, "-m", module, *arguments],
             cwd=ROOT, env=environment, capture_output=True, text=True,
         )  # fmt: skip
     if result.returncode:
-        raise InputError(f"bench.run {' '.join(arguments)} failed:\n{result.stderr[-2000:]}")
+        raise InputError(f"{module} {' '.join(arguments)} failed:\n{result.stderr[-2000:]}")
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -128,79 +139,56 @@ def measure(options: argparse.Namespace) -> dict[str, dict]:
         losses = worker([*given(name, case, options), "--check"], options.threads)
         print(f"{name}: losses agree, {losses['ours, forked']:.6f}", flush=True)
         found[name] = {"losses": losses, **describe(case), "runs": {one: [] for one in options.only}}
+        found[name]["out_of_memory"] = []
     for number in range(options.rounds):
         for name, case in options.cases.items():
             for one in options.only if number % 2 == 0 else reversed(options.only):
-                if time.perf_counter() < deadline:
+                if time.perf_counter() > deadline or one in found[name]["out_of_memory"]:
+                    continue
+                print(f"round {number + 1}  {name:<22} {one:<46}", end=" ", flush=True)
+                try:
                     run = worker([*given(name, case, options), "--worker", one], options.threads)
-                    found[name]["runs"][one].append(run)
-                    print(f"round {number + 1}  {name:<20} {one:<46} {run['seconds']:8.2f} s", flush=True)
+                except InputError as error:
+                    if "out of memory" not in str(error):
+                        raise
+                    found[name]["out_of_memory"].append(one)  # Where one does not fit, others may.
+                    print("out of memory", flush=True)
+                    continue
+                found[name]["runs"][one].append(run)
+                print(f"{run['seconds']:8.2f} s", flush=True)
     return found
 
 
 def given(name: str, case: Case, options: argparse.Namespace) -> list[str]:
-    sizes = ["--steps", str(case.steps), "--pairs", str(case.pairs)]
-    return ["--cases", name, *sizes, *(["--quick"] if options.quick else [])]
+    how = ["--steps", str(case.steps), "--pairs", str(case.pairs)]
+    how += ["--device", options.device, "--precision", options.precision]
+    return ["--cases", name, *how, *(["--quick"] if options.quick else [])]
 
 
 def describe(case: Case) -> dict[str, int]:
     """How much the timed steps hold, and what they cost at least."""
-    pairs, rows = work.synthetic_pairs(case), work.timed(case)
+    pairs, rows = work.make_pairs(case), work.timed(case)
     with tempfile.TemporaryDirectory() as folder:
-        store = work.write_store(Path(folder), pairs)
-        # Every prompt twice, once for each side: what the peers' rows hold besides padding.
-        tokens = int(store.lengths[rows].sum()) + sum(len(pairs[row][0]) for row in rows)
-        return {"pairs": len(rows), "tokens": tokens, "flops": work.run_flops(case, store)}
+        flops = work.run_flops(case, work.write_store(Path(folder), pairs))
+    return {"pairs": len(rows), "tokens": work.tokens(pairs, rows), "flops": flops}
 
 
-COLUMNS = (
-    "implementation", "rounds", "s, median (range)", "pairs/s", "tokens/s", "× TRL, defaults", "× TRL, best",
-    "one epoch × TRL, defaults", "peak GB", "of TRL's, defaults", "GFLOP/s", "share of rate", "reference, s",
-)  # fmt: skip
-
-
-def table(name: str, figures: dict, rate: float) -> str:
-    """The figures of a case as Markdown.
-
-    "One epoch" counts asking the reference about these pairs once, where it is asked beforehand.
-    """
-    seconds, peak, asking = (
-        {one: statistics.median(run[key] for run in runs) for one, runs in figures["runs"].items() if runs}
-        for key in ("seconds", "peak_bytes", "reference")
-    )
-    lines = [
-        f"{name}: {figures['pairs']} pairs, {figures['tokens']:,} tokens, {figures['flops'] / 1e9:.0f} GFLOP",
-        "",
-        f"| {' | '.join(COLUMNS)} |",
-        "|" + "---|" * len(COLUMNS),
-    ]
-    for one, median in seconds.items():
-        times, speed = [run["seconds"] for run in figures["runs"][one]], figures["flops"] / median
-        default, best = seconds.get("TRL, defaults", float("nan")), seconds.get("TRL, best", float("nan"))
-        cells = [
-            one,
-            len(times),
-            f"{median:.2f} ({min(times):.2f} to {max(times):.2f})",
-            f"{figures['pairs'] / median:.2f}",
-            f"{figures['tokens'] / median:,.0f}",
-            f"{default / median:.2f}",
-            f"{best / median:.2f}",
-            f"{default / (median + asking[one]):.2f}",
-            f"{peak[one] / 1e9:.2f}",
-            f"{peak[one] / peak.get('TRL, defaults', float('nan')):.2f}",
-            f"{speed / 1e9:.1f}",
-            f"{speed / rate:.0%}",
-            f"{asking[one]:.2f}",
-        ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+def usual(device: str, precision: str) -> list[str]:
+    """All but what trains on CUDA only; and TRL as shipped, where its defaults are in bf16 already, or a CPU
+    would emulate it for hours."""
+    left_out = {FUSED} if device == "cpu" else set()
+    if precision == "bf16" or (device == "cpu" and not cpu_multiplies_bf16()):
+        left_out.add(SHIPPED)
+    return [one for one in IMPLEMENTATIONS if one not in left_out]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="tiny models: does everything work?")
     parser.add_argument("--cases", nargs="+", help=f"some of {', '.join(CASES)}")
-    parser.add_argument("--only", nargs="+", default=list(IMPLEMENTATIONS), choices=list(IMPLEMENTATIONS))
+    parser.add_argument("--only", nargs="+", choices=list(IMPLEMENTATIONS))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="without it bf16 on a GPU, else fp32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="timed optimizer steps a run, instead of the case's own")
     parser.add_argument("--pairs", type=int, help="pairs an optimizer step, instead of the case's own")
@@ -210,7 +198,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    known = QUICK if options.quick else CASES
+    options.precision = options.precision or ("bf16" if options.device == "cuda" else "fp32")
+    options.only = options.only or usual(options.device, options.precision)
+    known = QUICK if options.quick else CUDA_CASES if options.device == "cuda" else CASES
     if unknown := set(options.cases or ()) - known.keys():
         raise InputError(f"--cases {unknown.pop()}: there are {', '.join(known)}")
     chosen = {name: known[name] for name in options.cases or known}
@@ -225,21 +215,41 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.worker or options.check:
         [case] = options.cases.values()
-        print(json.dumps(check(case) if options.check else run_one(case, options.worker)))
+        device, how = options.device, options.precision
+        found = check(case, device) if options.check else run_one(case, options.worker, device, how)
+        print(json.dumps(found))
         return
-    torch.set_num_threads(options.threads)
-    rate = work.matrix_rate()
-    machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {options.threads} threads"
-    machine += f", torch {torch.__version__}"
-    print(f"{machine}; float32 matrix products: {rate / 1e9:.1f} GFLOP/s")
+    machine, rates = look_at(options.device, options.threads)
+    print(f"timed in {options.precision} on {machine}")
+    if missing := [one for one in IMPLEMENTATIONS if one not in options.only]:
+        print(f"left out: {'; '.join(missing)}")
+    for name in [name for name, case in options.cases.items() if not work.is_here(case)]:
+        print(f"{name}: left out, there is no {work.DATA / options.cases.pop(name).data}")
     found = measure(options)
     for name, figures in found.items():
-        print(f"\n{table(name, figures, rate)}")
+        print(f"\n{tables(name, figures, rates)}")
     print("\n" + "\n".join(f"{one}: {IMPLEMENTATIONS[one]}" for one in options.only))
-    Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-    figures = {"machine": machine, "rate": rate, "cases": found}
-    Path(options.json).write_text(json.dumps(figures, indent=2) + "\n")
-    print(f"\nsaved in {options.json}")
+    save(options.json, {"machine": machine, "precision": options.precision, "rates": rates, "cases": found})
+
+
+def look_at(device: str, threads: int) -> tuple[str, dict[str, float]]:
+    """What the machine is, and its rate of matrix products, FLOP/s in each precision."""
+    pick_device(device)  # Refuses a GPU that is not there.
+    torch.set_num_threads(threads)
+    rates = {
+        name: work.matrix_rate(device, dtype)
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
+    kind = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
+    said = ", ".join(f"{rate / 1e9:,.1f} GFLOP/s in {name}" for name, rate in rates.items())
+    kind = torch.cuda.get_device_name() if device == "cuda" else kind
+    return f"{kind}, torch {torch.__version__}; matrix products: {said}", rates
+
+
+def save(path: str, figures: dict) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"\nsaved in {path}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@
 """
 
 import json
+import math
+import resource
+import sys
 import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -13,14 +16,16 @@ import numpy as np
 import torch
 
 from dataset.packing import Windows, build_stream
-from dataset.store import TokenStore
+from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
+from errors import InputError
 from model.stream import TokenStream
-from model.transformer import ModelConfig, Transformer
+from model.transformer import PRESETS, ModelConfig, Transformer
 from model.weights import save_model
-from training.settings import SAMPLE
+from training.settings import ROOT, SAMPLE
 
 BETA = 0.1
+DATA = ROOT.parent / "shared" / "data"  # Real pairs, where the machine has them.
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,15 @@ class Case:
     max_length: int
     pairs: int
     steps: int
+    data: str = ""  # a file in DATA whose pairs are taken, instead of synthetic ones
+    lengths: tuple[int, int, int] | None = None  # of every prompt, chosen and rejected; None: drawn
+    forward: int = 0  # pairs a forward, if those of a step are more than memory holds; 0: all of them
+    warm_up: int = 10  # The first step's texts are so many times shorter, where a step is long enough.
+
+    @property
+    def micro_batch(self) -> int:
+        """Pairs a forward, a divisor of those a step."""
+        return math.gcd(self.pairs, self.forward)
 
     @property
     def windows(self) -> list[list[int]]:
@@ -42,13 +56,26 @@ class Case:
 
 
 SMALL = dict(hidden_size=256, num_hidden_layers=8, num_attention_heads=4, intermediate_size=704)
-WIDE = dict(
-    hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408, rope_theta=1e6
-)
+HALF_A_BILLION = {**PRESETS["qwen2.5-0.5b"], "attention_bias": False}
+HH = "preferences/hh_rlhf_harmless-base_test.jsonl.gz"
+ULTRAFEEDBACK = "preferences/ultrafeedback_train_1000.jsonl.gz"
 CASES = {
     "7.5M, length 512": Case(SMALL, 6400, 512, pairs=8, steps=1),
-    "26M, length 1024": Case(WIDE, 6400, 1024, pairs=8, steps=1),
+    "26M, length 1024": Case(PRESETS["26m"], 6400, 1024, pairs=8, steps=1),
     "vocabulary 32,000": Case(SMALL, 32_000, 512, pairs=8, steps=1),
+    "7.5M, HH": Case(SMALL, 6400, 512, pairs=8, steps=1, data=HH),
+    "26M, UltraFeedback": Case(PRESETS["26m"], 6400, 1024, pairs=8, steps=1, data=ULTRAFEEDBACK),
+}
+# A GPU's first long step still asks for memory and looks for kernels, so the step to warm up is a long one.
+CUDA_CASES = {
+    "26M, 8 pairs": Case(PRESETS["26m"], 6400, 1024, 8, steps=20, warm_up=1),
+    "26M, 64 pairs": Case(PRESETS["26m"], 6400, 1024, 64, steps=10, warm_up=1),
+    "26M, vocabulary 32,000": Case(PRESETS["26m"], 32_000, 1024, 64, steps=10, warm_up=1),
+    "26M, UltraFeedback": Case(PRESETS["26m"], 6400, 1024, 64, steps=4, warm_up=1, data=ULTRAFEEDBACK),
+    "104M, 8 pairs": Case(PRESETS["104m"], 6400, 1024, 8, steps=10, warm_up=1),
+    "104M, 64 pairs": Case(PRESETS["104m"], 6400, 1024, 64, steps=5, forward=32, warm_up=1),
+    "0.5B, 8 pairs": Case(HALF_A_BILLION, 152_000, 2048, 8, steps=5, warm_up=1),
+    "0.5B, 64 pairs": Case(HALF_A_BILLION, 152_000, 2048, 64, steps=2, forward=8, warm_up=1),
 }
 TINY = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
 QUICK = {
@@ -60,21 +87,49 @@ QUICK = {
 # ---- Pairs and weights
 
 
-def synthetic_pairs(case: Case, seed: int = 0) -> list[list[np.ndarray]]:
-    """[prompt, chosen, rejected] ids: lengths are lognormal, sigma 0.7, medians 120 and 150, at most 512.
+def make_pairs(case: Case) -> list[list[np.ndarray]]:
+    """[prompt, chosen, rejected] ids of all steps, the same for everyone; those to warm up are shorter."""
+    return real_pairs(case) if case.data else synthetic_pairs(case)
 
-    A pair that is longer than the case allows is drawn again, as training would drop it. Those to warm up are
-    short.
+
+def synthetic_pairs(case: Case, seed: int = 0) -> list[list[np.ndarray]]:
+    """Random ids: lengths are lognormal, sigma 0.7, medians 120 and 150, at most 512; or the case's own.
+
+    Beyond a length of 1,024 they are so many times longer. A pair that is longer than the case allows is
+    drawn again, as training would drop it.
     """
     generator, pairs = np.random.default_rng(seed), []
-    warm_up = set(case.windows[0])
+    warm_up, longer = set(case.windows[0]), max(1, case.max_length // 1024)
     while len(pairs) < case.pairs * (case.steps + 1):
-        lengths = generator.lognormal(np.log([120, 150, 150]), 0.7).astype(int).clip(2, 512)
+        lengths = longer * generator.lognormal(np.log([120, 150, 150]), 0.7)
+        lengths = np.array(case.lengths or lengths.astype(int).clip(2, 512 * longer))
         if len(pairs) in warm_up:
-            lengths = lengths // 10 + 2
+            lengths = lengths // case.warm_up + 2
         if lengths[0] + lengths[1:].max() <= case.max_length:
             pairs.append([generator.integers(10, case.vocabulary, length) for length in lengths])
     return pairs
+
+
+def is_here(case: Case) -> bool:
+    return not case.data or (DATA / case.data).is_file()
+
+
+def real_pairs(case: Case) -> list[list[np.ndarray]]:
+    """Pairs of a file of people's preferences, drawn at random, as training reads them."""
+    tokenizer, count = ChatTokenizer(SAMPLE / "tokenizer.json"), case.pairs * (case.steps + 1)
+    store = open_store(DATA / case.data, "preferences", tokenizer, case.max_length, skip_bad=True)
+    if len(store) < count:
+        raise InputError(f"{case.data}: {len(store)} pairs are not the {count} that --pairs and --steps want")
+    rows = np.random.default_rng(0).permutation(len(store))[:count]
+    pairs = [[np.asarray(ids) for ids, _ in store.row(row)] for row in rows]
+    for place in case.windows[0]:
+        pairs[place] = [ids[: len(ids) // case.warm_up + 2] for ids in pairs[place]]
+    return pairs
+
+
+def tokens(pairs: list[list[np.ndarray]], rows) -> int:
+    """How many these rows have, every prompt twice, once for each side: the peers' without their padding."""
+    return sum(len(prompt) + len(side) for row in rows for prompt, *sides in [pairs[row]] for side in sides)
 
 
 def timed(case: Case) -> list[int]:
@@ -149,7 +204,7 @@ def run_flops(case: Case, store: TokenStore) -> int:
 
 def switches(case: Case) -> dict[str, int]:
     """FLOPs of the timed steps, one switch after another, from the textbook's rectangles to the floor."""
-    config, pairs = ModelConfig(case.vocabulary, **case.shape), synthetic_pairs(case)
+    config, pairs = ModelConfig(case.vocabulary, **case.shape), make_pairs(case)
     padded = everywhere = twin = forked = 0
     for rows in case.windows[1:]:
         sides = [(pairs[row][0], pairs[row][side]) for row in rows for side in (1, 2)]
@@ -185,19 +240,38 @@ def rows_flops(config: ModelConfig, lengths: list[int], targets: int) -> int:
     )  # fmt: skip
 
 
-def matrix_rate(seconds: float = 2.0, size: int = 1024) -> float:
-    """The best float32 rate of this machine's matrix products, in FLOP/s, with the threads that are set."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    best, end = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
+# ---- What it takes
+
+
+def now() -> float:
+    """The time in seconds, when a GPU has done what it was asked: calls return before their work is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_bytes(device: str) -> int:
+    """The most memory that this process had: on a GPU what torch allocated there, else all of it."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def matrix_rate(device: str, dtype: torch.dtype, seconds: float = 2.0) -> float:
+    """The best rate of the device's matrix products, in FLOP/s; on a CPU with the threads that are set."""
+    size = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best, end = 0.0, now() + seconds
+    while (start := now()) < end:
         a @ b
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+        best = max(best, 2 * size**3 / (now() - start))
     return best
 
 
 def main() -> None:
     for name, case in CASES.items():
+        if case.data:
+            continue  # The table shall be the same on every machine.
         counted = switches(replace(case, steps=50))
         floor = min(counted.values())
         print(f"\n{name}, {case.pairs} pairs a step, mean of 50 steps\n")
