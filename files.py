@@ -39,12 +39,17 @@ def write_whole(path: Path, write) -> Path:
         sync(path.parent)
     except (OSError, RuntimeError) as error:
         unfinished.unlink(missing_ok=True)
-        # torch.save says only that its position is unexpected; the disk's own word is behind it.
-        reason = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(reason, OSError):
-            raise
-        raise InputError(f"{path}: cannot be written ({reason.strerror}); what was there is whole") from None
+        raise unwritable(path, error) from None
     return path
+
+
+def unwritable(path: Path, error: BaseException) -> BaseException:
+    """The disk's own word on why a file cannot be written; the error itself where it is another's."""
+    # torch.save says only that its position is unexpected; what the disk said is behind it.
+    reason = error if isinstance(error, OSError) else error.__context__
+    if not isinstance(reason, OSError):
+        return error
+    return InputError(f"{path}: cannot be written ({reason.strerror}); what was there is whole")
 
 
 def sync(path: Path) -> None:

@@ -199,7 +199,7 @@ class Transformer(nn.Module):
     def aux_loss(self) -> Tensor:
         """The load-balancing loss of the last forward, a scalar: mean over layers, 0 for a dense model."""
         if not self.config.num_experts:
-            return self.norm.weight.new_zeros(())
+            return torch.zeros((), device=self.norm.weight.device)
         return torch.stack([layer.mlp.balance for layer in self.layers]).mean()
 
 

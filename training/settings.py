@@ -44,6 +44,9 @@ class TrainSettings:
     checkpoint_activations: bool = flag(
         False, "compute each layer again in backward instead of keeping it: less memory, a third more time"
     )
+    shard: bool = flag(
+        False, "split weights, gradients and optimizer state among the ranks (FSDP2), instead of a copy each"
+    )
     epochs: int = flag(1, "times every record is seen")
     max_steps: int = flag(0, "stop after this many optimizer steps; 0 for all of --epochs")
     batch_size: int = flag(32, "records per optimizer step, over all ranks and micro-batches")
