@@ -144,7 +144,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
             evaluate_now(done)
         run.save_when_due(done)
 
-    gather(model, world)
+    gather(model, world)  # if it was split
     if world.is_main:
         tokenizer.save(Path(settings.out))
         save_model(Path(settings.out), model, settings=settings.to_dict())

@@ -3,36 +3,33 @@
 #
 #     sbatch docs/slurm.sh --model runs/sft --data pairs.jsonl --out runs/dpo
 #
-# Flags go to train_dpo.py. Everything that a run reads and writes must lie where all nodes see it under the
-# same path: this project with its environment, the model, the data, --out, and the cache of tokenised data.
-# The script is handed in again when a node fails or time runs out, and goes on from the newest checkpoint.
+# Flags go to train_dpo.py. What a run reads and writes must lie where all nodes see it under the same path: this
+# project and its environment, the model, the data, --out, and the cache of tokenised data. When a node fails, a rank
+# dies or time runs out, the job is handed in again and goes on from the newest checkpoint: --save-every says how much
+# is lost. What this starts on each node is held by a test (tests/test_shard.py); the lines for Slurm are not.
 
 #SBATCH --job-name=minidpo
 #SBATCH --nodes=2
-#SBATCH --ntasks-per-node=1          # one torchrun; it starts a rank for each card
+#SBATCH --ntasks-per-node=1        # one torchrun, which starts a rank for each card
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
-#SBATCH --mem=0                      # all of a node's memory: each rank reads the whole model before it splits it
+#SBATCH --mem=0                    # all of it: each rank reads the whole model before it keeps its part
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=B:TERM@300          # five minutes before the end, to this script
+#SBATCH --signal=B:USR1@120        # two minutes before the end, to this script alone
 
-set -u
 export MINIDPO_CACHE="${MINIDPO_CACHE:-$PWD/runs/cache}"
 export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / SLURM_GPUS_ON_NODE))
-# Any free port of the first node; jobs that share a node must not share it.
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-port=$((20000 + SLURM_JOB_ID % 20000))
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$((20000 + SLURM_JOB_ID % 20000))  # Any free port of the first node will do.
+tries=${SLURM_RESTART_COUNT:-0}
 
-# No --max-restarts: agents on several nodes may count restarts differently. A rank that dies ends the step, and
-# Slurm starts all of it anew.
+# No --max-restarts: on several nodes torchrun's agents may disagree on which attempt it is (docs/RELIABILITY.md).
 srun --kill-on-bad-exit=1 python -m torch.distributed.run \
     --nnodes="$SLURM_NNODES" --nproc-per-node="$SLURM_GPUS_ON_NODE" \
-    --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
+    --rdzv-backend=c10d --rdzv-endpoint="$first:$port" --rdzv-id="$SLURM_JOB_ID-$tries" \
     train_dpo.py --shard --save-every 200 --resume "$@" &
-step=$!
 
-# SIGTERM: every rank saves after the step that is under way and leaves; then the job goes back into the queue.
-trap 'kill -TERM "$step"; wait "$step"; scontrol requeue "$SLURM_JOB_ID"; exit 0' TERM
-wait "$step"
+trap 'scontrol requeue "$SLURM_JOB_ID"; exit' USR1
+wait $! || { [ "$tries" -lt 5 ] && scontrol requeue "$SLURM_JOB_ID"; }

@@ -80,7 +80,6 @@ CASES = {
     "fp16": ("train_dpo", {"precision": "fp16"}),
 }
 LOGITS = {"vocabulary-in-chunks-wpo": 2000}  # six positions of 320 tokens at once, of up to thirty
-REDUCED = ("bf16", "fp16")  # Sums that round otherwise are rounded again there, in every layer.
 
 
 @pytest.fixture(scope="module")
@@ -103,16 +102,18 @@ def together(request, flags, tmp_path_factory):
 
 
 def furthest(folder, other) -> dict[str, float]:
-    """The largest difference between two runs' losses, and between their weights."""
+    """The largest difference between two runs' losses, their gradient norms (relative), and their weights."""
     one, two = weights(folder), weights(other)
     assert one.keys() == two.keys()
     rows, others = metrics(folder), metrics(other)
     assert len(rows) == len(others) >= 4
-    names = ("loss", "eval_loss", "aux_loss")
-    pairs = [(row[n], same[n]) for row, same in zip(rows, others, strict=True) for n in names if n in row]
-    assert pairs
+
+    def logged(*names):
+        return [(row[n], same[n]) for row, same in zip(rows, others, strict=True) for n in names if n in row]
+
     return {
-        "loss": max(abs(a - b) for a, b in pairs),
+        "loss": max(abs(a - b) for a, b in logged("loss", "eval_loss", "aux_loss")),
+        "grad_norm": max(abs(a / b - 1) for a, b in logged("grad_norm")),
         "weights": max((one[name] - two[name]).abs().max().item() for name in one),
     }
 
@@ -126,11 +127,9 @@ def test_a_split_model_trains_like_copies_and_like_one_process(case, together, f
     monkeypatch.setattr(model.transformer, "LOGITS", LOGITS.get(case, 2**25))
     train(SCRIPTS[script], flags(tmp_path, script, **changes), ALONE)
     split = together / f"{case}-split"
-    tolerance = 2e-3 if case in REDUCED else 1e-5
     for other in (together / f"{case}-copies", tmp_path):
         found = furthest(split, other)
-        print(case, other.name, found)
-        assert found["loss"] <= tolerance and found["weights"] <= tolerance
+        assert max(found.values()) <= 1e-5, found
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -191,10 +190,10 @@ def test_saved_on_two_ranks_resumed_on_one(saved, flags, tmp_path):
         train(train_dpo, flags(folder, shard=True, resume=True), ALONE)
     train(train_dpo, flags(folder, shard=True, resume=True, override="ranks"), ALONE)
     found = furthest(folder, saved / "whole")
-    print(found)
-    assert found["loss"] <= 1e-5 and found["weights"] <= 1e-5
+    assert max(found.values()) <= 1e-5, found
 
 
+@pytest.mark.slow
 def test_from_copies_to_parts_and_back(saved, flags, tmp_path):
     """Any checkpoint can be gone on with on any number of ranks, split or not, if that is said."""
     train(train_dpo, flags(tmp_path / "alone", save_every=1, keep_checkpoints=9), ALONE)
@@ -213,10 +212,10 @@ def test_from_copies_to_parts_and_back(saved, flags, tmp_path):
     assert result.stdout.count("going on after step 2") == 2
     for name in ("from-alone", "from-split"):
         found = furthest(tmp_path / name, saved / "whole")
-        print(name, found)
-        assert found["loss"] <= 1e-5 and found["weights"] <= 1e-5
+        assert max(found.values()) <= 1e-5, found
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_comes_back_to_the_same_bits(saved, flags, tmp_path):
     """kill -9 amid a step, and torchrun starts both ranks anew."""
     arguments = flags(tmp_path, shard=True, save_every=1, keep_checkpoints=1000, resume=True)

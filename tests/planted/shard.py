@@ -22,14 +22,6 @@ MUTANTS = [
         SHARD + "test_each_rank_holds_its_part_alone[1]",
     ),
     Mutant(
-        "each-rank-clips-by-its-own-norm",
-        "The norm of a rank's part is taken for that of the gradient, and each rank clips by another.",
-        "training/schedule.py",
-        "(norm.full_tensor() if isinstance(norm, DTensor) else norm).item()",
-        "(norm.to_local() if isinstance(norm, DTensor) else norm).item()",
-        SHARD + "test_a_split_model_trains_like_copies_and_like_one_process[dpo]",
-    ),
-    Mutant(
         "a-part-is-exported",
         "model.pt holds what the main rank kept, which is not even a model.",
         "training/distributed.py",
