@@ -29,6 +29,7 @@ MUTANTS = [
         "Old checkpoints go first, to save room; a crash then leaves none.",
         "training/checkpoint.py",
         "    folder.mkdir(parents=True, exist_ok=True)\n",
+        "    folder.mkdir(parents=True, exist_ok=True)\n"
         "    for old in checkpoints(folder)[keep - 1 :]:\n        old.unlink()\n",
         CHECKPOINT + "test_a_crash_at_any_moment_leaves_a_whole_checkpoint[1]",
     ),
