@@ -43,12 +43,17 @@ def write_whole(path: Path, write) -> Path:
         sync(path.parent)
     except BaseException as error:  # Also Ctrl-C: half a file is of no use to anybody.
         unfinished.unlink(missing_ok=True)
-        # torch.save says only that its position is unexpected; the disk's own word is behind it.
-        reason = error.__context__ if isinstance(error, RuntimeError) else error
-        if not isinstance(reason, OSError):
-            raise
-        raise InputError(f"{path}: cannot be written ({reason.strerror}); what was there is whole") from None
+        raise unwritable(path, error) from None
     return path
+
+
+def unwritable(path: Path, error: BaseException) -> BaseException:
+    """The disk's own word on why a file cannot be written; the error itself where it is another's."""
+    # torch.save says only that its position is unexpected; what the disk said is behind it.
+    reason = error.__context__ if isinstance(error, RuntimeError) else error
+    if not isinstance(reason, OSError):
+        return error
+    return InputError(f"{path}: cannot be written ({reason.strerror}); what was there is whole")
 
 
 def sync(path: Path) -> None:

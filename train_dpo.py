@@ -28,7 +28,7 @@ from model.lora import WithoutAdapters, add_adapters, trained_part
 from model.weights import load_model, save_model, weights_hash
 from objective import Objective, ObjectiveSettings, Pairs, no_reference, pair_metrics
 from reference import REFERENCES, cache_reference, cached_reference, check_reference
-from training.distributed import Precision, exchange_gradients, join, wrap
+from training.distributed import Precision, exchange_gradients, gather, join, wrap
 from training.metrics import Meter, MetricsLog
 from training.run import RunFolder
 from training.schedule import adamw, clip_gradients, cosine_lr, require_finite, set_lr
@@ -64,11 +64,12 @@ def train(settings: Settings, world, run) -> None:
     check_reference(settings.reference, objective)
 
     # ---- the two models: the policy learns, the reference remembers where it started
-    model = load_model(settings.model, world.device)
+    first_device = "cpu" if settings.shard else world.device  # No card needs to hold what is split.
+    model = load_model(settings.model, first_device)
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
     model.config.admit(tokenizer.vocab_size, settings.max_length)
     if settings.fused_attention:
-        model.fuse_attention()
+        model.fuse_attention(world.device)
     if settings.lora_rank:
         add_adapters(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
     if not objective.needs_reference:
@@ -78,10 +79,10 @@ def train(settings: Settings, world, run) -> None:
     elif settings.lora_rank:
         reference = WithoutAdapters(model)  # The same weights, no second copy.
     else:
-        reference = copy.deepcopy(model).eval().requires_grad_(False)
+        reference = wrap(copy.deepcopy(model).eval().requires_grad_(False), world, settings.shard)
     model.checkpoint_activations = settings.checkpoint_activations
     model.count_collisions = settings.wpo
-    policy = wrap(model, world)
+    policy = wrap(model, world, settings.shard)
 
     # ---- the data: pairs, and which of them each optimizer step sees
     def open_pairs(path):
@@ -165,6 +166,7 @@ def train(settings: Settings, world, run) -> None:
             evaluate_now(done)
         run.save_when_due(done)
 
+    gather(model, world)  # if it was split
     if world.is_main:
         tokenizer.save(Path(settings.out))
         save_model(Path(settings.out), model, settings=settings.to_dict())

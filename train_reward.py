@@ -36,7 +36,7 @@ from losses import bradley_terry_loss, reward_metrics
 from model.reward import RewardModel
 from model.stream import sides
 from model.weights import load_model, save_model, weights_hash
-from training.distributed import Precision, World, exchange_gradients, join, wrap
+from training.distributed import Precision, World, exchange_gradients, gather, join, wrap
 from training.metrics import Meter, MetricsLog
 from training.run import RunFolder
 from training.schedule import adamw, clip_gradients, cosine_lr, require_finite, set_lr
@@ -79,12 +79,13 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
         return
 
     # ---- the model: what the language model knows, and a head that knows nothing yet
-    model = RewardModel.from_language_model(load_model(settings.model, world.device))
+    first_device = "cpu" if settings.shard else world.device  # No card needs to hold what is split.
+    model = RewardModel.from_language_model(load_model(settings.model, first_device))
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
     model.checkpoint_activations = settings.checkpoint_activations
     if settings.fused_attention:
-        model.fuse_attention()
-    reward = wrap(model, world)
+        model.fuse_attention(world.device)
+    reward = wrap(model, world, settings.shard)
 
     # ---- the data: pairs, and which of them each optimizer step sees
     pairs = open_pairs(settings.data, tokenizer, settings, world)
@@ -145,6 +146,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
             evaluate_now(done)
         run.save_when_due(done)
 
+    gather(model, world)  # if it was split
     if world.is_main:
         tokenizer.save(Path(settings.out))
         save_model(Path(settings.out), model, settings=settings.to_dict())
@@ -164,7 +166,7 @@ def score_pairs(
     model: RewardModel, pairs: TokenStore, settings: Settings, world: World, precision: Precision
 ) -> Tensor:
     """The rewards of every pair's chosen and rejected answer, (P, 2), on every rank."""
-    rewards = model.score.weight.new_zeros(len(pairs), 2)
+    rewards = torch.zeros(len(pairs), 2, device=world.device)
     for rows in share(len(pairs), world.rank, world.ranks, settings.micro_batch_size):
         stream = build_stream(pairs, rows, settings.layout).to(world.device)
         with precision.autocast():

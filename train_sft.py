@@ -19,7 +19,7 @@ from errors import InputError, run_script
 from model.lora import add_adapters, trained_part
 from model.transformer import PRESETS, ModelConfig, Transformer
 from model.weights import load_model, save_model, weights_hash
-from training.distributed import Precision, exchange_gradients, join, wrap
+from training.distributed import Precision, exchange_gradients, gather, join, wrap
 from training.metrics import Meter, MetricsLog
 from training.run import RunFolder
 from training.schedule import adamw, clip_gradients, cosine_lr, require_finite, set_lr
@@ -52,14 +52,15 @@ def train(settings: Settings, world, run) -> None:
         return
 
     # ---- the model
-    model, tokenizer = start_model(settings, world.device)
+    first_device = "cpu" if settings.shard else world.device  # No card needs to hold what is split.
+    model, tokenizer = start_model(settings, first_device)
     model.config.admit(tokenizer.vocab_size, settings.max_length)
     if settings.lora_rank:
         add_adapters(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
     model.checkpoint_activations = settings.checkpoint_activations
     if settings.fused_attention:
-        model.fuse_attention()
-    policy = wrap(model, world)
+        model.fuse_attention(world.device)
+    policy = wrap(model, world, settings.shard)
 
     # ---- the data: conversations, and which of them each optimizer step sees
     def open_conversations(path):
@@ -121,6 +122,7 @@ def train(settings: Settings, world, run) -> None:
             log.write(done, {"eval_loss": loss})
         run.save_when_due(done)
 
+    gather(model, world)  # if it was split
     if world.is_main:
         tokenizer.save(Path(settings.out))
         save_model(Path(settings.out), model, settings=settings.to_dict())
@@ -128,7 +130,7 @@ def train(settings: Settings, world, run) -> None:
     run.finish()
 
 
-def start_model(settings: Settings, device: torch.device) -> tuple[Transformer, ChatTokenizer]:
+def start_model(settings: Settings, device: str | torch.device) -> tuple[Transformer, ChatTokenizer]:
     """A fresh model of a preset's size, the same on every rank; or the model of a folder."""
     if settings.model not in PRESETS:
         if not Path(settings.model).is_dir():

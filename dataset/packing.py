@@ -61,12 +61,13 @@ def deal(
 
 
 def share(rows: int, rank: int, ranks: int, batch_size: int) -> list[range]:
-    """One rank's part of an evaluation: every ranks-th row, in batches.
+    """One rank's part of an evaluation: every ranks-th row, in batches, of which all ranks get as many.
 
-    A rank without rows gets one empty batch: its stream has nothing to add, but a place in every sum.
+    A batch without rows is an empty stream: it has nothing to add, but a place in every sum, and in every
+    exchange of weights where they are split.
     """
-    mine = range(rank, rows, ranks)
-    return [mine[start : start + batch_size] for start in range(0, max(1, len(mine)), batch_size)]
+    mine, most = range(rank, rows, ranks), len(range(0, rows, ranks))
+    return [mine[start : start + batch_size] for start in range(0, max(1, most), batch_size)]
 
 
 def build_stream(store: TokenStore, rows, layout: str = "forked") -> TokenStream:

@@ -204,16 +204,16 @@ class Transformer(nn.Module):
             hidden, self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         )
 
-    def fuse_attention(self) -> None:
+    def fuse_attention(self, device: torch.device) -> None:
         """Let a stream attend in one FlexAttention call from now on; `InputError` where it cannot train."""
-        if not self.norm.weight.is_cuda:
+        if device.type != "cuda":
             raise InputError("--fused-attention: FlexAttention has no backward but on CUDA")
         self.fused_attention = True
 
     def aux_loss(self) -> Tensor:
         """The load-balancing loss of the last forward, a scalar: mean over layers, 0 for a dense model."""
         if not self.config.num_experts:
-            return self.norm.weight.new_zeros(())
+            return torch.zeros((), device=self.norm.weight.device)
         return torch.stack([layer.mlp.balance for layer in self.layers]).mean()
 
 

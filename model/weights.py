@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from errors import InputError, run_script
 from files import write_whole
@@ -47,10 +48,11 @@ def save_model(folder: Path, model: Transformer, **settings) -> None:
 
 
 def weights_hash(model: torch.nn.Module) -> str:
-    """SHA-256 of all weights with their names, types and shapes."""
+    """SHA-256 of all weights with their names, types and shapes. Split ones need all ranks to call it."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        value = value.full_tensor() if isinstance(value, DTensor) else value
         digest.update(value.contiguous().view(-1).view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
 

@@ -39,12 +39,17 @@ def train(module, arguments: list[str], world: World) -> None:
 
 
 def states(folder: Path) -> dict[int, str]:
-    """A digest of everything in each checkpoint, by step: weights, moments, means, all, to the bit."""
+    """A digest of everything in each checkpoint, by step: weights, moments, means, all, to the bit.
+
+    Of what was split its state holds the shape, and the digests of the files that hold the rest.
+    """
     return {step_of(path): digest(load_checkpoint(path)) for path in checkpoints(folder / "checkpoints")}
 
 
 def digest(state) -> str:
     if isinstance(state, torch.Tensor):
+        if state.is_meta:
+            return f"{state.dtype}{tuple(state.shape)}"
         return hashlib.sha256(
             f"{state.dtype}{tuple(state.shape)}".encode() + state.numpy().tobytes()
         ).hexdigest()
@@ -74,7 +79,8 @@ def resume_from_each_step(module, arguments: list[str], folder: Path, world: Wor
         again = folder / path.name[:8]
         if world.is_main:
             (again / "checkpoints").mkdir(parents=True)
-            shutil.copy(path, again / "checkpoints")
+            copy = shutil.copytree if path.is_dir() else shutil.copy
+            copy(path, again / "checkpoints" / path.name)
             (again / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text() + '{"step": 99, "lo')
         world.wait()
         train(module, [*arguments, *every, "--out", str(again), "--resume"], world)

@@ -26,7 +26,7 @@ def test_fused_attention_has_the_gradients_of_twin(layout, tokenizer, ragged):
     for fused, how in ((False, "twin"), (True, layout)):
         model = make_model(tokenizer.vocab_size, torch.float32, hidden_size=64).cuda()
         if fused:
-            model.fuse_attention()
+            model.fuse_attention(torch.device("cuda"))
         stream = build_stream(store, range(7), how).to("cuda")
         sums = stream.sum_by_response(model(stream))
         (sums @ torch.linspace(-1, 2, len(sums), device="cuda")).backward()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dataset import store as module
-from dataset.packing import Windows, build_stream, deal
+from dataset.packing import Windows, build_stream, deal, share
 from dataset.records import DataError
 from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
@@ -413,6 +413,16 @@ def test_deal_gives_every_row_to_one_micro_batch(count, micro, ranks):
     assert len(hands) - ranks < count / micro <= len(hands)  # And no more of them than are needed.
     weights = [int(lengths[hand].sum()) for hand in hands]
     assert max(weights) - min(weights) <= lengths[window].max()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("rows", [0, 1, 5, 6, 7, 13])
+def test_shares_of_an_evaluation_are_as_many_batches_on_every_rank(rows, ranks):
+    """Where weights are split a forward is an exchange: who makes fewer of them leaves the others waiting."""
+    shares = [share(rows, rank, ranks, 2) for rank in range(ranks)]
+    assert len({len(batches) for batches in shares}) == 1 <= len(shares[0])
+    assert sorted(row for batches in shares for batch in batches for row in batch) == [*range(rows)]
+    assert all(len(batch) <= 2 for batches in shares for batch in batches)
 
 
 def test_deal_balances_tokens_not_rows():

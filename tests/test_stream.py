@@ -506,4 +506,4 @@ def test_fused_attention_is_attention(layout, tokenizer, ragged):
 
 def test_fused_attention_is_refused_where_it_cannot_train(tokenizer):
     with pytest.raises(InputError, match=r"--fused-attention.*CUDA"):
-        make_model(tokenizer.vocab_size).fuse_attention()
+        make_model(tokenizer.vocab_size).fuse_attention(torch.device("cpu"))

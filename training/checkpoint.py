@@ -2,6 +2,7 @@
 
     OUT/checkpoints/00000120-<SHA-256 of the file>.pt
 
+or, where ranks hold a part of it each, in a folder of which the same is true (see sharded.py).
 A crash while it is written leaves the former ones (`files.write_whole`). A flipped bit anywhere in it is
 found before anything of it is read, because its name is its digest; torch.load alone would take it for a
 weight. It is loaded with ``weights_only=True``, so no code in it can run. It is taken between optimizer steps
@@ -10,22 +11,26 @@ the first weights, and the data order is a function of seed and step.
 """
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from errors import InputError
 from files import file_hash, write_whole
+from training.distributed import World
+from training.sharded import STATE, check_shards, write_shards
 
-NAME = re.compile(r"(\d{8,})-([0-9a-f]{64})\.pt")
+NAME = re.compile(r"(\d{8,})-([0-9a-f]{64})(\.pt|\.shards)")
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint files of a folder, the newest first."""
-    found = [path for path in folder.glob("*.pt") if NAME.fullmatch(path.name)]
+    """The checkpoints of a folder, the newest first."""
+    found = [path for path in folder.glob("*-*.*") if NAME.fullmatch(path.name)]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -33,23 +38,44 @@ def step_of(path: Path) -> int:
     return int(NAME.fullmatch(path.name)[1])
 
 
-def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
-    """Write the state after `step` steps; then, and not before, remove all but the newest `keep` files."""
+def save_checkpoint(folder: Path, step: int, state: dict, keep: int, world: World | None = None) -> None:
+    """Write the state after `step` steps; then, and not before, remove all but the newest `keep`.
+
+    With `world` its ranks hold a part each of what is to be written, and every rank must call it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = write_whole(folder / f"{step:08d}-{{sha256}}.pt", lambda file: torch.save(state, file))
-    for old in checkpoints(folder)[keep:]:
-        old.unlink()
-    return path
+    if world:
+        write_shards(folder / f"{step:08d}-{{sha256}}.shards", state, world)
+    else:
+        write_whole(folder / f"{step:08d}-{{sha256}}.pt", lambda file: torch.save(state, file))
+    if not world or world.is_main:
+        for old in checkpoints(folder)[keep:]:
+            remove(old)
 
 
-def load_checkpoint(path: Path) -> dict:
-    """The state in a file; `InputError` with the reason when it cannot be trusted."""
+def remove(path: Path) -> None:
+    """Remove a file, or a folder so that no half of it is ever left under its name."""
+    if path.is_dir():
+        shutil.rmtree(path.rename(path.with_suffix(".tmp")))
+    else:
+        path.unlink()
+
+
+def load_checkpoint(path: Path, check_parts: bool = True) -> dict:
+    """The state in a checkpoint; `InputError` with the reason when it cannot be trusted.
+
+    Tensors that were split are still to be read then, by `sharded.settle`; the files that hold them are
+    checked here, unless somebody else has done so.
+    """
+    file = path / STATE if path.is_dir() else path
     try:
-        if path.is_symlink():
+        if path.is_symlink() or file.is_symlink():
             raise InputError(f"{path}: a link, where a checkpoint should be a file of this folder")
-        if file_hash(path) != NAME.fullmatch(path.name)[2]:
+        if file_hash(file) != NAME.fullmatch(path.name)[2]:
             raise InputError(f"{path}: damaged, its content is not that of the digest in its name")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if file != path and check_parts:
+            check_shards(path, state)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except InputError:
@@ -111,9 +137,9 @@ def checked_moments(optimizer: torch.optim.Optimizer, saved: dict) -> dict:
 
 
 def tensors(state) -> Iterator[Tensor]:
-    """Every tensor in nested dicts and lists."""
+    """Every tensor in nested dicts and lists; of one that is split, this rank's part."""
     if isinstance(state, Tensor):
-        yield state
+        yield state.to_local() if isinstance(state, DTensor) else state
     elif isinstance(state, (dict, list, tuple)):
         for part in state.values() if isinstance(state, dict) else state:
             yield from tensors(part)

@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from errors import InputError
@@ -34,6 +38,11 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """All ranks in a row, among which --shard splits a model."""
+        return init_device_mesh(self.device.type, (self.ranks,))
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
@@ -186,11 +195,40 @@ class Precision:
         self.skipped, self.skipped_in_a_row = saved["skipped"], saved["skipped_in_a_row"]
 
 
-def wrap(model: nn.Module, world: World) -> nn.Module:
-    """The model as ranks train it together."""
-    return DistributedDataParallel(model) if world.ranks > 1 else model
+def wrap(model: nn.Module, world: World, shard: bool = False) -> nn.Module:
+    """The model as ranks train it together. A single rank holds all of it in any case.
+
+    With `shard` each rank keeps its part of every weight, and so of gradients and of what the optimizer
+    remembers (ZeRO, arXiv 1910.02054; torch's FSDP2). A layer is put together for its forward, and once more
+    for its backward; `model` and what is returned are then one and the same. It may come on the CPU, so that
+    no card ever holds it whole.
+    """
+    if world.ranks == 1:
+        return model.to(world.device)
+    if not shard:
+        trained = any(weight.requires_grad for weight in model.parameters())
+        return DistributedDataParallel(model) if trained else model  # A reference has nothing to exchange.
+    # The rest of the model, embeddings above all, is a group of its own, which is let go after a forward
+    # like any other: so weights are split wherever one looks at them, a reference's too.
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=world.mesh, reshard_after_forward=True)
+    return model
 
 
 def exchange_gradients(model: nn.Module, when: bool) -> AbstractContextManager:
-    """Let ranks exchange gradients in this forward and backward, or wait for a later micro-batch."""
+    """Let ranks exchange gradients in this forward and backward, or wait for a later micro-batch.
+
+    Where weights are split, every micro-batch exchanges: to wait would be to keep whole gradients meanwhile.
+    """
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not when else nullcontext()
+
+
+@torch.no_grad()
+def gather(model: nn.Module, world: World) -> None:
+    """After training, put a split model together, on the main rank's CPU. Every rank must call it."""
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if isinstance(weight, DTensor):
+                whole = weight.full_tensor()
+                if world.is_main:
+                    setattr(module, name, nn.Parameter(whole.cpu(), requires_grad=False))

@@ -27,6 +27,7 @@ from training.checkpoint import (
     checkpoints,
     load_checkpoint,
     newest_valid,
+    remove,
     restore,
     save_checkpoint,
     step_of,
@@ -34,6 +35,7 @@ from training.checkpoint import (
 )
 from training.distributed import World
 from training.settings import TrainSettings
+from training.sharded import settle
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # These change no bit of the weights, so a resumed run may have others than before.
@@ -58,6 +60,11 @@ class RunFolder:
             signal.signal(number, handler)
         if self.lock:
             self.lock.close()
+
+    @property
+    def is_split(self) -> bool:
+        """Whether ranks hold a part each of weights and moments."""
+        return self.settings.shard and self.world.ranks > 1
 
     def is_finished(self) -> bool:
         """Whether --resume finds the run at its end, so that there is nothing to do."""
@@ -92,7 +99,9 @@ class RunFolder:
         if other := differences(identity, self.identity):
             raise InputError(f"rank {self.world.rank} is not in the run of rank 0: {listed(other)}")
         if path:
-            restore(things, state or load_checkpoint(Path(path)))
+            mesh = self.world.mesh if self.is_split else None
+            state = state or load_checkpoint(Path(path), check_parts=False)  # The main rank has done that.
+            restore(things, settle(state, Path(path), mesh))
             self.world.print(f"{path}: going on after step {step_of(Path(path))}")
         for number in SIGNALS:
             self.handlers[number] = signal.signal(number, self._note_signal)
@@ -117,11 +126,14 @@ class RunFolder:
     def _save(self, step: int) -> None:
         """Every rank must call it: some state, such as running means, is gathered from all."""
         state = {name: thing.state_dict() for name, thing in self.things.items()}
-        if not all(tensor.isfinite().all() for tensor in tensors(state)):
+        if self.world.largest(int(not all(tensor.isfinite().all() for tensor in tensors(state)))):
             raise FloatingPointError(f"step {step}: a weight or its state is not finite; nothing was saved")
-        if self.world.is_main:
-            state |= {"step": step, "identity": self.identity}
-            save_checkpoint(self.checkpoints, step, state, self.settings.keep_checkpoints)
+        state |= {"step": step, "identity": self.identity}
+        keep = self.settings.keep_checkpoints
+        if self.is_split:
+            save_checkpoint(self.checkpoints, step, state, keep, self.world)
+        elif self.world.is_main:
+            save_checkpoint(self.checkpoints, step, state, keep)
 
     def _note_signal(self, number: int, frame) -> None:
         """Only note it: all ranks must end the step that is under way. A second signal leaves at once."""
@@ -153,7 +165,7 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             for unfinished in (*self.folder.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):
-                unfinished.unlink()
+                remove(unfinished)
             self._require_room()
             if self.settings.resume and (found := newest_valid(self.checkpoints, print)):
                 self._require_same_run(found[1]["identity"])

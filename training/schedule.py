@@ -5,6 +5,7 @@ import math
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from training.distributed import Precision
 from training.metrics import Meter
@@ -52,7 +53,8 @@ def clip_gradients(
     """Unscale the window's gradient and shorten it to `longest` (0: leave it); return the norm it had."""
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return nn.utils.clip_grad_norm_(parameters, longest or math.inf).item()
+    norm = nn.utils.clip_grad_norm_(parameters, longest or math.inf)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 def require_finite(meter: Meter, grad_norm: float, precision: Precision, step: int, lines: np.ndarray):

@@ -47,6 +47,9 @@ class TrainSettings:
     fused_attention: bool = flag(
         False, "on CUDA: one FlexAttention call a layer, compiled at the first step, not one a block"
     )
+    shard: bool = flag(
+        False, "split weights, gradients and optimizer state among the ranks (FSDP2), instead of a copy each"
+    )
     epochs: int = flag(1, "times every record is seen")
     max_steps: int = flag(0, "stop after this many optimizer steps; 0 for all of --epochs")
     batch_size: int = flag(32, "records per optimizer step, over all ranks and micro-batches")

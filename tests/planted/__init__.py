@@ -9,10 +9,13 @@ from tests.planted import (
     objectives,
     resume,
     reward,
+    shard,
     speed,
     stream,
     transformer,
 )
 
-ROOMS = (stream, transformer, objectives, reward, answers, data, loops, folders, resume, speed, experiments)
+ROOMS = (
+    stream, transformer, objectives, reward, answers, data, loops, folders, resume, shard, speed, experiments
+)  # fmt: skip
 MUTANTS = [mutant for room in ROOMS for mutant in room.MUTANTS]

@@ -57,7 +57,7 @@ MUTANTS = [
         "reference-is-the-policy",
         "The reference moves with the policy: the loss is ln 2 for ever.",
         "train_dpo.py",
-        "reference = copy.deepcopy(model).eval().requires_grad_(False)",
+        "reference = wrap(copy.deepcopy(model).eval().requires_grad_(False), world, settings.shard)",
         "reference = model",
         LOOPS + "test_loss_starts_at_ln_2_and_falls",
     ),

@@ -1,0 +1,88 @@
+"""Weights split among ranks. See tests/mutants.py."""
+
+from tests.planted.mutant import Mutant
+
+SHARD = "tests/test_shard.py::"
+
+MUTANTS = [
+    Mutant(
+        "nothing-is-split",
+        "Every rank keeps all of the model, and all results are right.",
+        "training/distributed.py",
+        "    if not shard:\n        trained",
+        "    if True:\n        trained",
+        SHARD + "test_each_rank_holds_its_part_alone[0]",
+    ),
+    Mutant(
+        "reference-is-not-split",
+        "The policy fits on the cards, and a whole copy of where it started lies beside it.",
+        "train_dpo.py",
+        "requires_grad_(False), world, settings.shard)",
+        "requires_grad_(False), world)",
+        SHARD + "test_each_rank_holds_its_part_alone[1]",
+    ),
+    Mutant(
+        "a-part-is-exported",
+        "model.pt holds what the main rank kept, which is not even a model.",
+        "training/distributed.py",
+        "whole = weight.full_tensor()",
+        "whole = weight.to_local()",
+        SHARD + "test_a_split_model_trains_like_copies_and_like_one_process[dpo]",
+    ),
+    Mutant(
+        "parts-are-not-read",
+        "What was split is left as it was allocated: noise, or zeros.",
+        "training/sharded.py",
+        "    if missing:\n",
+        "    if False:\n",
+        SHARD + "test_what_is_saved_is_what_is_loaded",
+    ),
+    Mutant(
+        "parts-are-not-checked",
+        "The state's own digest is right; what a rank wrote beside it may be anything.",
+        "training/sharded.py",
+        "        if file_hash(file) != digest:\n",
+        "        if False:\n",
+        SHARD + "test_damage_in_any_file_is_found_and_an_older_checkpoint_used[__0_0.distcp]",
+    ),
+    Mutant(
+        "parts-named-before-they-are-safe",
+        "DCP does not wait for the disk, and the folder gets its name: a power cut leaves a name.",
+        "training/sharded.py",
+        "storage_writer=Writer(unfinished))",
+        "storage_writer=Writer(unfinished, sync_files=False))",
+        SHARD + "test_all_is_on_the_disk_before_the_folder_is_renamed",
+    ),
+    Mutant(
+        "dcp-unpickles-its-metadata",
+        "torch's own reader runs whatever code its metadata hold.",
+        "training/sharded.py",
+        'torch.load(self.path / METADATA, map_location="cpu", weights_only=True)',
+        'torch.load(self.path / METADATA, map_location="cpu", weights_only=False)',
+        SHARD + "test_hostile_metadata_run_nothing[evil]",
+    ),
+    Mutant(
+        "dcp-unpickles-bytes",
+        "Metadata may call a tensor bytes, which torch's reader then unpickles.",
+        "training/sharded.py",
+        "    metadata.ChunkStorageMetadata,\n",
+        "    metadata.BytesStorageMetadata,\n    metadata.ChunkStorageMetadata,\n",
+        SHARD + "test_hostile_metadata_run_nothing[bytes]",
+    ),
+    Mutant(
+        "half-an-old-checkpoint-left",
+        "An old folder is emptied under its own name; a kill amid that leaves half a checkpoint.",
+        "training/checkpoint.py",
+        'shutil.rmtree(path.rename(path.with_suffix(".tmp")))',
+        "shutil.rmtree(path)",
+        SHARD + "test_all_is_on_the_disk_before_the_folder_is_renamed",
+    ),
+    Mutant(
+        "ranks-evaluate-unequally",
+        "A rank with fewer batches is done while another waits for its part of the weights.",
+        "dataset/packing.py",
+        "mine, most = range(rank, rows, ranks), len(range(0, rows, ranks))",
+        "mine = range(rank, rows, ranks)\n    most = len(mine)",
+        "tests/test_store.py::test_shares_of_an_evaluation_are_as_many_batches_on_every_rank[5-2]",
+    ),
+]

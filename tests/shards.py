@@ -1,0 +1,66 @@
+"""What torchrun starts for tests/test_shard.py: runs, one after another, and what each rank held in them.
+
+torchrun --standalone --nproc-per-node 2 -m tests.shards JOBS.json
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+import model.transformer
+from errors import run_script
+from tests.faults import train
+from training.distributed import World, join
+
+
+def bytes_here(tensors) -> int:
+    """What the tensors take on this rank."""
+    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+
+
+def weigh(module, held: dict[str, int]) -> None:
+    """Let a script say in `held` what its rank holds in a step, right before it clips the gradient."""
+    wrap, clip_gradients, wrapped = module.wrap, module.clip_gradients, []
+
+    def noting_wrap(model, *arguments):
+        wrapped.append(wrap(model, *arguments))
+        return wrapped[-1]
+
+    def weighing_clip(optimizer, *arguments):
+        weights = {"reference": [], "policy": []}
+        for each in wrapped:
+            own = list(each.parameters())
+            weights["policy" if any(weight.requires_grad for weight in own) else "reference"] += own
+        state = [value for moments in optimizer.state.values() for value in moments.values()]
+        held.update({name: bytes_here(own) for name, own in weights.items()})
+        held["gradients"] = bytes_here(w.grad for w in weights["policy"] if w.grad is not None)
+        held["moments"] = bytes_here(value for value in state if isinstance(value, Tensor) and value.dim())
+        return clip_gradients(optimizer, *arguments)
+
+    module.wrap, module.clip_gradients = noting_wrap, weighing_clip
+
+
+def run(job: dict, world: World) -> None:
+    """Train as a job says: its script, its arguments, where it says what it held, and scores held at once."""
+    module = importlib.reload(importlib.import_module(job["script"]))
+    model.transformer.LOGITS = job.get("logits", 2**25)
+    held: dict[str, int] = {}
+    weigh(module, held)
+    train(module, job["arguments"], world)
+    Path(f"{job['held']}-{world.rank}.json").write_text(json.dumps(held))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with join("cpu") as world:
+        for job in json.loads(Path(sys.argv[1]).read_text()):
+            run(job, world)
+
+
+if __name__ == "__main__":
+    run_script(main)
