@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from unittest import mock
@@ -37,8 +38,9 @@ from training.settings import parse
 
 MIB = 2**20
 # Name: vocabulary and shape. Each is unlike the others in what weighs most, and in an option.
+SMALL = "64 x 3"
 SHAPES = {
-    "64 x 3": (512, dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=176)),
+    SMALL: (512, dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=176)),
     "128 x 8, untied": (
         6400,
         dict(
@@ -70,6 +72,9 @@ class Point:
     length: int
     pairs: int
     flags: str
+
+    def __str__(self) -> str:
+        return f"{self.shape}, {self.length} x {self.pairs} {self.flags}".strip()
 
     @property
     def config(self) -> ModelConfig:
@@ -109,12 +114,17 @@ class Point:
         return write_store(folder / "store", pairs)
 
 
-# Every set of flags with every shape, at one of the lengths.
-GRID = [
-    Point(shape, *LENGTHS[(row + column) % len(LENGTHS)], flags)
-    for row, flags in enumerate(FLAGS)
-    for column, shape in enumerate(SHAPES)
-]
+def points() -> Iterator[Point]:
+    """Every set of flags with every shape, at one of the lengths; shorter in bf16, which may be emulated."""
+    for row, flags in enumerate(FLAGS):
+        for column, shape in enumerate(SHAPES):
+            length, pairs = LENGTHS[(row + column) % len(LENGTHS)]
+            if "bf16" in flags:
+                length, pairs = min(length, 256), min(pairs, 2)
+            yield Point(shape, length, pairs, flags)
+
+
+GRID = list(points())
 
 
 class LiveBytes(TorchDispatchMode):
@@ -170,14 +180,21 @@ def memory_of_process(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measured_by_process(point: Point) -> float:
-    """What a process has at its peak beyond what it had before the run, with its libraries loaded."""
+def measured_by_process(point: Point, gaps: bool = True) -> float:
+    """What a process has at its peak beyond what it had before the run, with its libraries loaded.
+
+    Without `gaps` what is freed goes back to the system at once, as it does in torch's allocator for CUDA when
+    memory is short, instead of staying where the next tensor may not fit.
+    """
     with tempfile.TemporaryDirectory() as folder:
         point.prepare(Path(folder))
-        values = [str(getattr(point, f.name)) for f in fields(point)]
+        values = json.dumps([getattr(point, f.name) for f in fields(point)])
+        environment = {**os.environ, "MINIDPO_CACHE": folder}
+        if not gaps:
+            environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
         result = subprocess.run(
-            [sys.executable, "-m", "bench.memory", "--worker", folder, json.dumps(values)],
-            cwd=ROOT, env={**os.environ, "MINIDPO_CACHE": folder}, capture_output=True, text=True,
+            [sys.executable, "-m", "bench.memory", "--worker", folder, values],
+            cwd=ROOT, env=environment, capture_output=True, text=True,
         )  # fmt: skip
     if result.returncode:
         raise InputError(f"bench.memory failed:\n{result.stderr[-2000:]}")
@@ -185,9 +202,8 @@ def measured_by_process(point: Point) -> float:
 
 
 def work(folder: str, values: str) -> None:
-    shape, length, pairs, flags = json.loads(values)
     before = memory_of_process("VmRSS")
-    Point(shape, int(length), int(pairs), flags).run(Path(folder))
+    Point(*json.loads(values)).run(Path(folder))
     print(memory_of_process("VmHWM") - before)
 
 
@@ -203,7 +219,7 @@ LARGE = {
 }
 PROCESSES = [
     Point(shape, *LENGTHS[place % 2 + 1], flags)
-    for place, flags in enumerate(("", "--reference cached --checkpoint-activations", "--lora-rank 8"))
+    for place, flags in enumerate(("", "--reference cached --checkpoint-activations"))
     for shape in LARGE
 ]
 SHAPES |= LARGE
@@ -218,13 +234,22 @@ def main() -> None:
     if options.worker:
         work(*options.worker)
         return
-    print("| width x layers | length x pairs | flags | measured, MiB | planned | off by | the peak is at |")
-    print("|---|---|---|---|---|---|---|")
+    columns = ["measured, MiB", "planned", "off by"]
+    columns[1:1] = ["without gaps"] * options.process
+    print(f"| width x layers | length x pairs | flags | {' | '.join(columns)} | the peak is at |")
+    print("|" + "---|" * (4 + len(columns)), flush=True)
     for point in PROCESSES if options.process else GRID:
-        found = measured_by_process(point) if options.process else measured(point, options.device)
+        if options.process:
+            found = [measured_by_process(point), measured_by_process(point, gaps=False)]
+        else:
+            found = [measured(point, options.device)]
         moment, planned = point.planned(options.device)
         cells = point.shape, f"{point.length} x {point.pairs}", f"`{point.flags}`" if point.flags else ""
-        cells += f"{found / MIB:.1f}", f"{planned / MIB:.1f}", f"{planned / found - 1:+.1%}", moment
+        cells += (
+            *(f"{size / MIB:.1f}" for size in (*found, planned)),
+            f"{planned / found[-1] - 1:+.1%}",
+            moment,
+        )
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

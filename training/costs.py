@@ -185,12 +185,12 @@ def moments(config: ModelConfig, stream: TokenStream, plan: Plan) -> dict[str, d
     head_gradient = 0 if lora else FLOAT * head
 
     # DDP's buckets are a second copy of the gradients. With --shard there are whole, beside the parts, the
-    # embedding and the head; of the layers the one at work, the next, and the buffer in which it comes; in
-    # backward also the gradients of two layers, one that is being made and one on its way.
+    # embedding and the head; of the layers the one at work and the next, and the buffers in which they came;
+    # in backward also the gradients of three layers: made, laid out to be sent, and still on the way.
     exchange, returned = FLOAT * weights.trained if plan.gpus > 1 else 0, 0
     if plan.ranks > 1:
-        exchange = FLOAT * (weights.total - (layers - 3) * weights.layer)
-        returned = FLOAT * (weights.trained - (layers - 2) * weights.trained_layer) - head_gradient
+        exchange = FLOAT * (weights.total - (layers - 4) * weights.layer)
+        returned = FLOAT * (weights.trained - (layers - 3) * weights.trained_layer) - head_gradient
 
     def moment(gradients: float, copied: float, activations: float, logits: float, backward=True) -> dict:
         """`copied` weights have a copy in bf16."""
@@ -218,8 +218,9 @@ def moments(config: ModelConfig, stream: TokenStream, plan: Plan) -> dict[str, d
         found["reference's logits"] = moment(before, copied, whole, kept + made, backward=False)
     copied = weights.layer * (1 if again else layers) + head
     found["logits"] = moment(before, copied, whole, 3 * FLOAT * scores)
-    # The head's gradient comes in bf16 first, and in chunks it is added up.
-    found["head"] = moment(before + head_gradient * (1 + chunked), copied + head, whole, FLOAT * scores)
+    # The head's gradient, and in chunks what it is added to; under autocast both are bf16 at that moment.
+    slopes = before + head_gradient * (2 if chunked and not low else 1)
+    found["head"] = moment(slopes, copied, whole, FLOAT * scores)
     for name, left in (("last layer", layers), ("first layer", 1)):
         done = FLOAT * weights.trained_layer * (layers - left) / plan.ranks
         here = left * each + shared + again * (layer.kept - each)

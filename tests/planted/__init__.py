@@ -7,6 +7,7 @@ from tests.planted import (
     folders,
     loops,
     objectives,
+    plan,
     resume,
     reward,
     speed,
@@ -14,5 +15,7 @@ from tests.planted import (
     transformer,
 )
 
-ROOMS = (stream, transformer, objectives, reward, answers, data, loops, folders, resume, speed, experiments)
+ROOMS = (
+    stream, transformer, objectives, reward, answers, data, loops, folders, resume, speed, plan, experiments
+)  # fmt: skip
 MUTANTS = [mutant for room in ROOMS for mutant in room.MUTANTS]
