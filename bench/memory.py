@@ -183,8 +183,8 @@ def memory_of_process(name: str) -> int:
 def measured_by_process(point: Point, gaps: bool = True) -> float:
     """What a process has at its peak beyond what it had before the run, with its libraries loaded.
 
-    Without `gaps` what is freed goes back to the system at once, as it does in torch's allocator for CUDA when
-    memory is short, instead of staying where the next tensor may not fit.
+    Without `gaps` what is freed goes back to the system at once, instead of staying where the next tensor
+    may not fit.
     """
     with tempfile.TemporaryDirectory() as folder:
         point.prepare(Path(folder))

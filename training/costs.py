@@ -207,20 +207,16 @@ def moments(config: ModelConfig, stream: TokenStream, plan: Plan) -> dict[str, d
     chunked = scores < N * V
     made, kept = (2 * FLOAT + 2 * low) * scores, 0 if chunked else FLOAT * scores
 
-    # Autograd keeps the bf16 copy of a matrix for backward, if it does not make it again. Autocast keeps
-    # those of trained ones to the end of the forward, but not with --shard.
-    remade = again and (lora or plan.ranks > 1)
-    copied = weights.layer * (1 if remade else layers) + head
+    # Autograd keeps the bf16 copy of a matrix for backward, unless its layer is computed again.
+    copied = weights.layer * (1 if again else layers) + head
     found = {"forward": moment(before, copied, whole, made, backward=False)}
     if live:
         reading = copied + weights.layer
         found["reference"] = moment(before, reading, whole + layer.forward, kept, backward=False)
         found["reference's logits"] = moment(before, copied, whole, kept + made, backward=False)
-    copied = weights.layer * (1 if again else layers) + head
     found["logits"] = moment(before, copied, whole, 3 * FLOAT * scores)
-    # The head's gradient, and in chunks what it is added to; under autocast both are bf16 at that moment.
-    slopes = before + head_gradient * (2 if chunked and not low else 1)
-    found["head"] = moment(slopes, copied, whole, FLOAT * scores)
+    # The head's gradient, and in chunks what it is added to.
+    found["head"] = moment(before + head_gradient * (1 + chunked), copied, whole, FLOAT * scores)
     for name, left in (("last layer", layers), ("first layer", 1)):
         done = FLOAT * weights.trained_layer * (layers - left) / plan.ranks
         here = left * each + shared + again * (layer.kept - each)

@@ -113,7 +113,7 @@ def summary(config: ModelConfig, plan: Plan) -> str:
         f"{exchanged_bytes(config, plan) / 1e9:.3g} GB exchanged; {tokens / seconds:,.0f} tokens a second"
     )
     if plan.pairs:
-        lines.append(f"{plan.pairs:,} pairs: {plan.pairs / plan.batch_size * seconds / 86400:.2g} days")
+        lines.append(f"{plan.pairs:,} pairs: {plan.pairs / plan.batch_size * seconds / 3600:,.1f} hours")
     return "\n".join([*lines, f"train_dpo.py {flags(plan)}"])
 
 
