@@ -175,7 +175,9 @@ class Precision:
 
     def autocast(self) -> torch.autocast:
         dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
-        return torch.autocast(self.device_type, dtype=dtype, enabled=dtype is not None)
+        # Its cache would keep a copy of every weight to the end of the forward, of a split model as well, and
+        # the gradients of the vocabulary's chunks would be added up in that copy's precision.
+        return torch.autocast(self.device_type, dtype, enabled=dtype is not None, cache_enabled=False)
 
     def count_skip(self, skipped: bool) -> None:
         """Count the steps that the scaler skips because a gradient overflowed."""

@@ -7,6 +7,7 @@ from tests.planted import (
     folders,
     loops,
     objectives,
+    plan,
     resume,
     reward,
     shard,
@@ -16,6 +17,7 @@ from tests.planted import (
 )
 
 ROOMS = (
-    stream, transformer, objectives, reward, answers, data, loops, folders, resume, shard, speed, experiments
+    stream, transformer, objectives, reward, answers, data, loops, folders, resume, shard, speed, plan,
+    experiments,
 )  # fmt: skip
 MUTANTS = [mutant for room in ROOMS for mutant in room.MUTANTS]

@@ -97,7 +97,7 @@ MUTANTS = [
     Mutant(
         "flops-of-a-square",
         "A causal mask hides half of the scores; counted as if it did not, the machine looks better used.",
-        "bench/work.py",
+        "training/costs.py",
         "own * (own + 1) // 2",
         "own * own",
         "tests/test_bench.py::test_flops_are_those_that_torch_counts[forked]",

@@ -1,0 +1,257 @@
+"""How much memory does a run take, and what does training/costs.py say of it before?
+
+    python -m bench.memory               # tensors that are alive at the peak of a whole run of train_dpo.py
+    python -m bench.memory --process     # the peaks of whole processes, as Linux counts them
+    python -m bench.memory --device cuda # on a GPU, as torch's allocator counts them
+
+Counted tensors have no noise, and the formulas can be held to them. What a process has besides (what kernels
+need inside, gaps between what was freed) shows in the second table only.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train_dpo
+from bench.run import ROOT
+from bench.work import write_store
+from dataset.tokenizer import ChatTokenizer, train
+from errors import InputError, run_script
+from model.transformer import ModelConfig, Transformer
+from model.weights import save_model
+from training.costs import Plan, make_stream, peak
+from training.settings import parse
+
+MIB = 2**20
+# Name: vocabulary and shape. Each is unlike the others in what weighs most, and in an option.
+SMALL = "64 x 3"
+SHAPES = {
+    SMALL: (512, dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=176)),
+    "128 x 8, untied": (
+        6400,
+        dict(
+            hidden_size=128, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8,
+            intermediate_size=352, tie_word_embeddings=False,
+        ),
+    ),
+    "192 x 4, QK-norm": (
+        32_000,
+        dict(
+            hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=1,
+            intermediate_size=512, qk_norm=True,
+        ),
+    ),
+}  # fmt: skip
+LENGTHS = ((64, 8), (256, 4), (1024, 1))  # tokens of prompt and response, pairs a step
+FLAGS = (
+    "", "--reference cached", "--layout twin", "--checkpoint-activations",
+    "--reference cached --checkpoint-activations", "--micro-batch-size 1", "--lora-rank 8",
+    "--lora-rank 8 --checkpoint-activations", "--precision bf16", "--precision bf16 --lora-rank 8",
+    "--precision bf16 --reference cached --checkpoint-activations",
+    "--precision bf16 --micro-batch-size 1 --checkpoint-activations",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Point:
+    shape: str
+    length: int
+    pairs: int
+    flags: str
+
+    def __str__(self) -> str:
+        return f"{self.shape}, {self.length} x {self.pairs} {self.flags}".strip()
+
+    @property
+    def config(self) -> ModelConfig:
+        vocabulary, shape = SHAPES[self.shape]
+        return ModelConfig(vocabulary, **shape)
+
+    def arguments(self, device: str) -> list[str]:
+        """What train_dpo.py and training/plan.py are both told."""
+        said = f"--batch-size {self.pairs} --micro-batch-size {self.pairs} --precision fp32 --device {device}"
+        return shlex.split(f"{said} {self.flags}")
+
+    def planned(self, device: str = "cpu") -> tuple[str, float]:
+        """The moment of the peak, and its bytes."""
+        plan = parse(Plan, "", ["--length", str(self.length), *self.arguments(device)])
+        moment, parts = peak(self.config, make_stream(plan), plan)
+        return moment, sum(parts.values())
+
+    def run(self, folder: Path, device: str = "cpu") -> None:
+        """Two steps of train_dpo.py on pairs of this length, of which one half is the prompt."""
+        with mock.patch.object(train_dpo, "open_store", lambda *arguments: self.store(folder)):
+            train_dpo.main([
+                *("--model", str(folder / "model"), "--data", "synthetic", "--eval-data", ""),
+                *("--out", str(folder / "run"), "--max-length", str(self.length), "--epochs", "2"),
+                *self.arguments(device),
+            ])  # fmt: skip
+
+    def prepare(self, folder: Path) -> None:
+        torch.manual_seed(0)
+        save_model(folder / "model", Transformer(self.config))
+        train(["a"], vocab_size=259).save(str(folder / "model" / "tokenizer.json"))
+        ChatTokenizer(folder / "model" / "tokenizer.json").save(folder / "model")
+
+    def store(self, folder: Path):
+        generator, half = np.random.default_rng(0), self.length // 2
+        lengths, most = (half, self.length - half, self.length - half), self.config.vocab_size
+        pairs = [[generator.integers(10, most, n) for n in lengths] for _ in range(self.pairs)]
+        return write_store(folder / "store", pairs)
+
+
+def points() -> Iterator[Point]:
+    """Every set of flags with every shape, at one of the lengths; shorter in bf16, which may be emulated."""
+    for row, flags in enumerate(FLAGS):
+        for column, shape in enumerate(SHAPES):
+            length, pairs = LENGTHS[(row + column) % len(LENGTHS)]
+            if "bf16" in flags:
+                length, pairs = min(length, 256), min(pairs, 2)
+            yield Point(shape, length, pairs, flags)
+
+
+GRID = list(points())
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of all tensors that operations made and that are still there: now, and at the most.
+
+    Storages are counted once, whatever views there are of them.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor) and x.device.type == "cpu":
+                self.count(x.untyped_storage())
+        return result
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place not in self.seen:
+            self.seen.add(place)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, place, size)
+
+    def forget(self, place: int, size: int) -> None:
+        self.seen.remove(place)
+        self.now -= size
+
+
+def measured(point: Point, device: str = "cpu") -> float:
+    """Bytes at the peak of a whole run, from loading the model to saving it."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        point.prepare(Path(folder))
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            point.run(Path(folder), device)
+            return torch.cuda.max_memory_allocated()
+        with LiveBytes() as live:
+            point.run(Path(folder))
+        return live.peak
+
+
+# ---- Processes
+
+
+def memory_of_process(name: str) -> int:
+    """Bytes: VmRSS is what this process has in memory now, VmHWM the most it ever had."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    return int(line.split()[1]) * 1024
+
+
+def measured_by_process(point: Point, gaps: bool = True) -> float:
+    """What a process has at its peak beyond what it had before the run, with its libraries loaded.
+
+    Without `gaps` what is freed goes back to the system at once, instead of staying where the next tensor
+    may not fit.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        point.prepare(Path(folder))
+        values = json.dumps([getattr(point, f.name) for f in fields(point)])
+        environment = {**os.environ, "MINIDPO_CACHE": folder}
+        if not gaps:
+            environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
+        result = subprocess.run(
+            [sys.executable, "-m", "bench.memory", "--worker", folder, values],
+            cwd=ROOT, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+    if result.returncode:
+        raise InputError(f"bench.memory failed:\n{result.stderr[-2000:]}")
+    return float(result.stdout.splitlines()[-1])
+
+
+def work(folder: str, values: str) -> None:
+    before = memory_of_process("VmRSS")
+    Point(*json.loads(values)).run(Path(folder))
+    print(memory_of_process("VmHWM") - before)
+
+
+# ---- The tables
+
+# Large enough that what a process has besides is small.
+LARGE = {
+    "256 x 8": (6400, dict(hidden_size=256, num_hidden_layers=8, intermediate_size=704)),
+    "512 x 8": (
+        32_000,
+        dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408),
+    ),
+}
+PROCESSES = [
+    Point(shape, *LENGTHS[place % 2 + 1], flags)
+    for place, flags in enumerate(("", "--reference cached --checkpoint-activations"))
+    for shape in LARGE
+]
+SHAPES |= LARGE
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--process", action="store_true", help="measure processes instead of tensors")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(*options.worker)
+        return
+    columns = ["measured, MiB", "planned", "off by"]
+    columns[1:1] = ["without gaps"] * options.process
+    print(f"| width x layers | length x pairs | flags | {' | '.join(columns)} | the peak is at |")
+    print("|" + "---|" * (4 + len(columns)), flush=True)
+    for point in PROCESSES if options.process else GRID:
+        if options.process:
+            found = [measured_by_process(point), measured_by_process(point, gaps=False)]
+        else:
+            found = [measured(point, options.device)]
+        moment, planned = point.planned(options.device)
+        cells = point.shape, f"{point.length} x {point.pairs}", f"`{point.flags}`" if point.flags else ""
+        cells += (
+            *(f"{size / MIB:.1f}" for size in (*found, planned)),
+            f"{planned / found[-1] - 1:+.1%}",
+            moment,
+        )
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main)

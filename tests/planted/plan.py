@@ -1,0 +1,57 @@
+"""What the planner says of memory and time. See tests/mutants.py."""
+
+from tests.planted.mutant import Mutant
+
+PLAN = "tests/test_plan.py::"
+PEAK = PLAN + "test_peaks_of_runs_are_as_planned"
+
+MUTANTS = [
+    Mutant(
+        "plan-without-moments",
+        "AdamW keeps two numbers for each weight, as much as weights and reference together.",
+        "training/costs.py",
+        '"optimizer": 2 * FLOAT * weights.trained',
+        '"optimizer": 0 * FLOAT * weights.trained',
+        PEAK + "[64 x 3, 64 x 8]",
+    ),
+    Mutant(
+        "plan-without-scores",
+        "Written-out attention keeps what every query gives every key: the square of a length.",
+        "training/costs.py",
+        "2 * k + kept * sum(scores)",
+        "2 * k",
+        PEAK + "[64 x 3, 1024 x 1 --layout twin]",
+    ),
+    Mutant(
+        "plan-keeps-layers-that-are-computed-again",
+        "A switch that is tried and saves nothing is never named.",
+        "training/costs.py",
+        "each = FLOAT * T * d if again else layer.kept",
+        "each = layer.kept",
+        PEAK + "[64 x 3, 64 x 8 --checkpoint-activations]",
+    ),
+    Mutant(
+        "plan-with-all-scores-at-once",
+        "The vocabulary comes in chunks where it is large; planned whole, it would not fit where it does.",
+        "training/costs.py",
+        "scores = V * min(N, max(1, transformer.LOGITS // V))",
+        "scores = V * N",
+        PLAN + "test_peaks_with_the_vocabulary_in_chunks[]",
+    ),
+    Mutant(
+        "plan-copies-where-parts-are",
+        "With --shard a GPU holds its part; planned as a copy, no number of GPUs would do.",
+        "training/costs.py",
+        "return self.gpus if self.shard else 1",
+        "return 1",
+        PLAN + "test_sharding_leaves_each_gpu_its_part",
+    ),
+    Mutant(
+        "plan-tries-the-dearest-first",
+        "Adapters fit nearly everything, and would be named where a cached reference was enough.",
+        "training/plan.py",
+        "for rank in dict.fromkeys([plan.lora_rank, plan.lora_rank or 16])",
+        "for rank in dict.fromkeys([plan.lora_rank or 16, plan.lora_rank])",
+        PLAN + "test_more_gpus_would_do",
+    ),
+]
