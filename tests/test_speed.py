@@ -20,6 +20,7 @@ from model import transformer
 from model.weights import load_model, save_model
 from tests.conftest import MODEL_OPTIONS, ROOT, make_model
 from tests.loops import weights
+from training.distributed import Precision
 
 SCRIPTS = {"train_dpo": train_dpo, "train_sft": train_sft, "train_reward": train_reward}
 
@@ -86,6 +87,23 @@ def test_chunks_are_exact(stream, tokenizer, options, monkeypatch):
         monkeypatch.setattr(transformer, "LOGITS", chunk * tokenizer.vocab_size)
         assert_same(outcome(model, stream, collisions=True), whole)
         assert_same(outcome(model, stream), ([whole[0][0], whole[0][2]], whole[1]))
+
+
+def test_chunks_add_up_in_float32(stream, tokenizer, monkeypatch):
+    """Under bf16, too: autocast's cache would sum the gradients of all chunks in one bf16 copy."""
+    model = make_model(tokenizer.vocab_size, torch.float32, tie_word_embeddings=False)
+
+    def gradient(chunk: int) -> torch.Tensor:
+        monkeypatch.setattr(transformer, "LOGITS", chunk * tokenizer.vocab_size)
+        model.zero_grad()
+        with Precision("bf16", torch.device("cpu")).autocast():
+            logps = model(stream)
+        logps.sum().backward()
+        return model.lm_head.weight.grad.clone()
+
+    whole, chunks = gradient(len(stream.targets)), gradient(1)
+    assert torch.equal(whole, whole.bfloat16().float()) and not torch.equal(chunks, chunks.bfloat16().float())
+    assert (chunks - whole).norm() < 0.005 * whole.norm()
 
 
 def test_no_tensor_is_positions_times_vocabulary(stream, monkeypatch):

@@ -150,4 +150,12 @@ MUTANTS = [
         "",
         SPEED + "test_freed_memory_is_used_again",
     ),
+    Mutant(
+        "autocast-with-a-cache",
+        "It holds a copy of every weight, and adds up the gradients of chunks in bf16.",
+        "training/distributed.py",
+        ", cache_enabled=False)",
+        ")",
+        SPEED + "test_chunks_add_up_in_float32",
+    ),
 ]
