@@ -14,6 +14,7 @@ import torch
 import train_dpo
 from bench import memory
 from bench.memory import GRID, SMALL, LiveBytes, Point
+from bench.work import write_store
 from dataset.packing import build_stream
 from errors import InputError
 from model import transformer
@@ -35,6 +36,7 @@ from training.costs import (
     step_flops,
     step_seconds,
 )
+from training.distributed import Precision
 from training.settings import parse
 
 QUICK = [point for point in GRID if point.shape == SMALL]
@@ -42,7 +44,7 @@ CONFIG = ModelConfig(6400, **PRESETS["26m"])
 
 
 def assert_as_planned(point: Point) -> None:
-    """Within 15 %, which is what the planner promises; the comment in docs/SCALE.md says what it keeps."""
+    """Within 15 %, which is what the planner promises; docs/SCALE.md shows how close it comes."""
     assert point.planned()[1] == pytest.approx(memory.measured(point), rel=0.15)
 
 
@@ -69,7 +71,7 @@ def test_peaks_with_the_vocabulary_in_chunks(flags, monkeypatch):
     assert_as_planned(point)
     whole = point.planned()[1]
     monkeypatch.setattr(transformer, "LOGITS", 2**25)
-    assert point.planned()[1] > 1.2 * whole
+    assert point.planned()[1] > 1.1 * whole
 
 
 def test_tensors_are_counted_once_and_while_they_live():
@@ -85,6 +87,18 @@ def test_tensors_are_counted_once_and_while_they_live():
         y = torch.ones(64)
         assert (live.now, live.peak) == (256, 1024)
     assert len(y) == 64
+
+
+def test_autocast_keeps_no_copy_of_the_weights(tmp_path):
+    """With layers computed again nothing of their weights stays behind a forward, not even in bf16."""
+    model = make_model(320, torch.float32, hidden_size=64, num_hidden_layers=8, intermediate_size=128)
+    model.checkpoint_activations = True
+    ids = [torch.zeros(n, dtype=torch.long).numpy() for n in (4, 3, 3)]
+    stream = build_stream(write_store(tmp_path, [ids]), [0])
+    with LiveBytes() as live, Precision("bf16", torch.device("cpu")).autocast():
+        logps = model(stream)
+        kept = live.now
+    assert logps.requires_grad and kept < 0.5 * sum(2 * p.numel() for p in model.layers.parameters())
 
 
 # ---- What is on paper
@@ -117,7 +131,7 @@ def test_weights_are_those_of_the_model(preset, rank):
 def test_the_stream_is_that_of_equal_pairs(layout, prompt, tmp_path):
     """Segments that build_stream would not make are a plan for another program."""
     ids = [torch.zeros(n, dtype=torch.long).numpy() for n in (prompt, 200, 200)]
-    real = build_stream(memory.write_store(tmp_path, [ids] * 3), range(3), layout)
+    real = build_stream(write_store(tmp_path, [ids] * 3), range(3), layout)
     planned = make_stream(Plan(length=prompt + 200, prompt=prompt, batch_size=3, layout=layout))
     assert planned.segments.tolist() == real.segments.tolist()
     assert (len(planned.tokens), len(planned.targets)) == (len(real.tokens), len(real.targets))

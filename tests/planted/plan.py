@@ -54,4 +54,12 @@ MUTANTS = [
         "for rank in dict.fromkeys([plan.lora_rank or 16, plan.lora_rank])",
         PLAN + "test_more_gpus_would_do",
     ),
+    Mutant(
+        "autocast-keeps-copies",
+        "A bf16 copy of all weights, of split ones as well, stays to the end of each forward.",
+        "training/distributed.py",
+        ", cache_enabled=False",
+        "",
+        PLAN + "test_autocast_keeps_no_copy_of_the_weights",
+    ),
 ]
