@@ -190,10 +190,9 @@ def measured_by_process(point: Point, gaps: bool = True) -> float:
         point.prepare(Path(folder))
         values = json.dumps([getattr(point, f.name) for f in fields(point)])
         environment = {**os.environ, "MINIDPO_CACHE": folder}
-        if not gaps:
-            environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
+        environment |= {} if gaps else {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
         result = subprocess.run(
-            [sys.executable, "-m", "bench.memory", "--worker", folder, values],
+            [sys.executable, "-m", "bench.memory", "--worker", folder, values, "gaps" * gaps],
             cwd=ROOT, env=environment, capture_output=True, text=True,
         )  # fmt: skip
     if result.returncode:
@@ -201,9 +200,10 @@ def measured_by_process(point: Point, gaps: bool = True) -> float:
     return float(result.stdout.splitlines()[-1])
 
 
-def work(folder: str, values: str) -> None:
+def work(folder: str, values: str, gaps: str) -> None:
     before = memory_of_process("VmRSS")
-    Point(*json.loads(values)).run(Path(folder))
+    with contextlib.nullcontext() if gaps else mock.patch("training.distributed.keep_freed_memory"):
+        Point(*json.loads(values)).run(Path(folder))
     print(memory_of_process("VmHWM") - before)
 
 
@@ -229,7 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--process", action="store_true", help="measure processes instead of tensors")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work(*options.worker)

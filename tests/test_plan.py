@@ -105,7 +105,7 @@ def test_autocast_keeps_no_copy_of_the_weights(tmp_path):
 
 
 def a_plan(**options) -> Plan:
-    return Plan(model="26m", vocab_size=6400, length=512, batch_size=32, **options)
+    return Plan(**{**dict(model="26m", vocab_size=6400, length=512, batch_size=32), **options})
 
 
 def total(plan: Plan, config: ModelConfig = CONFIG) -> float:
@@ -148,6 +148,16 @@ def test_sharding_leaves_each_gpu_its_part():
         one[part] for part in ("weights", "reference", "optimizer")
     ]
     assert copies["exchange"] == one["weights"]  # DDP's buckets are as large as the gradients.
+
+
+def test_fused_attention_keeps_what_grows_with_the_length_alone():
+    """No score is written; of twice the tokens twice as much is kept, where written out it is more."""
+    kept = {}
+    for fused in (False, True):
+        runs = [a_plan(fused_attention=fused, length=length, micro_batch_size=1) for length in (2048, 4096)]
+        kept[fused] = [peak(CONFIG, make_stream(run), run)[1]["activations"] for run in runs]
+    assert kept[True][1] == pytest.approx(2 * kept[True][0], rel=1e-3) and kept[True][0] < kept[False][0]
+    assert kept[False][1] > 3 * kept[False][0]
 
 
 def peak_of(gpus: int, shard: bool = True) -> dict[str, float]:
@@ -209,7 +219,8 @@ def test_what_fits_is_left_alone(capsys):
     "arguments, switch",
     [
         ("--model 26m --vocab-size 6400 --memory 0.9 --batch-size 1 --length 700", "--reference cached"),
-        ("--model 26m --vocab-size 6400 --memory 3.2 --batch-size 16", "--micro-batch-size 8"),
+        ("--model 26m --vocab-size 6400 --memory 3.2 --batch-size 16", "--fused-attention"),
+        ("--model 26m --vocab-size 6400 --memory 1.6 --batch-size 16", "--micro-batch-size"),
         ("--model qwen2.5-0.5b --vocab-size 151936 --memory 16 --batch-size 1 --length 4096", "--checkpoint"),
         ("--model llama-3-8b --gpus 8 --memory 80", "--shard"),
         ("--model llama-3-8b --memory 80", "--lora-rank 16"),
@@ -234,7 +245,7 @@ def test_the_cheapest_switch_that_fits_is_named(arguments, switch, capsys):
 def test_flags_that_are_named_are_those_of_the_script(capsys):
     """A command line that the script refuses is no help."""
     out = said(capsys, "--model llama-3-70b --gpus 8 --batch-size 64 --length 2048")
-    known = {f"--{f.name.replace('_', '-')}" for f in fields(train_dpo.Settings)} | {"--shard"}
+    known = {f"--{f.name.replace('_', '-')}" for f in fields(train_dpo.Settings)}
     lines = [line for line in out.splitlines() if line.startswith("train_dpo.py")]
     assert len(lines) == 3
     for line in lines:

@@ -35,6 +35,7 @@ class Plan:
     precision: str = flag("bf16", "of the forward pass", ("fp32", "bf16"))
     checkpoint_activations: bool = flag(False, "as in train_dpo.py")
     lora_rank: int = flag(0, "as in train_dpo.py")
+    fused_attention: bool = flag(False, "as in train_dpo.py")
     shard: bool = flag(False, "as in train_dpo.py")
     gpus: int = flag(1, "how many, over all nodes")
     device: str = flag(
@@ -142,9 +143,10 @@ class Layer:
         wide = 2 if low else FLOAT  # bytes of what a product reads and writes
         # CUDA's autocast makes a softmax in float32 and a copy of it in bf16, the CPU's makes it in bf16.
         made, kept = ((10, 6) if plan.device == "cuda" else (4, 2)) if low else (8, 4)
-        scores = [config.num_attention_heads * block.bias.numel() for block in stream.blocks]
+        blocks = [] if plan.fused_attention else stream.blocks
+        scores = [0, *(config.num_attention_heads * block.bias.numel() for block in blocks)]
         # A block with a prefix has keys and values of its own, the prefix's copied before theirs.
-        copied = sum(block.bias.shape[1] for block in stream.blocks if block.prefix is not None)
+        copied = sum(block.bias.shape[1] for block in blocks if block.prefix is not None)
 
         # A norm keeps what enters it and, for its gain's gradient, what the gain multiplies.
         norm = FLOAT * (1 if plan.lora_rank else 2)
@@ -152,6 +154,10 @@ class Layer:
         attention = T * d * (norm + wide * (3 if low else 1))
         attention += wide * T * 2 * q  # the queries, and what o_proj reads
         attention += wide * (T + copied) * 2 * k + kept * sum(scores)  # keys, values, and who sees whom
+        if plan.fused_attention:
+            attention += T * (
+                wide * q + FLOAT * config.num_attention_heads
+            )  # its output, log-sum-exp of scores
         if config.qk_norm:
             attention += norm * T * (q + k)
         feed_forward = T * d * (norm + wide * (2 if low else 1))
@@ -200,7 +206,8 @@ def moments(config: ModelConfig, stream: TokenStream, plan: Plan) -> dict[str, d
     # What autograd keeps: of each layer all or what enters it; the rotation and the biases, which all layers
     # share; the final norm's, and what meets the vocabulary.
     each = FLOAT * T * d if again else layer.kept
-    shared = FLOAT * (T * config.head_dim + sum(block.bias.numel() for block in stream.blocks))
+    biases = 0 if plan.fused_attention else sum(block.bias.numel() for block in stream.blocks)
+    shared = FLOAT * (T * config.head_dim + biases)
     whole = layers * each + shared + 3 * FLOAT * T * d + (2 if low else FLOAT) * N * d
     # Scores come all at once, or chunk by chunk and again in backward. Their log-softmax is kept.
     scores = V * min(N, max(1, transformer.LOGITS // V))

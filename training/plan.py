@@ -59,12 +59,13 @@ def switched(plan: Plan) -> Iterator[Plan]:
     return (
         replace(
             plan, lora_rank=rank, shard=shard, checkpoint_activations=again, micro_batch_size=pairs,
-            reference=reference,
+            fused_attention=fused, reference=reference,
         )
         for rank in dict.fromkeys([plan.lora_rank, plan.lora_rank or 16])
         for shard in sorted({plan.shard, plan.gpus > 1})
         for again in sorted({plan.checkpoint_activations, True})
         for pairs in halves
+        for fused in sorted({plan.fused_attention, plan.device == "cuda"})
         for reference in dict.fromkeys([plan.reference, "cached"])
     )  # fmt: skip
 
@@ -85,7 +86,7 @@ def more_gpus(plan: Plan) -> Iterator[Plan]:
         if gpus > plan.gpus:
             yield replace(
                 plan, gpus=gpus, batch_size=max(plan.batch_size, gpus), micro_batch_size=1, shard=True,
-                checkpoint_activations=True, reference="cached",
+                checkpoint_activations=True, fused_attention=plan.device == "cuda", reference="cached",
             )  # fmt: skip
 
 
@@ -93,6 +94,7 @@ def flags(plan: Plan) -> str:
     """What train_dpo.py is to be told."""
     said = f"--batch-size {plan.batch_size} --micro-batch-size {plan.pairs_at_once}"
     said += f" --precision {plan.precision} --layout {plan.layout} --reference {plan.reference}"
+    said += " --fused-attention" * plan.fused_attention
     said += " --checkpoint-activations" * plan.checkpoint_activations + " --shard" * plan.shard
     return said + f" --lora-rank {plan.lora_rank}" * bool(plan.lora_rank)
 
