@@ -17,11 +17,12 @@ endif
 demo: $(RUN_READY)
 	$(PYTHON) -m eval.demo --out runs/demo
 
+# Two processes, each with files of its own; a process of tests uses one thread.
 test: $(DEV_READY) lint
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 test-all: $(DEV_READY) lint
-	$(PYTHON) -m pytest -m ""
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m ""
 
 parity: $(PARITY_READY)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest tests/parity

@@ -106,6 +106,7 @@ def evaluate(
     pairs of a batch depend on one another there.
     """
     meter, settings = Meter(world), objective.settings
+    policy.count_collisions = settings.wpo
     for rows in share(len(pairs), world.rank, world.ranks, batch_size):
         stream = build_stream(pairs, rows, layout).to(world.device)
         with precision.autocast():

@@ -14,13 +14,17 @@ from tests.mutants import CHECKS, MUTANTS, ROOT
 def verdicts(request, tmp_path_factory) -> dict[str, list[str]]:
     """The verdicts on those mutants that this run of pytest asks for, from one process that forks for each.
 
-    A process of its own, because here the project's modules are imported already, without any bug.
+    A process of its own, because here the project's modules are imported already, without any bug. The tests
+    that this run of pytest has collected itself show without it whether they are green.
     """
     file = tmp_path_factory.mktemp("mutants") / "verdicts.json"
+    collected = file.with_name("collected")
+    collected.write_text("\n".join(item.nodeid for item in request.session.items))
     asked = {item.name for item in request.session.items}
     names = [mutant.name for mutant in MUTANTS if f"test_mutant_is_killed[{mutant.name}]" in asked]
     names += [check.name for check in CHECKS]
     command = [sys.executable, "-m", "tests.mutants", *names, "--json", str(file)]
+    command += ["--run-elsewhere", str(collected)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert file.exists(), result.stdout + result.stderr
     return json.loads(file.read_text())
