@@ -166,7 +166,7 @@ def score_pairs(
     model: RewardModel, pairs: TokenStore, settings: Settings, world: World, precision: Precision
 ) -> Tensor:
     """The rewards of every pair's chosen and rejected answer, (P, 2), on every rank."""
-    rewards = torch.zeros(len(pairs), 2, device=world.device)
+    rewards = torch.zeros(len(pairs), 2, dtype=model.score.weight.dtype, device=world.device)
     for rows in share(len(pairs), world.rank, world.ranks, settings.micro_batch_size):
         stream = build_stream(pairs, rows, settings.layout).to(world.device)
         with precision.autocast():

@@ -414,7 +414,8 @@ def test_all_is_on_the_disk_before_the_folder_is_renamed(folder, world, monkeypa
     unfinished = "00000003-{sha256}.shards.tmp"
     renamed = watched.log.index(("replace", unfinished))
     before = watched.log[:renamed]
-    assert {("fsync", name) for name in ("__0_0.distcp", METADATA + ".tmp", STATE + ".tmp")} <= {*before}
+    written = "__0_0.distcp", f"{METADATA}.{os.getpid()}.tmp", f"{STATE}.{os.getpid()}.tmp"
+    assert {("fsync", name) for name in written} <= {*before}
     assert before[-1] == ("fsync", unfinished), "the names within it, too"
     assert watched.log[renamed + 1] == ("fsync", "checkpoints")
     assert [what for what, _ in watched.log[renamed + 2 :]] == ["rename", "rmtree"], "what is old goes last"
