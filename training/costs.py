@@ -6,6 +6,7 @@ measured peaks, and what of it is on paper only. DPO is here as a number: forwar
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -106,19 +107,21 @@ class Weights:
 
     @classmethod
     def of(cls, config: ModelConfig, plan: Plan) -> "Weights":
-        """Counted in a model of one layer, which has a shape and no memory."""
-        with torch.device("meta"):
-            model = Transformer(replace(config, num_hidden_layers=1))
-        if plan.lora_rank:
-            add_adapters(model, plan.lora_rank, 1.0, "all", seed=0)
-
-        def count(module: torch.nn.Module) -> tuple[int, int]:
-            weights = [(p.numel(), p.requires_grad) for p in module.parameters()]
-            return sum(n for n, _ in weights), sum(n for n, is_trained in weights if is_trained)
-
-        (whole, whole_trained), (layer, trained) = count(model), count(model.layers)
+        one = replace(config, num_hidden_layers=1, rope_scaling=None)
+        whole, whole_trained, layer, trained = count_weights(one, plan.lora_rank)
         others = config.num_hidden_layers - 1
         return cls(whole + others * layer, whole_trained + others * trained, layer, trained)
+
+
+@cache
+def count_weights(config: ModelConfig, lora_rank: int) -> list[int]:
+    """All and the trained ones, of the model and of its layers: counted in one without memory."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    if lora_rank:
+        add_adapters(model, lora_rank, 1.0, "all", seed=0)
+    parts = [list(part.parameters()) for part in (model, model.layers)]
+    return [sum(p.numel() for p in part if p.requires_grad or all_of) for part in parts for all_of in (1, 0)]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
 The formulas stand in costs.py; docs/SCALE.md explains them and says which of the figures were ever measured.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def read_shape(plan: Plan) -> ModelConfig:
 
 
 def switched(plan: Plan) -> Iterator[Plan]:
-    """The same run with switches, the cheapest first: those named last here cost least and change first."""
+    """The same run with switches; those that are named last here change first."""
     halves = [max(1, plan.pairs_at_once >> n) for n in range(plan.pairs_at_once.bit_length())]
     return (
         replace(
@@ -70,8 +70,17 @@ def switched(plan: Plan) -> Iterator[Plan]:
     )  # fmt: skip
 
 
-def first_that_fits(config: ModelConfig, plans: Iterable[Plan]) -> Plan | None:
-    return next((plan for plan in plans if needed(config, plan) <= plan.memory), None)
+def cheapest_that_fits(config: ModelConfig, plan: Plan) -> Plan | None:
+    """The fastest that fits, of equally fast ones the first; adapters, another training, after all others.
+
+    A cached reference is no faster here: in one epoch it costs before the first step what it saves later.
+    """
+
+    def cost(one: Plan) -> tuple[int, float]:
+        live = replace(one, reference="live")
+        return one.lora_rank, step_seconds(config, make_stream(live), live)
+
+    return min((one for one in switched(plan) if needed(config, one) <= one.memory), key=cost, default=None)
 
 
 def needed(config: ModelConfig, plan: Plan) -> float:
@@ -125,13 +134,14 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{plan.model}, {plan.gpus} GPU(s)\n{summary(config, plan)}")
     if needed(config, plan) <= plan.memory:
         return
-    fits = first_that_fits(config, switched(plan))
+    fits = cheapest_that_fits(config, plan)
     if fits:
         print(f"\nDoes not fit. The cheapest that does:\n{summary(config, fits)}")
     if fits and fits.lora_rank == plan.lora_rank:
         return
     said = "Or" if fits else "Does not fit, but would"
-    if more := first_that_fits(config, more_gpus(plan)):
+    more = next((one for one in more_gpus(plan) if needed(config, one) <= one.memory), None)
+    if more:
         print(f"\n{said} on {more.gpus} GPUs:\n{summary(config, more)}")
     elif not fits:
         print(f"\nDoes not fit, not on {MOST_GPUS} GPUs either")

@@ -47,12 +47,12 @@ MUTANTS = [
         PLAN + "test_sharding_leaves_each_gpu_its_part",
     ),
     Mutant(
-        "plan-tries-the-dearest-first",
-        "Adapters fit nearly everything, and would be named where a cached reference was enough.",
+        "plan-names-the-slowest",
+        "Of all switches with which a run fits, the planner would name those that cost most.",
         "training/plan.py",
-        "for rank in dict.fromkeys([plan.lora_rank, plan.lora_rank or 16])",
-        "for rank in dict.fromkeys([plan.lora_rank or 16, plan.lora_rank])",
-        PLAN + "test_more_gpus_would_do",
+        "return one.lora_rank, step_seconds(",
+        "return -one.lora_rank, -step_seconds(",
+        PLAN + "test_adapters_are_named_last",
     ),
     Mutant(
         "autocast-keeps-copies",
