@@ -39,7 +39,9 @@ from training.costs import (
 from training.distributed import Precision
 from training.settings import parse
 
+# The small shape is nearly all activations; of a single short pair in a larger one, weights are nearly all.
 QUICK = [point for point in GRID if point.shape == SMALL]
+QUICK += [Point("128 x 8, untied", 64, 1, flags) for flags in ("", "--reference cached", "--lora-rank 8")]
 CONFIG = ModelConfig(6400, **PRESETS["26m"])
 
 

@@ -12,7 +12,7 @@ MUTANTS = [
         "training/costs.py",
         '"optimizer": 2 * FLOAT * weights.trained',
         '"optimizer": 0 * FLOAT * weights.trained',
-        PEAK + "[64 x 3, 64 x 8]",
+        PLAN + "test_peaks_with_the_vocabulary_in_chunks[]",
     ),
     Mutant(
         "plan-without-scores",
@@ -61,5 +61,13 @@ MUTANTS = [
         ", cache_enabled=False",
         "",
         PLAN + "test_autocast_keeps_no_copy_of_the_weights",
+    ),
+    Mutant(
+        "plan-copies-the-reference-of-adapters",
+        "With LoRA the reference is the same weights; planned as a copy, half the model would not fit.",
+        "training/costs.py",
+        "if live and not lora else 0",
+        "if live else 0",
+        PEAK + "[128 x 8, untied, 64 x 1 --lora-rank 8]",
     ),
 ]
