@@ -12,7 +12,7 @@ MUTANTS = [
         "training/costs.py",
         '"optimizer": 2 * FLOAT * weights.trained',
         '"optimizer": 0 * FLOAT * weights.trained',
-        PEAK + "[64 x 3, 64 x 8]",
+        PLAN + "test_peaks_with_the_vocabulary_in_chunks[]",
     ),
     Mutant(
         "plan-without-scores",
