@@ -27,14 +27,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_dpo
-from bench.run import ROOT
 from bench.work import write_store
 from dataset.tokenizer import ChatTokenizer, train
 from errors import InputError, run_script
 from model.transformer import ModelConfig, Transformer
 from model.weights import save_model
 from training.costs import Plan, make_stream, peak
-from training.settings import parse
+from training.settings import ROOT, parse
 
 MIB = 2**20
 # Name: vocabulary and shape. Each is unlike the others in what weighs most, and in an option.

@@ -32,8 +32,8 @@ from bench.tables import SHIPPED, tables
 from bench.work import CASES, CUDA_CASES, QUICK, Case
 from errors import InputError, run_script
 from training.distributed import cpu_multiplies_bf16, pick_device
+from training.settings import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 FUSED = "ours, forked cached --fused-attention"
 IMPLEMENTATIONS = {
     SHIPPED: "its defaults untouched: bf16, checkpointed activations, live reference",
