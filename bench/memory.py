@@ -4,12 +4,13 @@
     python -m bench.memory --process     # the peaks of whole processes, as Linux counts them
     python -m bench.memory --device cuda # on a GPU, as torch's allocator counts them
 
-Counted tensors have no noise, and the formulas can be held to them. What a process has besides (what kernels
-need inside, gaps between what was freed) shows in the second table only.
+Counted tensors have no noise, and the formulas can be held to them. A process has more: what libraries and
+kernels need inside, which is measured on a run of next to no model, and gaps between what was freed.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shlex
@@ -217,11 +218,11 @@ LARGE = {
     ),
 }
 PROCESSES = [
-    Point(shape, *LENGTHS[place % 2 + 1], flags)
-    for place, flags in enumerate(("", "--reference cached --checkpoint-activations"))
-    for shape in LARGE
+    Point(shape, *LENGTHS[place % len(LENGTHS)], flags)
+    for place, (flags, shape) in enumerate(itertools.product(FLAGS[:8], LARGE))
 ]
 SHAPES |= LARGE
+NEARLY_NOTHING = Point(SMALL, 64, 1, "")
 
 
 def main() -> None:
@@ -233,8 +234,11 @@ def main() -> None:
     if options.worker:
         work(*options.worker)
         return
-    columns = ["measured, MiB", "planned", "off by"]
-    columns[1:1] = ["without gaps"] * options.process
+    columns, own = ["measured, MiB", "planned", "off by"], 0.0
+    if options.process:
+        columns[1:1] = ["without gaps"]
+        own = measured_by_process(NEARLY_NOTHING, gaps=False) - NEARLY_NOTHING.planned()[1]
+        print(f"planned is the tensors, and {own / MIB:.1f} MiB that a process needs for nearly none\n")
     print(f"| width x layers | length x pairs | flags | {' | '.join(columns)} | the peak is at |")
     print("|" + "---|" * (4 + len(columns)), flush=True)
     for point in PROCESSES if options.process else GRID:
@@ -243,6 +247,7 @@ def main() -> None:
         else:
             found = [measured(point, options.device)]
         moment, planned = point.planned(options.device)
+        planned += own
         cells = point.shape, f"{point.length} x {point.pairs}", f"`{point.flags}`" if point.flags else ""
         cells += (
             *(f"{size / MIB:.1f}" for size in (*found, planned)),

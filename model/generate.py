@@ -42,7 +42,7 @@ class KVCache:
         ):
             start = sum(output.shape[1] for output in outputs)
             end = int(self.positions[start + count - 1]) + 1
-            query, bias = q[:, start : start + count], causal_bias(count, end, like=q)
+            query, bias = q[:, start : start + count], causal_bias(count, end, q.device)
             outputs.append(attention(query, keys[row, :, :end], values[row, :, :end], bias))
         return torch.cat(outputs, dim=1)
 

@@ -8,13 +8,13 @@ shifted: the hidden state at ``predictors[n]`` predicts token ``targets[n]`` of 
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
+from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-BLOCK = 256  # tokens that attend in one call, if they are of several trees
+BLOCK = 256  # tokens that attend in one call, at most
 
 
 @dataclass(frozen=True)
@@ -78,50 +78,51 @@ class TokenStream:
         queries, keys, values = (x.split(lengths, dim=1) for x in (q, k, v))
         outputs = []
         for block, query, key, value in zip(self.blocks, queries, keys, values, strict=True):
-            if block.prefix is not None:
-                key = torch.cat([keys[block.prefix], key], dim=1)
-                value = torch.cat([values[block.prefix], value], dim=1)
-            outputs.append(attention(query, key, value, block.bias.to(q)))
+            if block.context:
+                key = torch.cat([*(keys[index] for index in block.context), key], dim=1)
+                value = torch.cat([*(values[index] for index in block.context), value], dim=1)
+            outputs.append(attention(query, key, value, block.bias))
         return torch.cat(outputs, dim=1)
 
     @cached_property
     def blocks(self) -> list["Block"]:
         """The stream cut into runs that attend in one call each, the same for every layer and model.
 
-        Many small calls cost more than some scores between strangers, computed and then hidden. So trees (a
-        prompt with its branches, or a segment alone) share a block of up to BLOCK tokens. In a larger tree
-        each segment is a block, and its prefix another.
+        Many small calls cost more than some scores between strangers, computed and then hidden, and a large
+        causal square is half hidden. So trees (a prompt with its branches, or a segment alone) share a block
+        of up to BLOCK tokens, and a segment of a larger tree is cut into such blocks.
         """
-        runs: list[list[list[int]]] = []
-        room = -1  # what the last run has left; -1 where it takes no more
-        for tree in self._trees():
-            length = tree[-1][1] - tree[0][0]
-            if length <= room:
-                runs[-1] += tree
-                room -= length
-            elif length <= BLOCK:
-                runs.append(tree)
-                room = BLOCK - length
+        blocks: list[Block] = []
+        for run in self._runs():
+            if run[-1][1] - run[0][0] <= BLOCK:
+                blocks.append(Block.of_trees(run, self.tokens.device))
             else:
-                runs += [[segment] for segment in tree]
-                room = -1
-        block_at = {run[0][0]: index for index, run in enumerate(runs)}
-        return [Block.of(run, block_at, self.tokens.device) for run in runs]
+                blocks += cut(run, len(blocks), self.tokens.device)
+        return blocks
 
     @cached_property
     def fused(self) -> "FusedAttention | TokenStream":
         """The same stream as a context that attends in one call; without tokens there is nothing to fuse."""
         return FusedAttention(self) if len(self.tokens) else self
 
-    def _trees(self) -> list[list[list[int]]]:
-        """The segments, each that has no prefix followed by those that fork from it."""
+    def _runs(self) -> list[list[list[int]]]:
+        """The segments of neighbouring trees that have BLOCK tokens at most together, or of one larger tree.
+
+        A tree is a segment that has no prefix and those that fork from it.
+        """
         trees: list[list[list[int]]] = []
         for segment in self.segments.tolist():
             _, _, prefix_start, prefix_end = segment
             if prefix_end == prefix_start:
                 trees.append([])
             trees[-1].append(segment)
-        return trees
+        runs: list[list[list[int]]] = []
+        for tree in trees:
+            if runs and tree[-1][1] - runs[-1][0][0] <= BLOCK:
+                runs[-1] += tree
+            else:
+                runs.append(tree)
+        return runs
 
 
 def sides(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,23 +133,40 @@ def sides(values: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Block:
-    """A run of Lq tokens that attend in one call, to the Lk tokens of its prefix and its own."""
+    """A run of Lq tokens that attend in one call, to the Lk tokens of its context and its own."""
 
     bias: Tensor  # (Lq, Lk) added to the scores: 0 where a query sees a key, -inf where it does not
-    prefix: int | None  # which earlier block comes before its own tokens as keys; None: none
+    context: tuple[int, ...] = ()  # which earlier blocks come before its own tokens as keys
 
     @classmethod
-    def of(cls, run: list[list[int]], block_at: dict[int, int], device: torch.device) -> "Block":
-        """The block of neighbouring segments whose prefixes are among them, or of one segment."""
+    def of_trees(cls, run: list[list[int]], device: torch.device) -> "Block":
+        """The block of neighbouring segments whose prefixes are among them."""
         first, last = run[0][0], run[-1][1]
         bias = torch.full((last - first, last - first), -math.inf, device=device)
         for start, end, prefix_start, prefix_end in run:
             bias[start - first : end - first, start - first : end - first].triu_(1)
-            if prefix_start >= first:
+            if prefix_end > prefix_start:
                 bias[start - first : end - first, prefix_start - first : prefix_end - first] = 0
-            elif prefix_end > prefix_start:
-                return cls(F.pad(bias, (prefix_end - prefix_start, 0)), block_at[prefix_start])
-        return cls(bias, None)
+        return cls(bias)
+
+
+def cut(tree: list[list[int]], first: int, device: torch.device) -> list[Block]:
+    """A tree's segments in blocks of equal parts, of which the first is the stream's block number `first`.
+
+    Every query of a block sees all of the blocks before it: its prefix's and those of its own segment.
+    """
+    blocks: list[Block] = []
+    blocks_of: dict[int, list[int]] = {}  # of the segment that starts there
+    for start, end, prefix_start, prefix_end in tree:
+        context = list(blocks_of[prefix_start]) if prefix_end > prefix_start else []
+        parts = -(-(end - start) // BLOCK)
+        edges = [start + (end - start) * part // parts for part in range(parts + 1)]
+        for here, there in pairwise(edges):
+            keys = prefix_end - prefix_start + there - start
+            blocks.append(Block(causal_bias(there - here, keys, device), tuple(context)))
+            context.append(first + len(blocks) - 1)
+        blocks_of[start] = context[-parts:]
+    return blocks
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -160,7 +178,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     (heads, queries, size), groups = q.shape, len(k)
     # The query heads of a group are laid one below another, so that no key is ever copied.
     q = q.reshape(groups, heads // groups * queries, size)
-    scores = torch.baddbmm(bias.repeat(heads // groups, 1), q, k.mT, alpha=size**-0.5)  # (G, H/G * Lq, Lk)
+    bias = bias.to(q).repeat(heads // groups, 1)
+    scores = torch.baddbmm(bias, q, k.mT, alpha=size**-0.5)  # (G, H/G * Lq, Lk)
     return (scores.softmax(dim=-1).to(v.dtype) @ v).view(heads, queries, size)
 
 
@@ -197,9 +216,9 @@ def compiled(function):
     return torch.compile(function, dynamic=True)
 
 
-def causal_bias(queries: int, keys: int, like: Tensor) -> Tensor:
+def causal_bias(queries: int, keys: int, device: torch.device) -> Tensor:
     """(Lq, Lk): the last query sees every key, the one before it one key less, ...
 
     Not SDPA's `is_causal`, which aligns queries with the *first* keys: wrong as soon as there is a prefix.
     """
-    return like.new_full((queries, keys), -math.inf).triu(keys - queries + 1)
+    return torch.full((queries, keys), -math.inf, device=device).triu(keys - queries + 1)

@@ -109,7 +109,7 @@ def test_causal_attention_equals_sdpa_with_a_mask(queries, keys, groups):
     expected = F.scaled_dot_product_attention(
         q, k.repeat_interleave(6 // groups, 0), v.repeat_interleave(6 // groups, 0), attn_mask=mask
     )
-    got = attention(q, k, v, causal_bias(queries, keys, like=q))
+    got = attention(q, k, v, causal_bias(queries, keys, q.device))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 

@@ -359,9 +359,9 @@ def test_batch_mates_are_invisible(tokenizer, ragged):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("block", [0, 40, 60, 80])
+@pytest.mark.parametrize("block", [1, 7, 40, 60, 80])
 def test_block_size_changes_nothing(block, layout, tokenizer, ragged, monkeypatch):
-    """Large trees attend segment by segment and small ones together: same log-probs, same gradients."""
+    """Large trees attend in parts of a segment and small ones together: same log-probs, same gradients."""
     model = make_model(tokenizer.vocab_size)
     store = open_store(ragged, "preferences", tokenizer, max_length=512)
     results = []
@@ -415,13 +415,13 @@ def visible_places(rows, layout):
             end += len(side)
 
 
-@pytest.mark.parametrize("block", [0, 10, 128])
+@pytest.mark.parametrize("block", [1, 2, 10, 128])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_who_sees_whom(layout, block, monkeypatch):
     """A token depends on the prompt and on its own side before it; on everything else by exactly nothing.
 
     What leaks from the future, from the chosen side or from a neighbour makes the loss better, not worse.
-    However many trees share a block: each segment alone, the first tree alone, all.
+    However long a block may be: one token, parts of segments, the second tree, all.
     """
     monkeypatch.setattr("model.stream.BLOCK", block)
     rows = Rows(([1, 2, 3], [4, 5, 6, 7], [8, 9, 10]), ([11, 12], [13], [14, 15]))

@@ -148,8 +148,8 @@ class Layer:
         made, kept = ((10, 6) if plan.device == "cuda" else (4, 2)) if low else (8, 4)
         blocks = [] if plan.fused_attention else stream.blocks
         scores = [0, *(config.num_attention_heads * block.bias.numel() for block in blocks)]
-        # A block with a prefix has keys and values of its own, the prefix's copied before theirs.
-        copied = sum(block.bias.shape[1] for block in blocks if block.prefix is not None)
+        # A block with a context has keys and values of its own, the context's copied before theirs.
+        copied = sum(block.bias.shape[1] for block in blocks if block.context)
 
         # A norm keeps what enters it and, for its gain's gradient, what the gain multiplies.
         norm = FLOAT * (1 if plan.lora_rank else 2)

@@ -34,12 +34,14 @@ MUTANTS = [
         STREAM + "test_who_sees_whom[twin-128]",
     ),
     Mutant(
-        "stranger-joins-a-branch",
-        "The pair after a long one attends with its last branch, and loses its own mask.",
+        "keys-before-their-context",
+        "A block's own keys come before those that its mask has first, so that its own future is seen.",
         "model/stream.py",
-        "                room = -1\n",
-        "                room = BLOCK\n",
-        STREAM + "test_block_size_changes_nothing[40-forked]",
+        "                key = torch.cat([*(keys[index] for index in block.context), key], dim=1)\n"
+        "                value = torch.cat([*(values[index] for index in block.context), value], dim=1)\n",
+        "                key = torch.cat([key, *(keys[index] for index in block.context)], dim=1)\n"
+        "                value = torch.cat([value, *(values[index] for index in block.context)], dim=1)\n",
+        STREAM + "test_who_sees_whom[forked-2]",
     ),
     Mutant(
         "sdpa-is-causal",
