@@ -25,6 +25,7 @@ from dataset.tokenizer import ChatTokenizer
 from errors import run_script
 from eval.preference import evaluate
 from model.lora import WithoutAdapters, add_adapters, trained_part
+from model.transformer import compile_layers
 from model.weights import load_model, save_model, weights_hash
 from objective import Objective, ObjectiveSettings, Pairs, no_reference, pair_metrics
 from reference import REFERENCES, cache_reference, cached_reference, check_reference
@@ -83,6 +84,8 @@ def train(settings: Settings, world, run) -> None:
     model.checkpoint_activations = settings.checkpoint_activations
     model.count_collisions = settings.wpo
     policy = wrap(model, world, settings.shard)
+    if settings.compile:
+        compile_layers(model, reference)
 
     # ---- the data: pairs, and which of them each optimizer step sees
     def open_pairs(path):

@@ -35,6 +35,7 @@ from files import write_whole
 from losses import bradley_terry_loss, reward_metrics
 from model.reward import RewardModel
 from model.stream import sides
+from model.transformer import compile_layers
 from model.weights import load_model, save_model, weights_hash
 from training.distributed import Precision, World, exchange_gradients, gather, join, wrap
 from training.metrics import Meter, MetricsLog
@@ -86,6 +87,8 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     if settings.fused_attention:
         model.fuse_attention(world.device)
     reward = wrap(model, world, settings.shard)
+    if settings.compile:
+        compile_layers(model)
 
     # ---- the data: pairs, and which of them each optimizer step sees
     pairs = open_pairs(settings.data, tokenizer, settings, world)

@@ -17,7 +17,7 @@ from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script
 from model.lora import add_adapters, trained_part
-from model.transformer import PRESETS, ModelConfig, Transformer
+from model.transformer import PRESETS, ModelConfig, Transformer, compile_layers
 from model.weights import load_model, save_model, weights_hash
 from training.distributed import Precision, exchange_gradients, gather, join, wrap
 from training.metrics import Meter, MetricsLog
@@ -61,6 +61,8 @@ def train(settings: Settings, world, run) -> None:
     if settings.fused_attention:
         model.fuse_attention(world.device)
     policy = wrap(model, world, settings.shard)
+    if settings.compile:
+        compile_layers(model)
 
     # ---- the data: conversations, and which of them each optimizer step sees
     def open_conversations(path):

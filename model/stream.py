@@ -68,6 +68,7 @@ class TokenStream:
         ends = [end for start, end, _, _ in segments if (start, end) not in prefixes]
         return torch.tensor(ends, dtype=torch.long, device=self.tokens.device) - 1
 
+    @torch.compiler.disable  # Every stream has blocks of its own sizes.
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Each segment's queries see its prefix and, causally, themselves.
 

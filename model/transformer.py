@@ -270,6 +270,21 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def compile_layers(*models) -> None:
+    """Let torch.compile fuse the operations of each layer, for streams of any length; attention stays a call.
+
+    What is no Transformer, such as a reference that is none, is left as it is. Raises `InputError` for
+    experts: each is given its own number of tokens, and for every number more would be compiled.
+    """
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True  # Layers differ by their number alone.
+    for model in models:
+        if isinstance(model, Transformer):
+            if model.config.num_experts:
+                raise InputError("--compile: not with a mixture of experts")
+            for layer in model.layers:
+                layer.compile(dynamic=True)
+
+
 def again_in_backward(function, *arguments):
     """The same values and gradients, for a second forward instead of the memory of what lies between."""
     # There is no dropout, so no state of a random generator is worth keeping.

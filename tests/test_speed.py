@@ -3,6 +3,7 @@
 python -m pytest tests/test_speed.py
 """
 
+import shutil
 import subprocess
 import sys
 
@@ -16,12 +17,15 @@ import train_reward
 import train_sft
 from dataset.packing import build_stream
 from dataset.store import open_store
+from errors import InputError
 from model import transformer
+from model.transformer import compile_layers
 from model.weights import load_model, save_model
 from tests.conftest import MODEL_OPTIONS, ROOT, make_model
 from tests.loops import weights
 from training.distributed import Precision
 
+COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler: no g++")
 SCRIPTS = {"train_dpo": train_dpo, "train_sft": train_sft, "train_reward": train_reward}
 
 
@@ -142,13 +146,45 @@ def test_checkpointed_activations_are_exact_and_not_kept(stream, tokenizer, opti
     assert kept_bytes(lambda: model(stream)) < 0.4 * needed
 
 
+# ---- Compiled
+
+
+def test_one_compilation_serves_all_layers_and_streams(ragged, tokenizer, monkeypatch):
+    """Torch gives up, and goes on uncompiled, when a function was compiled eight times.
+
+    What torch traced is run as it is here; `--compile` below, a slow test, makes C++ of it.
+    """
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, **how: compile_module(module, backend="eager", **how)
+    )
+    model = make_model(tokenizer.vocab_size, num_hidden_layers=10)
+    store = open_store(ragged, "preferences", tokenizer, 512)
+    streams = [build_stream(store, rows) for rows in (range(7), [3], range(1, 6))]
+    plain = [outcome(model, stream) for stream in streams]
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compile_layers(model)
+    for stream, wanted in zip(streams, plain, strict=True):
+        assert_same(outcome(model, stream), wanted)
+    # Before and after attention, of a layer and of its parts; lengths are constants the first time, at most.
+    assert 0 < counters["stats"]["unique_graphs"] <= 8
+
+
+def test_experts_are_not_compiled():
+    with pytest.raises(InputError, match="--compile: not with a mixture of experts"):
+        compile_layers(make_model(12, num_experts=2))
+
+
 # ---- Through the loop
 
 
 @pytest.mark.parametrize(
     "flags",
-    ["--layout twin", "--checkpoint-activations", "--reference cached", "chunks", "--micro-batch-size 3"],
-)
+    ["--layout twin", "--checkpoint-activations", "--reference cached", "chunks", "--micro-batch-size 3",
+     pytest.param("--compile --micro-batch-size 3", marks=[pytest.mark.slow, COMPILER])],
+)  # fmt: skip
 def test_twenty_steps_are_the_same(flags, ragged, tokenizer, tmp_path, monkeypatch):
     """Layouts, chunks, recomputation, cached reference, micro-batches: weights to 1e-9 in float64."""
     save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32))

@@ -47,6 +47,9 @@ class TrainSettings:
     fused_attention: bool = flag(
         False, "on CUDA: one FlexAttention call a layer, compiled at the first step, not one a block"
     )
+    compile: bool = flag(
+        False, "let torch.compile fuse a layer's small operations: a minute at the start, for GPUs and bf16"
+    )
     shard: bool = flag(
         False, "split weights, gradients and optimizer state among the ranks (FSDP2), instead of a copy each"
     )
