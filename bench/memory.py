@@ -24,6 +24,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_dpo
@@ -129,32 +130,29 @@ GRID = list(points())
 class LiveBytes(TorchDispatchMode):
     """The bytes of all tensors that operations made and that are still there: now, and at the most.
 
-    Storages are counted once, whatever views there are of them.
+    Storages are counted once, whatever views there are of them, and as large as they are at the time: FSDP2
+    keeps buffers and empties them between uses. Of a split tensor the part on this rank is counted.
     """
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
-        self.seen: set[int] = set()
+        self.peak = 0
+        self.alive = weakref.WeakValueDictionary()  # storages by address
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # It comes back with operations on its part.
         result = function(*args, **(kwargs or {}))
         for x in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(x, torch.Tensor) and x.device.type == "cpu":
-                self.count(x.untyped_storage())
+            # Its storage tells where it is: DTensor finds out shapes with tensors that only say "cpu".
+            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage()).device.type == "cpu":
+                self.alive[storage._cdata] = storage
+        self.peak = max(self.peak, self.now)
         return result
 
-    def count(self, storage: torch.UntypedStorage) -> None:
-        place, size = storage._cdata, storage.nbytes()
-        if place not in self.seen:
-            self.seen.add(place)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.forget, place, size)
-
-    def forget(self, place: int, size: int) -> None:
-        self.seen.remove(place)
-        self.now -= size
+    @property
+    def now(self) -> int:
+        return sum(storage.nbytes() for storage in self.alive.values())
 
 
 def measured(point: Point, device: str = "cpu") -> float:

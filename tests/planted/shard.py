@@ -22,6 +22,22 @@ MUTANTS = [
         SHARD + "test_each_rank_holds_its_part_alone[1]",
     ),
     Mutant(
+        "every-rank-loads-the-model",
+        "A machine of eight GPUs needs main memory for eight models, or sixteen with a live reference.",
+        "training/distributed.py",
+        'torch.device("cpu" if world.is_main else "meta")',
+        'torch.device("cpu")',
+        SHARD + "test_one_rank_alone_loads_the_model[dpo]",
+    ),
+    Mutant(
+        "a-fresh-model-on-every-rank",
+        "A preset is drawn whole by each rank before it is thrown away.",
+        "train_sft.py",
+        'torch.device("meta" if device.type == "meta" else "cpu")',
+        'torch.device("cpu")',
+        SHARD + "test_one_rank_alone_loads_the_model[fresh]",
+    ),
+    Mutant(
         "a-part-is-exported",
         "model.pt holds what the main rank kept, which is not even a model.",
         "training/distributed.py",
