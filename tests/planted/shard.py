@@ -7,18 +7,18 @@ SHARD = "tests/test_shard.py::"
 MUTANTS = [
     Mutant(
         "nothing-is-split",
-        "Every rank keeps all of the model, and all results are right.",
+        "A second dimension of the mesh makes them copies: every rank keeps all, and all results are right.",
         "training/distributed.py",
-        "    if not shard:\n        trained",
-        "    if True:\n        trained",
+        "init_device_mesh(self.device.type, (self.ranks,))",
+        "init_device_mesh(self.device.type, (self.ranks, 1))",
         SHARD + "test_each_rank_holds_its_part_alone[0]",
     ),
     Mutant(
-        "reference-is-not-split",
-        "The policy fits on the cards, and a whole copy of where it started lies beside it.",
-        "train_dpo.py",
-        "requires_grad_(False), world, settings.shard)",
-        "requires_grad_(False), world)",
+        "reference-stays-together",
+        "The policy fits on the cards, and a whole copy of where it started lies beside it after a forward.",
+        "training/distributed.py",
+        "reshard_after_forward=True",
+        "reshard_after_forward=False",
         SHARD + "test_each_rank_holds_its_part_alone[1]",
     ),
     Mutant(
