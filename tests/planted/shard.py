@@ -10,7 +10,7 @@ MUTANTS = [
         "A second dimension of the mesh makes them copies: every rank keeps all, and all results are right.",
         "training/distributed.py",
         "init_device_mesh(self.device.type, (self.ranks,))",
-        "init_device_mesh(self.device.type, (self.ranks, 1))",
+        'init_device_mesh(self.device.type, (self.ranks, 1), mesh_dim_names=("copies", "parts"))',
         SHARD + "test_each_rank_holds_its_part_alone[0]",
     ),
     Mutant(
