@@ -69,9 +69,9 @@ FLAGS = (
     "--precision bf16 --micro-batch-size 1 --checkpoint-activations",
 )  # fmt: skip
 FLAGS_OF_RANKS = (
-    "", "--reference cached --checkpoint-activations", "--lora-rank 8", "--shard", "--shard --reference cached",
-    "--shard --checkpoint-activations", "--shard --micro-batch-size 1", "--shard --lora-rank 8",
-    "--shard --precision bf16 --reference cached",
+    "", "--reference cached --checkpoint-activations", "--lora-rank 8", "--shard",
+    "--shard --reference cached", "--shard --checkpoint-activations", "--shard --micro-batch-size 1",
+    "--shard --lora-rank 8", "--shard --precision bf16 --reference cached",
 )  # fmt: skip
 
 
@@ -128,11 +128,14 @@ class Point:
 
 
 def points(every_flags=FLAGS, ranks: int = 1) -> Iterator[Point]:
-    """Every set of flags with every shape, at one of the lengths; shorter in bf16, which may be emulated."""
+    """Every set of flags with every shape, at one of the lengths.
+
+    They are shorter in bf16, which may be emulated, and where ranks share a CPU.
+    """
     for row, flags in enumerate(every_flags):
         for column, shape in enumerate(SHAPES):
             length, pairs = LENGTHS[(row + column) % len(LENGTHS)]
-            if "bf16" in flags:
+            if "bf16" in flags or ranks > 1:
                 length, pairs = min(length, 256), min(pairs, 2)
             yield Point(shape, length, pairs, flags, ranks)
 
@@ -233,9 +236,9 @@ def measured_by_process(point: Point, gaps: bool = True) -> float:
 
 def work(folder: str, values: str, gaps: str) -> None:
     before = memory_of_process("VmRSS")
-    with contextlib.nullcontext() if gaps else mock.patch("training.distributed.keep_freed_memory"):
-        with join("cpu") as world:
-            Point(*json.loads(values)).run(Path(folder), world)
+    keeping = contextlib.nullcontext() if gaps else mock.patch("training.distributed.keep_freed_memory")
+    with keeping, join("cpu") as world:
+        Point(*json.loads(values)).run(Path(folder), world)
     print(memory_of_process("VmHWM") - before)
 
 

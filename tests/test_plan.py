@@ -86,7 +86,7 @@ def test_peaks_on_a_rank_of_two_are_as_planned(point, on_ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", memory.points(memory.FLAGS_OF_RANKS, 2), ids=str)
+@pytest.mark.parametrize("point", list(memory.points(memory.FLAGS_OF_RANKS, 2)), ids=str)
 def test_all_peaks_on_a_rank_of_two_are_as_planned(point, on_ranks):
     assert point.planned()[1] == pytest.approx(on_ranks[point], rel=0.15)
 

@@ -229,14 +229,16 @@ def moments(config: ModelConfig, stream: TokenStream, plan: Plan) -> dict[str, d
     # Autograd keeps the bf16 copy of a matrix for backward, unless its layer is computed again.
     copied = weights.layer * (1 if again else layers) + head
     found = {"forward": moment(before, copied, whole, made, exchange(1, 1))}
-    # Beside a layer that is put together lie the buffer in which it came and that of the layer before it,
-    # beside the first layer that of the ends. Backward begins with the ends.
+    # Beside a layer that is put together lie the buffer in which it came and that of the layer before it;
+    # beside the first, until it is there, that of the ends. Backward begins with the ends.
     if split:
-        found["last layer"] = moment(before, copied, whole + layer.forward, 0, exchange(1, 3))
-        found["turn"] = moment(before, copied, whole, kept, exchange(2, 0))
+        found["last layer, forward"] = moment(before, copied, whole + layer.forward, 0, exchange(1, 3))
+        found["backward begins"] = moment(before, copied, whole, kept, exchange(2, 0))
+    if split and live:
+        found["reference begins"] = moment(before, copied, whole, kept, exchange(2, 2))
     if live:
-        reading, put_together = copied + weights.layer, max(exchange(2, 2), exchange(1, 3))
-        found["reference"] = moment(before, reading, whole + layer.forward, kept, put_together)
+        reading = copied + weights.layer
+        found["reference"] = moment(before, reading, whole + layer.forward, kept, exchange(1, 3))
         found["reference's logits"] = moment(before, copied, whole, kept + made, exchange(1, 1))
     found["logits"] = moment(before, copied, whole, 3 * FLOAT * scores, exchange(1, 1))
     # The head's gradient, and in chunks what it is added to.
