@@ -88,7 +88,7 @@ class Point:
 
     @property
     def config(self) -> ModelConfig:
-        vocabulary, shape = SHAPES[self.shape]
+        vocabulary, shape = (SHAPES | LARGE)[self.shape]
         return ModelConfig(vocabulary, **shape)
 
     def arguments(self, device: str) -> list[str]:
@@ -261,7 +261,6 @@ LARGE = {
         dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408),
     ),
 }
-SHAPES |= LARGE
 PROCESSES = [
     Point(shape, *LENGTHS[place % 2 + 1], flags)
     for place, flags in enumerate(("", "--reference cached --checkpoint-activations"))

@@ -48,7 +48,7 @@ MUTANTS = [
     ),
     Mutant(
         "plan-of-parts-alone",
-        "With --shard layers are put together to be used, and the vocabulary is: on many GPUs most of the peak.",
+        "With --shard layers and vocabulary are put together to be used: on many GPUs most of the peak.",
         "training/costs.py",
         "return FLOAT * (of_ends * ends + layer_weights)",
         "return 0",
