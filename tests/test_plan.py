@@ -292,7 +292,7 @@ def test_flags_that_are_named_are_those_of_the_script(capsys):
 def test_more_gpus_would_do(capsys):
     """All weights of 70B are a matter of how many GPUs; adapters, of one machine."""
     out = said(capsys, "--model llama-3-70b --gpus 8 --batch-size 64 --length 2048")
-    assert "--lora-rank 16" in out and "Or on 64 GPUs" in out
+    assert "--lora-rank 16" in out and "Or on 32 GPUs" in out
     assert "not on 4096 GPUs either" in said(capsys, "--model llama-3-70b --memory 1")
 
 
