@@ -29,7 +29,7 @@ from model.transformer import compile_layers
 from model.weights import load_model, save_model, weights_hash
 from objective import Objective, ObjectiveSettings, Pairs, no_reference, pair_metrics
 from reference import REFERENCES, cache_reference, cached_reference, check_reference
-from training.distributed import Precision, exchange_gradients, gather, join, wrap
+from training.distributed import Precision, exchange_gradients, first_device, gather, join, wrap
 from training.metrics import Meter, MetricsLog
 from training.run import RunFolder
 from training.schedule import adamw, clip_gradients, cosine_lr, require_finite, set_lr
@@ -65,8 +65,7 @@ def train(settings: Settings, world, run) -> None:
     check_reference(settings.reference, objective)
 
     # ---- the two models: the policy learns, the reference remembers where it started
-    first_device = "cpu" if settings.shard else world.device  # No card needs to hold what is split.
-    model = load_model(settings.model, first_device)
+    model = load_model(settings.model, first_device(world, settings.shard))
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
     model.config.admit(tokenizer.vocab_size, settings.max_length)
     if settings.fused_attention:

@@ -37,7 +37,7 @@ from model.reward import RewardModel
 from model.stream import sides
 from model.transformer import compile_layers
 from model.weights import load_model, save_model, weights_hash
-from training.distributed import Precision, World, exchange_gradients, gather, join, wrap
+from training.distributed import Precision, World, exchange_gradients, first_device, gather, join, wrap
 from training.metrics import Meter, MetricsLog
 from training.run import RunFolder
 from training.schedule import adamw, clip_gradients, cosine_lr, require_finite, set_lr
@@ -80,8 +80,8 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
         return
 
     # ---- the model: what the language model knows, and a head that knows nothing yet
-    first_device = "cpu" if settings.shard else world.device  # No card needs to hold what is split.
-    model = RewardModel.from_language_model(load_model(settings.model, first_device))
+    language_model = load_model(settings.model, first_device(world, settings.shard))
+    model = RewardModel.from_language_model(language_model)
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
     model.checkpoint_activations = settings.checkpoint_activations
     if settings.fused_attention:

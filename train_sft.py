@@ -19,7 +19,7 @@ from errors import InputError, run_script
 from model.lora import add_adapters, trained_part
 from model.transformer import PRESETS, ModelConfig, Transformer, compile_layers
 from model.weights import load_model, save_model, weights_hash
-from training.distributed import Precision, exchange_gradients, gather, join, wrap
+from training.distributed import Precision, exchange_gradients, first_device, gather, join, wrap
 from training.metrics import Meter, MetricsLog
 from training.run import RunFolder
 from training.schedule import adamw, clip_gradients, cosine_lr, require_finite, set_lr
@@ -52,8 +52,7 @@ def train(settings: Settings, world, run) -> None:
         return
 
     # ---- the model
-    first_device = "cpu" if settings.shard else world.device  # No card needs to hold what is split.
-    model, tokenizer = start_model(settings, first_device)
+    model, tokenizer = start_model(settings, first_device(world, settings.shard))
     model.config.admit(tokenizer.vocab_size, settings.max_length)
     if settings.lora_rank:
         add_adapters(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
@@ -132,7 +131,7 @@ def train(settings: Settings, world, run) -> None:
     run.finish()
 
 
-def start_model(settings: Settings, device: str | torch.device) -> tuple[Transformer, ChatTokenizer]:
+def start_model(settings: Settings, device: torch.device) -> tuple[Transformer, ChatTokenizer]:
     """A fresh model of a preset's size, the same on every rank; or the model of a folder."""
     if settings.model not in PRESETS:
         if not Path(settings.model).is_dir():
@@ -143,7 +142,8 @@ def start_model(settings: Settings, device: str | torch.device) -> tuple[Transfo
     tokenizer = ChatTokenizer(settings.tokenizer)
     torch.manual_seed(settings.seed)
     config = ModelConfig(vocab_size=tokenizer.vocab_size, **PRESETS[settings.model])
-    return Transformer(config).to(device), tokenizer
+    with torch.device("meta" if device.type == "meta" else "cpu"):  # One seed, one model on every device.
+        return Transformer(config).to(device), tokenizer
 
 
 @torch.no_grad()

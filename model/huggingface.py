@@ -127,7 +127,9 @@ def read_weights(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, T
     if unfit := [name for name, weight in ours.items() if not weight.is_floating_point()]:
         raise InputError(f"{unfit[0]} holds {ours[unfit[0]].dtype}: quantised weights are not supported")
     head = ours.pop("lm_head.weight", None) if config.tie_word_embeddings else None
-    if head is not None and not torch.equal(head, ours.get("embed_tokens.weight", torch.empty(0))):
+    embedding = ours.get("embed_tokens.weight", torch.empty(0))
+    # On "meta" there are shapes alone, and the rank that loads weights looks at them.
+    if not (head is None or head.is_meta or torch.equal(head, embedding)):
         raise InputError("tie_word_embeddings is true, yet lm_head.weight is not embed_tokens.weight")
     return ours
 

@@ -25,7 +25,8 @@ class RewardModel(Transformer):
     @classmethod
     def from_language_model(cls, model: Transformer) -> "RewardModel":
         """A language model's body with a fresh head."""
-        reward = cls(model.config).to(model.norm.weight)
+        with model.norm.weight.device:  # Made on "meta" it has no memory either.
+            reward = cls(model.config).to(model.norm.weight)
         weights = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
         reward.load_state_dict({**weights, "score.weight": reward.score.weight}, strict=True)
         return reward

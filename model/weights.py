@@ -62,7 +62,7 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def load_model(folder: str | Path, device="cpu", model_class: type[Transformer] = Transformer) -> Transformer:
-    """The model of a folder in float32, with every weight accounted for.
+    """The model of a folder in float32, with every weight accounted for; on "meta" without reading any.
 
     Raises `InputError` when the folder is none or holds another kind of model, or its weights do not fit its
     config.
@@ -127,10 +127,10 @@ def read_hugging_face(folder: Path, config: dict, device) -> tuple[ModelConfig, 
     """The config and the weights of such a folder, as ours."""
     safetensors = import_safetensors()
     try:
-        files = [safetensors.safe_open(path, "pt", str(device)) for path in weight_files(folder)]
+        files = [safetensors.safe_open(path, "pt") for path in weight_files(folder)]
         found = {name: file for file in files for name in file.keys()}  # noqa: SIM118
         ours = huggingface.read_config(config, found.keys())
-        weights = {name: file.get_tensor(name) for name, file in found.items()}
+        weights = {name: file.get_tensor(name).to(device) for name, file in found.items()}
         return ours, huggingface.read_weights(weights, ours)
     except safetensors.SafetensorError as error:
         raise InputError(f"{folder}: unreadable safetensors ({error})") from None

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import model.transformer
+from bench.memory import LiveBytes
 from errors import run_script
 from tests.faults import train
 from training.distributed import World, join
@@ -23,12 +24,16 @@ def bytes_here(tensors) -> int:
     return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
 
 
-def weigh(module, held: dict[str, int]) -> None:
-    """Let a script say in `held` what its rank holds in a step, right before it clips the gradient."""
+def weigh(module, held: dict[str, int], live: LiveBytes) -> None:
+    """Let a script say in `held` what its rank holds in a step, right before it clips the gradient.
+
+    And the most that it held in `live` until the last of its models was wrapped.
+    """
     wrap, clip_gradients, wrapped = module.wrap, module.clip_gradients, []
 
     def noting_wrap(model, *arguments):
         wrapped.append(wrap(model, *arguments))
+        held["loading"] = live.peak
         return wrapped[-1]
 
     def weighing_clip(optimizer, *arguments):
@@ -50,8 +55,9 @@ def run(job: dict, world: World) -> None:
     module = importlib.reload(importlib.import_module(job["script"]))
     model.transformer.LOGITS = job.get("logits", 2**25)
     held: dict[str, int] = {}
-    weigh(module, held)
-    train(module, job["arguments"], world)
+    with LiveBytes() as live:
+        weigh(module, held, live)
+        train(module, job["arguments"], world)
     Path(f"{job['held']}-{world.rank}.json").write_text(json.dumps(held))
 
 

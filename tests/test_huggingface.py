@@ -179,6 +179,7 @@ def test_stored_rotary_tables_and_a_copy_of_the_head_are_left_out(tmp_path):
     change(folder, lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}))
     change(folder, lambda w: w.update({"lm_head.weight": head}))
     assert torch.equal(load_model(folder).embed_tokens.weight, head)
+    assert load_model(folder, "meta").embed_tokens.weight.is_meta, "which is a rank's that waits for its part"
     change(folder, lambda w: w.update({"lm_head.weight": head + 1}))
     with pytest.raises(InputError, match=r"lm_head\.weight is not embed_tokens\.weight"):
         load_model(folder)

@@ -65,6 +65,32 @@ def test_all_peaks_are_as_planned(point):
     assert_as_planned(point)
 
 
+@pytest.fixture(scope="module")
+def on_ranks(request) -> dict[Point, float]:
+    """Those points on several ranks that this run of pytest asks for, under one torchrun."""
+    specs = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    asked = [params["point"] for params in specs if "point" in params and params["point"].ranks > 1]
+    return dict(zip(asked, memory.measured_on_ranks(asked), strict=True))
+
+
+QUICK_ON_RANKS = [
+    Point("128 x 8, untied", 64, 1, flags, 2)
+    for flags in ("--reference cached", "--shard", "--shard --reference cached", "--shard --lora-rank 8")
+]
+
+
+@pytest.mark.parametrize("point", QUICK_ON_RANKS, ids=str)
+def test_peaks_on_a_rank_of_two_are_as_planned(point, on_ranks):
+    """Parts, what is put together and in what buffers, and the buckets of copies."""
+    assert point.planned()[1] == pytest.approx(on_ranks[point], rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", list(memory.points(memory.FLAGS_OF_RANKS, 2)), ids=str)
+def test_all_peaks_on_a_rank_of_two_are_as_planned(point, on_ranks):
+    assert point.planned()[1] == pytest.approx(on_ranks[point], rel=0.15)
+
+
 @pytest.mark.parametrize("flags", ["", "--reference cached --precision bf16"])
 def test_peaks_with_the_vocabulary_in_chunks(flags, monkeypatch):
     """Chunks are why a large vocabulary fits; planned as if there were none, it would not."""
@@ -266,7 +292,7 @@ def test_flags_that_are_named_are_those_of_the_script(capsys):
 def test_more_gpus_would_do(capsys):
     """All weights of 70B are a matter of how many GPUs; adapters, of one machine."""
     out = said(capsys, "--model llama-3-70b --gpus 8 --batch-size 64 --length 2048")
-    assert "--lora-rank 16" in out and "Or on 64 GPUs" in out
+    assert "--lora-rank 16" in out and "Or on 32 GPUs" in out
     assert "not on 4096 GPUs either" in said(capsys, "--model llama-3-70b --memory 1")
 
 

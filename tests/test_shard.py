@@ -58,6 +58,8 @@ def flags(tmp_path_factory, tokenizer):
             "epochs": 1, "lr": 1e-3, "warmup_steps": 2, "log_every": 1, "eval_every": 2, "device": "cpu",
             "precision": "fp32", **changes,
         }  # fmt: skip
+        if script == "train_sft":
+            settings["tokenizer"] = folder / "start" / "tokenizer.json"  # of a fresh model
         return command_line(out=out, **settings)
 
     return of
@@ -69,6 +71,7 @@ def flags(tmp_path_factory, tokenizer):
 CASES = {
     "dpo": ("train_dpo", {}),
     "sft": ("train_sft", {}),
+    "fresh": ("train_sft", {"model": "tiny"}),
     "reward": ("train_reward", {}),
     "untied-again-in-backward": ("train_dpo", {"start": "untied", "checkpoint_activations": True}),
     "vocabulary-in-chunks-wpo": ("train_dpo", {"wpo": True, "micro_batch_size": 3}),
@@ -142,6 +145,18 @@ def test_each_rank_holds_its_part_alone(rank, together):
     for name in ("policy", "reference", "gradients", "moments"):
         share = split[name] / (2 * whole if name == "moments" else whole)
         assert 0.45 < share < 0.55, name
+
+
+@pytest.mark.parametrize("case", ["dpo", "sft", "fresh", "reward", "experts", "adapters", "cached-reference"])
+def test_one_rank_alone_loads_the_model(case, together):
+    """Eight ranks that each load 70B for a while need a machine that nobody has. The others never hold more
+    than the parts that they keep, a weight that is on its way, and the one before it.
+    """
+    files = [together / f"{case}-split-{rank}.json" for rank in (0, 1)]
+    main, other = (json.loads(file.read_text()) for file in files)
+    sizes = sorted(value.nbytes for value in weights(together / f"{case}-split").values())
+    assert main["loading"] > sum(sizes), "what is counted would not show on the rank that loads it, either"
+    assert other["loading"] <= 1.05 * sum(sizes[-2:]) + other["policy"] + other["reference"]
 
 
 def test_alone_there_is_nothing_to_split(flags, tmp_path):

@@ -193,17 +193,26 @@ def moments(config: ModelConfig, stream: TokenStream, plan: Plan) -> dict[str, d
     head = V * d
     head_gradient = 0 if lora else FLOAT * head
 
-    # DDP's buckets are a second copy of the gradients. With --shard there are whole, beside the parts, the
-    # embedding and the head; of the layers the one at work and the next, and the buffers in which they came;
-    # in backward also the gradients of three layers: made, laid out to be sent, and still on the way.
-    exchange, returned = FLOAT * weights.trained if plan.gpus > 1 else 0, 0
-    if plan.ranks > 1:
-        exchange = FLOAT * (weights.total - (layers - 4) * weights.layer)
-        returned = FLOAT * (weights.trained - (layers - 3) * weights.trained_layer) - head_gradient
+    split = plan.ranks > 1
+    ends, trained_ends = (  # what is outside the layers: embedding, last norm, head
+        whole - layers * layer
+        for whole, layer in ((weights.total, weights.layer), (weights.trained, weights.trained_layer))
+    )
 
-    def moment(gradients: float, copied: float, activations: float, logits: float, backward=True) -> dict:
+    def exchange(of_ends: int, of_layers: int, trained_layers: int = 0) -> float:
+        """DDP's buckets are a second copy of the gradients. With --shard what is whole beside the parts.
+
+        That is weights put together, and buffers in which they came; and in backward gradients of layers:
+        made, or laid out and on their way.
+        """
+        if not split:
+            return FLOAT * weights.trained if plan.gpus > 1 else 0
+        layer_weights = of_layers * weights.layer + trained_layers * weights.trained_layer
+        return FLOAT * (of_ends * ends + layer_weights)
+
+    def moment(gradients: float, copied: float, activations: float, logits: float, exchanged: float) -> dict:
         """`copied` weights have a copy in bf16."""
-        others = {"exchange": exchange + returned * backward, "bf16 weights": low * 2 * copied}
+        others = {"exchange": exchanged, "bf16 weights": low * 2 * copied}
         return {**held, "gradients": gradients, **others, "activations": activations, "logits": logits}
 
     # What autograd keeps: of each layer all or what enters it; the rotation and the biases, which all layers
@@ -219,14 +228,22 @@ def moments(config: ModelConfig, stream: TokenStream, plan: Plan) -> dict[str, d
 
     # Autograd keeps the bf16 copy of a matrix for backward, unless its layer is computed again.
     copied = weights.layer * (1 if again else layers) + head
-    found = {"forward": moment(before, copied, whole, made, backward=False)}
+    found = {"forward": moment(before, copied, whole, made, exchange(1, 1))}
+    # Beside a layer that is put together lie the buffer in which it came and that of the layer before it;
+    # beside the first, until it is there, that of the ends. Backward begins with the ends.
+    if split:
+        found["last layer, forward"] = moment(before, copied, whole + layer.forward, 0, exchange(1, 3))
+        found["backward begins"] = moment(before, copied, whole, kept, exchange(2, 0))
+    if split and live:
+        found["reference begins"] = moment(before, copied, whole, kept, exchange(2, 2))
     if live:
         reading = copied + weights.layer
-        found["reference"] = moment(before, reading, whole + layer.forward, kept, backward=False)
-        found["reference's logits"] = moment(before, copied, whole, kept + made, backward=False)
-    found["logits"] = moment(before, copied, whole, 3 * FLOAT * scores)
+        found["reference"] = moment(before, reading, whole + layer.forward, kept, exchange(1, 3))
+        found["reference's logits"] = moment(before, copied, whole, kept + made, exchange(1, 1))
+    found["logits"] = moment(before, copied, whole, 3 * FLOAT * scores, exchange(1, 1))
     # The head's gradient, and in chunks what it is added to.
-    found["head"] = moment(before + head_gradient * (1 + chunked), copied, whole, FLOAT * scores)
+    head_done = before + head_gradient * (1 + chunked)
+    found["head"] = moment(head_done, copied, whole, FLOAT * scores, exchange(1, 1))
     for name, left in (("last layer", layers), ("first layer", 1)):
         done = FLOAT * weights.trained_layer * (layers - left) / plan.ranks
         here = left * each + shared + again * (layer.kept - each)
@@ -236,10 +253,17 @@ def moments(config: ModelConfig, stream: TokenStream, plan: Plan) -> dict[str, d
             ("attention", passed + layer.attention_backward),
         ):
             copied = weights.layer * (1 if again else left)
-            found[f"{name}, {part}"] = moment(before or done + head_gradient, copied, bytes_there, 0)
-    # A tied matrix has two gradients and then their sum.
-    extra = head_gradient * (2 if config.tie_word_embeddings else before > 0)
-    found["embedding"] = moment(gradient + extra, 0, FLOAT * T * d, 0)
+            # The head's stays whole up to the end. The layer that comes next is on its way already, the
+            # gradients of the one before are still on theirs.
+            gradients = before + head_gradient if before and split else before or done + head_gradient
+            found[f"{name}, {part}"] = moment(gradients, copied, bytes_there, 0, exchange(1, 2, 2))
+    # A tied matrix has two gradients and then their sum. With --shard they are whole, and then made parts of.
+    all_done = gradient + head_gradient * (2 if config.tie_word_embeddings else before > 0)
+    if split:
+        layers_done = FLOAT * weights.trained_layer * layers / plan.ranks
+        all_done = (before or layers_done) + FLOAT * trained_ends
+        all_done += 2 * head_gradient * config.tie_word_embeddings
+    found["embedding"] = moment(all_done, 0, FLOAT * T * d, 0, exchange(1, 0, 1))
     if lora and plan.ranks == 1:
         found["saving"] = held | {"merged weights": FLOAT * weights.total}
     return found

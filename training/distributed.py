@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -197,23 +198,40 @@ class Precision:
         self.skipped, self.skipped_in_a_row = saved["skipped"], saved["skipped_in_a_row"]
 
 
+def first_device(world: World, shard: bool) -> torch.device:
+    """Where a model is made before `wrap`: on "meta" it is shapes alone, without memory.
+
+    What is to be split is whole on the main rank's CPU and nowhere else.
+    """
+    if world.ranks == 1 or not shard:
+        return world.device
+    return torch.device("cpu" if world.is_main else "meta")
+
+
 def wrap(model: nn.Module, world: World, shard: bool = False) -> nn.Module:
     """The model as ranks train it together. A single rank holds all of it in any case.
 
     With `shard` each rank keeps its part of every weight, and so of gradients and of what the optimizer
     remembers (ZeRO, arXiv 1910.02054; torch's FSDP2). A layer is put together for its forward, and once more
-    for its backward; `model` and what is returned are then one and the same. It may come on the CPU, so that
-    no card ever holds it whole.
+    for its backward; `model` and what is returned are then one and the same. What is in it comes from the
+    main rank, weight by weight, so that no card ever holds it whole.
     """
     if world.ranks == 1:
         return model.to(world.device)
     if not shard:
         trained = any(weight.requires_grad for weight in model.parameters())
         return DistributedDataParallel(model) if trained else model  # A reference has nothing to exchange.
+    world.from_main(lambda: None)  # It may have loaded for longer than an exchange waits.
+    whole = model.state_dict() if world.is_main else {}
+    model.to("meta")
     # The rest of the model, embeddings above all, is a group of its own, which is let go after a forward
     # like any other: so weights are split wherever one looks at them, a reference's too.
     for module in (*model.layers, model):
         fully_shard(module, mesh=world.mesh, reshard_after_forward=True)
+    model.to_empty(device=world.device)
+    set_model_state_dict(
+        model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    )
     return model
 
 

@@ -53,8 +53,8 @@ MUTANTS = [
         "tied-head-trusted",
         "A file that says tied and holds another head loads as another model.",
         "model/huggingface.py",
-        "not torch.equal(head,",
-        "head is ours and not torch.equal(head,",
+        "torch.equal(head, embedding)",
+        "True",
         HUGGING_FACE + "test_stored_rotary_tables_and_a_copy_of_the_head_are_left_out",
     ),
     Mutant(

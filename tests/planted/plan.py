@@ -47,6 +47,22 @@ MUTANTS = [
         PLAN + "test_sharding_leaves_each_gpu_its_part",
     ),
     Mutant(
+        "plan-of-parts-alone",
+        "With --shard layers and vocabulary are put together to be used: on many GPUs most of the peak.",
+        "training/costs.py",
+        "return FLOAT * (of_ends * ends + layer_weights)",
+        "return 0",
+        PLAN + "test_peaks_on_a_rank_of_two_are_as_planned[128 x 8, untied, 64 x 1 --shard]",
+    ),
+    Mutant(
+        "plan-without-buckets",
+        "DDP keeps a second copy of the gradients, which nobody asked for and many forget.",
+        "training/costs.py",
+        "return FLOAT * weights.trained if plan.gpus > 1 else 0",
+        "return 0",
+        PLAN + "test_peaks_on_a_rank_of_two_are_as_planned[128 x 8, untied, 64 x 1 --reference cached]",
+    ),
+    Mutant(
         "plan-names-the-slowest",
         "Of all switches with which a run fits, the planner would name those that cost most.",
         "training/plan.py",
