@@ -28,6 +28,9 @@ from errors import InputError, run_script
 START, END = "<|im_start|>", "<|im_end|>"
 # A model that reasons says these itself, so in a text they are what they look like; they end no turn.
 SPOKEN = ("<think>", "</think>")
+# What SentencePiece's heirs have beside their tokenizer.json. Only llama.cpp's converter looks there, for the
+# scores of the pieces: without them llama.cpp cuts texts into other tokens than everybody else.
+SENTENCEPIECE = ("tokenizer.model", "added_tokens.json")
 
 
 class ChatTokenizer:
@@ -40,6 +43,8 @@ class ChatTokenizer:
             settings = json.loads(self.json)
             added = {token["content"]: token["id"] for token in settings["added_tokens"]}
             self.template, self.config, self.generation = read_speech(path.parent, added)
+            beside = [path.parent / name for name in SENTENCEPIECE]
+            self.sentencepiece = {file.name: file.read_bytes() for file in beside if file.is_file()}
             for token in settings["added_tokens"]:
                 # A control token that the file does not flag as special would be parsed out of user text.
                 of_template = any(token["content"] in text for text in self.template.texts())
@@ -98,12 +103,14 @@ class ChatTokenizer:
         return self._encode_behind_text(text)
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer, and beside it what transformers reads: chat template and end token."""
+        """Write the tokenizer, and beside it what others read: template, end token, SentencePiece's files."""
         speech = {"tokenizer_config.json": self.config, "generation_config.json": self.generation}
         (folder / "tokenizer.json").write_text(self.json, encoding="utf-8")
         for name, value in speech.items():
             text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
             (folder / name).write_text(text, encoding="utf-8")
+        for name, content in self.sentencepiece.items():
+            (folder / name).write_bytes(content)
 
     def text(self, text: str) -> list[int]:
         """Ids of plain text; no id in it is a control token, whatever the text spells."""

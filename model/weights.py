@@ -26,8 +26,9 @@ from model.lora import adapter_shape, adapter_weights, merged_weights
 from model.transformer import ModelConfig, Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What `ChatTokenizer.save` writes, and an export takes along as it is.
+# What `ChatTokenizer.save` writes, always and for some tokenizers; an export takes it along as it is.
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+SENTENCEPIECE_FILES = ("tokenizer.model", "added_tokens.json")
 
 
 def save_model(folder: Path, model: Transformer, **settings) -> None:
@@ -175,6 +176,9 @@ def export(source: Path, target: Path, dtype: torch.dtype) -> None:
         if not (source / name).is_file():
             raise InputError(f"{source}: no {name}; its tokenizer was not saved by this version")
         shutil.copyfile(source / name, target / name)
+    for name in SENTENCEPIECE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
     config, speech = huggingface.write_config(model.config, dtype), read_json(target / TEXT_FILES[-1])
     # Older readers look for the ends of a text in config.json.
     ids = {name: value for name, value in speech.items() if name.endswith("_token_id")}

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import train_dpo
 import train_sft
+from dataset.tokenizer import ChatTokenizer
 from errors import InputError
 from model import weights as module
 from model.lora import add_adapters
@@ -303,6 +304,17 @@ def test_export_names_a_family_that_computes_the_same(options, family, tokenizer
     }
     texts = {path.name for path in (tmp_path / "out").iterdir()}
     assert texts >= {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+
+
+def test_sentencepieces_own_file_goes_all_the_way(tokenizer, tmp_path):
+    """From the folder a run began with, byte for byte: llama.cpp's converter finds the scores there alone."""
+    files = {"tokenizer.model": bytes(range(256)), "added_tokens.json": b'{"<pad>": 3}\r\n'}
+    tokenizer.save(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    run_folder(tmp_path / "run", ChatTokenizer(tmp_path / "tokenizer.json"))
+    export(tmp_path / "run", tmp_path / "out", torch.float32)
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
 
 
 def test_export_command(tokenizer, tmp_path, monkeypatch, capsys):

@@ -45,10 +45,10 @@ FAMILIES = {
 }
 
 
-def their_model(family: str):
+def their_model(family: str, **shape):
     """A random model of transformers' whose every weight matters: a fresh one has biases of 0, gains of 1."""
     name, options = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**{**SHAPE, **options})
+    config = getattr(transformers, f"{name}Config")(**{**SHAPE, **options, **shape})
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():

@@ -73,6 +73,22 @@ MUTANTS = [
         "if False:",
         HUGGING_FACE + "test_more_ids_than_embeddings_are_refused[train_dpo]",
     ),
+    Mutant(
+        "sentencepieces-scores-forgotten",
+        "llama.cpp cuts texts into other tokens than the model was trained on.",
+        "dataset/tokenizer.py",
+        "(folder / name).write_bytes(content)",
+        "pass",
+        HUGGING_FACE + "test_sentencepieces_own_file_goes_all_the_way",
+    ),
+    Mutant(
+        "sentencepieces-scores-stay-behind",
+        "The run folder has them, the export has not.",
+        "model/weights.py",
+        "for name in SENTENCEPIECE_FILES:",
+        "for name in ():",
+        HUGGING_FACE + "test_sentencepieces_own_file_goes_all_the_way",
+    ),
     # ---- Chat templates of folders
     Mutant(
         "default-system-text-lost",
