@@ -36,7 +36,7 @@ def vllm(asked: dict, folder: str) -> dict:
 def llama_cpp(asked: dict, folder: str) -> dict:
     from llama_cpp import Llama
 
-    # Types 0: keys and values in float32. Its default, float16, is seen in the third digit of a log-prob.
+    # Type 0 is float32; the default, float16, shows in the third digit of a score.
     exact = dict(type_k=0, type_v=0, flash_attn=False, logits_all=True, n_ctx=512, n_batch=512)
     engine = Llama(convert(folder), verbose=False, **exact)
     engine.eval(asked["ids"])

