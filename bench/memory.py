@@ -176,11 +176,14 @@ def measured(point: Point, device: str = "cpu") -> float:
     """Bytes at the peak of a whole run, from loading the model to saving it."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         point.prepare(Path(folder))
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        with join(device) as world, LiveBytes() as live:
-            point.run(Path(folder), world)
-        return torch.cuda.max_memory_allocated() if device == "cuda" else live.peak
+        with join(device) as world:
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                point.run(Path(folder), world)
+                return torch.cuda.max_memory_allocated()
+            with LiveBytes() as live:
+                point.run(Path(folder), world)
+            return live.peak
 
 
 # ---- Ranks

@@ -255,14 +255,15 @@ def moments(config: ModelConfig, stream: TokenStream, plan: Plan) -> dict[str, d
             copied = weights.layer * (1 if again else left)
             # The head's stays whole up to the end. The layer that comes next is on its way already, the
             # gradients of the one before are still on theirs.
-            gradients = before + head_gradient if before and split else before or done + head_gradient
+            gradients = before + head_gradient * split if before else done + head_gradient
             found[f"{name}, {part}"] = moment(gradients, copied, bytes_there, 0, exchange(1, 2, 2))
     # A tied matrix has two gradients and then their sum. With --shard they are whole, and then made parts of.
-    all_done = gradient + head_gradient * (2 if config.tie_word_embeddings else before > 0)
     if split:
         layers_done = FLOAT * weights.trained_layer * layers / plan.ranks
         all_done = (before or layers_done) + FLOAT * trained_ends
         all_done += 2 * head_gradient * config.tie_word_embeddings
+    else:
+        all_done = gradient + head_gradient * (2 if config.tie_word_embeddings else before > 0)
     found["embedding"] = moment(all_done, 0, FLOAT * T * d, 0, exchange(1, 0, 1))
     if lora and plan.ranks == 1:
         found["saving"] = held | {"merged weights": FLOAT * weights.total}
