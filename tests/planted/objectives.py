@@ -21,7 +21,7 @@ MUTANTS = [
     Mutant(
         "reference-sign-flipped",
         "The reference is added instead of subtracted.",
-        "objective.py",
+        "training/objective.py",
         "self.policy_rejected_logps - self.reference_rejected_logps",
         "self.policy_rejected_logps + self.reference_rejected_logps",
         LOSSES + "test_loss_is_exactly_ln_2_before_the_first_step[forked-fp32]",
@@ -29,7 +29,7 @@ MUTANTS = [
     Mutant(
         "reference-omitted",
         "Without the reference on one side the loss pushes the policy towards short answers.",
-        "objective.py",
+        "training/objective.py",
         "self.policy_chosen_logps - self.reference_chosen_logps",
         "self.policy_chosen_logps",
         LOSSES + "test_loss_by_hand",
@@ -37,7 +37,7 @@ MUTANTS = [
     Mutant(
         "margin-turned",
         "Rejected minus chosen: the loss starts at ln 2 and falls, the model gets worse.",
-        "objective.py",
+        "training/objective.py",
         "self.score(chosen) - self.score(rejected)",
         "self.score(rejected) - self.score(chosen)",
         LOSSES + "test_gradient_is_minus_beta_sigmoid",
@@ -186,7 +186,7 @@ MUTANTS = [
     Mutant(
         "delta-with-gradient",
         "The shift moves with the rewards it is compared with, and cancels half of their gradient.",
-        "objective.py",
+        "training/objective.py",
         '"delta": self.delta}',
         '"delta": self.settings.beta * (pairs.chosen_logratios + pairs.rejected_logratios).mean() / 2}',
         CLOSED + "[bco_pair-0.1]",
@@ -194,7 +194,7 @@ MUTANTS = [
     Mutant(
         "delta-in-evaluation",
         "Held-out pairs leak into training, as in old TRL, and looking changes the run.",
-        "objective.py",
+        "training/objective.py",
         'if training and "delta" in self.looks_at:',
         'if "delta" in self.looks_at:',
         OBJECTIVES + "test_evaluation_leaves_delta_alone",
@@ -210,7 +210,7 @@ MUTANTS = [
     Mutant(
         "delta-of-one-rank",
         "Each rank divides good from bad at a place of its own.",
-        "objective.py",
+        "training/objective.py",
         "sum_over_ranks(self.under_way).tolist()",
         "self.under_way.tolist()",
         OBJECTIVES + "test_two_ranks_have_one_delta",
@@ -218,7 +218,7 @@ MUTANTS = [
     Mutant(
         "delta-mean-of-means",
         "Micro-batches count alike, whatever they hold.",
-        "objective.py",
+        "training/objective.py",
         "torch.stack([rewards.sum(), rewards.new_tensor(len(rewards))])",
         "torch.stack([rewards.mean(), rewards.new_tensor(1.0)])",
         OBJECTIVES + "test_delta_is_the_mean_reward_of_the_steps_before",
@@ -226,7 +226,7 @@ MUTANTS = [
     Mutant(
         "delta-lost-on-resume",
         "A resumed run begins with a delta of 0.",
-        "objective.py",
+        "training/objective.py",
         'self.reward_sum, self.reward_count = state["reward_sum"], state["reward_count"]',
         'self.reward_sum, self.reward_count = 0.0, state["reward_count"]',
         OBJECTIVES + "test_delta_is_kept_in_a_checkpoint_and_has_no_gradient",
@@ -348,7 +348,7 @@ MUTANTS = [
     Mutant(
         "divergence-ignored",
         "The flag is accepted and reverse KL computed, as in TRL for a year.",
-        "objective.py",
+        "training/objective.py",
         "self.score(chosen) - self.score(rejected)",
         "chosen - rejected",
         OBJECTIVES + "test_scores_by_hand",
@@ -356,7 +356,7 @@ MUTANTS = [
     Mutant(
         "wpo-unclamped",
         "A product of weights above 1 makes likely pairs more than pairs.",
-        "objective.py",
+        "training/objective.py",
         ".clamp(max=0).exp()",
         ".exp()",
         OBJECTIVES + "test_collisions_of_two_tokens_by_hand",
@@ -364,7 +364,7 @@ MUTANTS = [
     Mutant(
         "wpo-of-sums",
         "Without the mean over tokens the weight of any real answer is 0.",
-        "objective.py",
+        "training/objective.py",
         "chosen / chosen_lengths + rejected / rejected_lengths",
         "chosen + rejected",
         OBJECTIVES + "test_collisions_of_two_tokens_by_hand",
@@ -372,7 +372,7 @@ MUTANTS = [
     Mutant(
         "wpo-with-gradient",
         "The policy learns to find its own pairs unlikely.",
-        "objective.py",
+        "training/objective.py",
         "policy_logps.detach() - collision_logps",
         "policy_logps - collision_logps",
         OBJECTIVES + "test_pairs_of_a_stream_are_those_of_single_sequences[forked]",
@@ -404,7 +404,7 @@ MUTANTS = [
     Mutant(
         "ld-of-the-policy-only",
         "The reference stays whole, and log-ratios compare unlike things.",
-        "objective.py",
+        "training/objective.py",
         "tails = (policy_logps - reference_logps) *",
         "tails = policy_logps *",
         OBJECTIVES + "test_pairs_of_a_stream_are_those_of_single_sequences[forked]",
@@ -412,7 +412,7 @@ MUTANTS = [
     Mutant(
         "ld-alpha-turned",
         "alpha for 1 - alpha.",
-        "objective.py",
+        "training/objective.py",
         "(1 - self.settings.ld_alpha) * pairs.rejected_tails",
         "self.settings.ld_alpha * pairs.rejected_tails",
         OBJECTIVES + "test_ld_dpo_replaces_the_log_ratios[sigmoid]",
@@ -420,7 +420,7 @@ MUTANTS = [
     Mutant(
         "tr-both-variants-at-once",
         "A share of the way and a period together are neither of the paper's two variants.",
-        "objective.py",
+        "training/objective.py",
         "require(not both,",
         "require(True,",
         OBJECTIVES + "test_what_makes_no_sense_is_refused[--tr-alpha moves the reference at ev]",
@@ -428,7 +428,7 @@ MUTANTS = [
     Mutant(
         "tr-alpha-turned",
         "The reference keeps the share that it should give away.",
-        "objective.py",
+        "training/objective.py",
         "old.lerp_(new, share)",
         "old.lerp_(new, 1 - share)",
         OBJECTIVES + "test_tr_dpo_softly_at_every_step",
@@ -436,7 +436,7 @@ MUTANTS = [
     Mutant(
         "tr-copies-the-pointer",
         "After the first copy the reference is the policy, and the loss ln 2 for ever.",
-        "objective.py",
+        "training/objective.py",
         "old.lerp_(new, share)",
         "old.data = new.data",
         OBJECTIVES + "test_tr_dpo_by_copies",
@@ -444,7 +444,7 @@ MUTANTS = [
     Mutant(
         "tr-a-step-early",
         "The first copy comes after one step instead of tau.",
-        "objective.py",
+        "training/objective.py",
         "step % every == 0",
         "step % every == 1 % every",
         OBJECTIVES + "test_tr_dpo_by_copies",
@@ -452,7 +452,7 @@ MUTANTS = [
     Mutant(
         "weights-of-losses-ignored",
         "MPO with three equal weights is another objective.",
-        "objective.py",
+        "training/objective.py",
         "sum(weight * call(LOSSES[name], known)",
         "sum(call(LOSSES[name], known)",
         OBJECTIVES + "test_several_losses_are_a_weighted_sum",
@@ -460,7 +460,7 @@ MUTANTS = [
     Mutant(
         "useless-option-accepted",
         "An option that the loss does not look at is swallowed, and the user believes in it.",
-        "objective.py",
+        "training/objective.py",
         'name == "beta" or name in looks_at or not those',
         "True",
         OBJECTIVES + "test_what_makes_no_sense_is_refused[--label-smoothing means nothing to -1]",
@@ -468,7 +468,7 @@ MUTANTS = [
     Mutant(
         "rewards-by-length",
         "Rewards that are averaged when the loss is: margins of two runs cannot be compared.",
-        "objective.py",
+        "training/objective.py",
         "beta * pairs.chosen_logratios, beta *",
         "beta * pairs.chosen_logratios / pairs.chosen_lengths, beta *",
         OBJECTIVES + "test_rewards_mean_the_same_whatever_the_loss[ipo_norm]",
@@ -492,7 +492,7 @@ MUTANTS = [
     Mutant(
         "evaluation-mean-of-means",
         "The last, short batch weighs as much as the others, so figures depend on the batch size.",
-        "eval/preference.py",
+        "training/evaluate.py",
         "meter.add(len(losses), pair_metrics(losses, batch, settings.beta))",
         "meter.add(1, {k: v / len(losses) for k, v in pair_metrics(losses, batch, settings.beta).items()})",
         OBJECTIVES + "test_evaluation_does_not_depend_on_its_batches[sigmoid-plain]",

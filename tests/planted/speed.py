@@ -9,7 +9,7 @@ MUTANTS = [
     Mutant(
         "cached-reference-of-any-weights",
         "The reference's log-probs are kept under a name that does not know which model they are of.",
-        "reference.py",
+        "training/reference.py",
         "key = [weights_hash(model), model.config.to_dict(), layout,",
         "key = [model.config.to_dict(), layout,",
         CACHED + "test_what_changes_a_log_prob_changes_the_file",
@@ -17,7 +17,7 @@ MUTANTS = [
     Mutant(
         "cached-reference-of-any-shape",
         "Equal weights with another rotation or other heads are another model.",
-        "reference.py",
+        "training/reference.py",
         "key = [weights_hash(model), model.config.to_dict(), layout,",
         "key = [weights_hash(model), layout,",
         CACHED + "test_what_changes_a_log_prob_changes_the_file",
@@ -25,7 +25,7 @@ MUTANTS = [
     Mutant(
         "cached-reference-of-any-precision",
         "Log-probs of rounded products are read by a run that asked for exact ones.",
-        "reference.py",
+        "training/reference.py",
         "layout, *products]",
         "layout]",
         CACHED + "test_what_changes_a_log_prob_changes_the_file",
@@ -33,7 +33,7 @@ MUTANTS = [
     Mutant(
         "cached-reference-in-order-of-ranks",
         "Rows are dealt to ranks by turns, and their answers laid one rank's behind the other's.",
-        "reference.py",
+        "training/reference.py",
         "for row, part in zip(mine,",
         "for row, part in zip(rows[world.rank * len(mine) :],",
         CACHED + "test_two_ranks_ask_as_one",
@@ -49,7 +49,7 @@ MUTANTS = [
     Mutant(
         "cached-reference-that-moves",
         "TR-DPO moves the reference, and the cache stays where it was.",
-        "reference.py",
+        "training/reference.py",
         'if reference == "cached" and objective.moves_reference:',
         'if reference == "moving" and objective.moves_reference:',
         CACHED + "test_what_cannot_be_cached_is_refused[options0-TR-DPO]",
@@ -97,7 +97,7 @@ MUTANTS = [
     Mutant(
         "flops-of-a-square",
         "A causal mask hides half of the scores; counted as if it did not, the machine looks better used.",
-        "training/costs.py",
+        "bench/work.py",
         "own * (own + 1) // 2",
         "own * own",
         "tests/test_bench.py::test_flops_are_those_that_torch_counts[forked]",
