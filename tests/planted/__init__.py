@@ -7,7 +7,6 @@ from tests.planted import (
     folders,
     loops,
     objectives,
-    plan,
     resume,
     reward,
     shard,
@@ -17,7 +16,7 @@ from tests.planted import (
 )
 
 ROOMS = (
-    stream, transformer, objectives, reward, answers, data, loops, folders, resume, shard, speed, plan,
+    stream, transformer, objectives, reward, answers, data, loops, folders, resume, shard, speed,
     experiments,
 )  # fmt: skip
 MUTANTS = [mutant for room in ROOMS for mutant in room.MUTANTS]
