@@ -26,8 +26,8 @@ from errors import run_script
 from model.lora import WithoutAdapters, add_adapters, trained_part
 from model.moe import router_loss
 from model.transformer import compile_layers
-from model.weights import load_model, save_model, weights_hash
-from training.distributed import exchange_gradients, first_device, gather, join, wrap
+from model.weights import load_model, weights_hash
+from training.distributed import exchange_gradients, first_device, join, wrap
 from training.evaluate import evaluate
 from training.metrics import Meter, MetricsLog
 from training.objective import (
@@ -68,8 +68,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def train(settings: Settings, world, run) -> None:
-    if run.is_finished():
-        return
     objective = Objective(settings)  # what is minimised: DPO's loss, unless other flags say otherwise
     check_reference(settings.reference, objective)
 
@@ -121,6 +119,8 @@ def train(settings: Settings, world, run) -> None:
     if objective.moves_reference:
         state["reference"] = reference  # TR-DPO's is no longer the model of --model.
     first_step = run.begin(state, weights_hash(model), pairs.fingerprint, tokenizer.fingerprint)
+    if first_step is None:  # --resume finds the run finished
+        return
     log = MetricsLog(Path(settings.out), world, first_step, total_steps, unit="pairs")
 
     def evaluate_now(step: int) -> None:
@@ -177,12 +177,8 @@ def train(settings: Settings, world, run) -> None:
             evaluate_now(done)
         run.save_when_due(done)
 
-    gather(model, world)  # if it was split
-    if world.is_main:
-        tokenizer.save(Path(settings.out))
-        save_model(Path(settings.out), model, settings=settings.to_dict())
     log.close()
-    run.finish()
+    run.finish(model, tokenizer)
 
 
 if __name__ == "__main__":
