@@ -33,6 +33,7 @@ from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script
 from files import write_whole
 from losses import bradley_terry_loss, reward_metrics
+from model.moe import router_loss
 from model.reward import RewardModel
 from model.stream import sides
 from model.transformer import compile_layers
@@ -124,8 +125,9 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
             stream = build_stream(pairs, rows, settings.layout).to(world.device)
             with exchange_gradients(reward, when=number == len(micro_batches)):
                 with precision.autocast():
-                    chosen_rewards, rejected_rewards = sides(reward(stream))  # r(x, y), twice (B,)
-                aux_loss = model.aux_loss()  # how unevenly the experts are loaded; 0 for a dense model
+                    balances: list[Tensor] = []  # one for each layer of experts
+                    chosen_rewards, rejected_rewards = sides(reward(stream, balances))  # r(x, y), twice (B,)
+                aux_loss = torch.as_tensor(router_loss(balances), device=world.device)
                 losses = bradley_terry_loss(chosen_rewards, rejected_rewards)
                 # A mean over the window, however it was dealt: each pair carries the balance of its stream.
                 # Ranks' gradients are averaged, hence `ranks`.

@@ -13,7 +13,7 @@ from model.stream import TokenStream, sides
 from model.transformer import Transformer
 from training.distributed import World
 from training.metrics import Meter
-from training.objective import Objective, Pairs, pair_metrics, wpo_weights
+from training.objective import Objective, Pairs, pair_metrics, wpo_pair_weights
 from training.precision import Precision
 
 MAX_TOKENS = 16_384  # tokens a forward without gradients, where the caller gives no other number
@@ -44,8 +44,9 @@ def evaluate(
     meter, settings = Meter(world), objective.settings
     for _, stream in batches(pairs, world, max_tokens, layout):
         with precision.autocast():
-            weights = wpo_weights(policy, stream) if settings.wpo else None
-            batch = Pairs.of(stream, policy(stream), reference(stream), weights)
+            policy_logps = policy(stream)
+            weights = wpo_pair_weights(policy, stream, policy_logps) if settings.wpo else None
+            batch = Pairs.of(stream, policy_logps, reference(stream), weights)
         losses = objective(batch)
         meter.add(len(losses), pair_metrics(losses, batch, settings.beta))
     return meter.mean()

@@ -20,6 +20,7 @@ from losses import DIVERGENCES, LOSSES, reward_metrics
 from model.moe import router_loss
 from model.stream import TokenStream
 from model.transformer import Transformer
+from training.distributed import unsharded
 from training.options import (
     REFERENCE_INPUTS,
     ObjectiveSettings,
@@ -29,6 +30,7 @@ from training.options import (
     parameters,
     parse_losses,
 )
+from training.precision import Precision
 
 # ---- The input of an objective
 
@@ -132,12 +134,16 @@ class Objective:
         reference_logps: Tensor,
         model: Transformer,
         balances: list[Tensor],
+        precision: Precision,
     ) -> Tensor:
         """The losses of a training step, (B,): with WPO's weights, BCO's δ and the experts' balance.
 
         `policy_logps` and `reference_logps` are (N,), `balances` is what the policy's forward collected.
         """
-        weights = wpo_weights(model, stream) if self.settings.wpo else None
+        weights = None
+        if self.settings.wpo:
+            with precision.autocast():
+                weights = wpo_pair_weights(model, stream, policy_logps)
         pairs = Pairs.of(stream, policy_logps, reference_logps, weights)
         if "delta" in self.inputs:
             rewards = self.settings.beta * (pairs.chosen_logratios + pairs.rejected_logratios).detach() / 2
@@ -212,20 +218,25 @@ def call(function: Callable, values: dict) -> Tensor:
 
 
 @torch.no_grad()
-def wpo_weights(model: Transformer, stream: TokenStream) -> Tensor:
-    """The pair weights of WPO, (B,) (Zhou et al. 2024, arXiv 2406.11827, eq. 2).
+def wpo_pair_weights(model: Transformer, stream: TokenStream, policy_logps: Tensor) -> Tensor:
+    """WPO's weights of a stream's pairs, (B,), without gradient; one more forward of the policy.
+
+    `policy_logps` are the policy's log-probs of the stream's targets, (N,).
+    """
+    with unsharded(model):
+        # log Σ_v π(v | x, y_<t)², the log-probability that two draws are the same token, (N,)
+        collisions = torch.cat([(2 * logps).logsumexp(-1) for logps in model.log_distributions(stream)])
+    surprise = stream.sum_by_side(policy_logps - collisions)
+    return wpo_weights(*surprise, *stream.sum_by_side(torch.ones_like(policy_logps)))
+
+
+def wpo_weights(
+    chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
+) -> Tensor:
+    """WPO (Zhou et al. 2024, arXiv 2406.11827, eq. 2): pairs that the policy may well generate weigh more.
 
         w(y_w) w(y_l), at most 1,    w(y) = exp( 1/|y| Σ_t log [ π(y_t) / Σ_v π(v)² ] )
 
-    Pairs that the policy is likely to generate weigh more. The clamp at 1 is the authors'. It takes one more
-    forward of the policy, without gradient, because it needs whole distributions.
+    `chosen` and `rejected` are the two sums over t, (B,). The clamp at 1 is the authors'.
     """
-    surprises, start = [], 0
-    for distribution in model.log_distributions(stream):  # (n, V), log π(· | x, y_<t)
-        targets = stream.targets[start : start + len(distribution)]
-        start += len(distribution)
-        chosen = distribution.gather(1, targets[:, None])[:, 0]
-        surprises.append(chosen - (2 * distribution).logsumexp(dim=1))
-    surprise = torch.cat(surprises)  # (N,) log [ π(y_t) / Σ_v π(v)² ]
-    sums, lengths = stream.sum_by_side(surprise), stream.sum_by_side(torch.ones_like(surprise))
-    return (sums[0] / lengths[0] + sums[1] / lengths[1]).clamp(max=0).exp()
+    return (chosen / chosen_lengths + rejected / rejected_lengths).clamp(max=0).exp()
