@@ -26,12 +26,12 @@ from training.objective import (
     Objective,
     ObjectiveSettings,
     Pairs,
-    no_reference,
     pair_metrics,
     wpo_pair_weights,
     wpo_weights,
 )
 from training.precision import Precision
+from training.reference import no_reference
 
 ALONE = World(0, 1, torch.device("cpu"))
 FP32 = Precision("fp32", ALONE.device)
@@ -607,7 +607,7 @@ def test_pairs_of_a_stream_are_those_of_single_sequences(layout, stored, tokeniz
     stream = build_stream(stored, range(7), layout)
     policy_logps = model(stream)
     weights = wpo_pair_weights(model, stream, policy_logps)
-    found = Pairs.of(stream, policy_logps, reference(stream), None, weights)
+    found = Pairs.of(stream, policy_logps, reference(stream), weights)
     expected = {name: [] for name in vars(found) if name != "score_margins"}
     for w, x in by_hand(model, reference, tokenizer):
         shorter, surprise = min(len(w["p"]), len(x["p"])), 0
@@ -711,7 +711,7 @@ def run_steps(made: Objective, steps: list[list[list[int]]], sum_over_ranks=lamb
     for step, micro_batches in enumerate(steps, start=1):
         deltas.append(made.delta)
         for rows in micro_batches:
-            made(take(make_pairs(), rows), training=True)
+            made.add_rewards(take(make_pairs(), rows))
         made.after_step(step, None, None, sum_over_ranks)
     return [*deltas, made.delta]
 
@@ -737,8 +737,8 @@ def test_two_ranks_have_one_delta():
     ranks, found = [objective("bco_pair"), objective("bco_pair")], []
     for step, shares in enumerate([([0, 1], [2]), ([3, 4, 5], [])], start=1):
         for made, rows in zip(ranks, shares, strict=True):
-            made(take(make_pairs(), rows), training=True)
-        total = sum(made.under_way for made in ranks)
+            made.add_rewards(take(make_pairs(), rows))
+        total = sum(made.step_rewards for made in ranks)
         for made in ranks:
             made.after_step(step, None, None, lambda mine, total=total: total)
         found.append([made.delta for made in ranks])
@@ -764,7 +764,7 @@ def test_evaluation_leaves_delta_alone():
 
 def test_only_bco_talks_between_ranks():
     made = objective("sigmoid")
-    made(make_pairs(), training=True)
+    made.add_rewards(make_pairs())
     made.after_step(1, None, None, lambda x: pytest.fail("an exchange that no loss needs"))
 
 
@@ -778,7 +778,7 @@ def test_evaluation_does_not_depend_on_its_batches(name, options, stored, tokeni
     model, reference = (make_model(tokenizer.vocab_size, seed=seed) for seed in (1, 2))
     made = objective(name, 0.1, DELTA, **options)
     whole, *others = (
-        evaluate(model, reference, stored, ALONE, FP32, made, batch_size=size) for size in (7, 1, 3, 5)
+        evaluate(model, reference, stored, ALONE, FP32, made, max_tokens=size) for size in (2**14, 1, 60, 100)
     )
     for other in others:
         assert other == pytest.approx(whole, rel=1e-5, abs=1e-6)
@@ -828,7 +828,7 @@ def test_every_objective_trains_and_evaluates(flags, run_dpo, tokenizer, stored,
     """The flags reach the loss: log and evaluation begin with what the objective says of two equal models."""
     copies = []
     deepcopy = SimpleNamespace(deepcopy=lambda model: copies.append(model) or copy.deepcopy(model))
-    monkeypatch.setattr(train_dpo, "copy", deepcopy)
+    monkeypatch.setattr(reference, "copy", deepcopy)
     folder = run_dpo(*flags, "--batch-size", "7")
     rows = metrics(folder)
     made = Objective(train_dpo.parse(train_dpo.Settings, "", flags))
@@ -839,7 +839,7 @@ def test_every_objective_trains_and_evaluates(flags, run_dpo, tokenizer, stored,
         logps = model(stream)
         reference = logps if made.needs_reference else no_reference(stream)
         weights = wpo_pair_weights(model, stream, logps) if made.settings.wpo else None
-        batch = Pairs.of(stream, logps, reference, data.score_margins, weights)
+        batch = Pairs.of(stream, logps, reference, weights)
         expected = made(batch).mean().item()
     assert next(row["loss"] for row in rows if "loss" in row) == pytest.approx(expected, rel=1e-5)
     assert rows[0]["eval_loss"] == pytest.approx(expected, rel=1e-5)
@@ -853,7 +853,7 @@ def test_accumulation_equals_one_big_batch(name, run_dpo):
     """Also of what is remembered between steps: four steps, the windows whole or in pieces."""
     flags = [*FLAGS[name], "--eval-data", ""]
     whole = record_gradients(train_dpo, lambda: run_dpo(*flags, out="whole"))
-    split = record_gradients(train_dpo, lambda: run_dpo(*flags, "--micro-batch-size", "3", out="split"))
+    split = record_gradients(train_dpo, lambda: run_dpo(*flags, "--micro-batch-tokens", "60", out="split"))
     assert len(whole) == len(split) == 4
     for one, two in zip(itertools.chain(*whole), itertools.chain(*split), strict=True):
         assert (one - two).abs().max() <= 1e-4 * one.abs().max().clamp(min=1e-3)
@@ -871,7 +871,7 @@ def test_delta_follows_the_rewards_of_the_loop(run_dpo, monkeypatch):
 
 def test_two_ranks_equal_one_process_with_everything_on(run_dpo, tmp_path):
     """delta meets across ranks, both references move alike, and a rank's last micro-batch may be empty."""
-    flags = [*FLAGS["mpo"], "--tr-alpha", "0.5", "--eval-data", "", "--micro-batch-size", "1"]
+    flags = [*FLAGS["mpo"], "--tr-alpha", "0.5", "--eval-data", "", "--micro-batch-tokens", "1"]
     alone = record_gradients(train_dpo, lambda: run_dpo(*flags, out="one"))
 
     def on_two_ranks(arguments):

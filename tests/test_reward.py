@@ -266,9 +266,9 @@ def steps_of(flags) -> list:
 def test_accumulation_equals_one_big_batch(micro, arguments):
     """Windows of 5 and 2 pairs, whole or dealt 3 + 2, or pair by pair."""
     flags = ["--batch-size", 5, "--epochs", 2, "--lr", 1e-3, "--warmup-steps", 0]
-    whole = steps_of(arguments(*flags, "--micro-batch-size", 5))
+    whole = steps_of(arguments(*flags, "--micro-batch-tokens", 2**14))
     assert len(whole) == 4
-    assert_close(steps_of(arguments(*flags, "--micro-batch-size", micro)), whole, tolerance=2e-4)
+    assert_close(steps_of(arguments(*flags, "--micro-batch-tokens", micro)), whole, tolerance=2e-4)
 
 
 def test_a_step_is_the_mean_over_its_window(trained, start, arguments, tokenizer, pairs):
@@ -284,7 +284,7 @@ def test_a_step_is_the_mean_over_its_window(trained, start, arguments, tokenizer
 
 def test_two_ranks_equal_one_process(start, arguments):
     """Windows of 3 over 2 ranks are uneven, the last one holds a single pair; no weight is left idle."""
-    flags = arguments("--batch-size", 3, "--micro-batch-size", 1, "--epochs", 2, "--warmup-steps", 1)
+    flags = arguments("--batch-size", 3, "--micro-batch-tokens", 1, "--epochs", 2, "--warmup-steps", 1)
     flags += ["--eval-data", flags[flags.index("--data") + 1]]
     alone, two = steps_of(flags), start.parent / "two"
     target = start.parent / "two.pt"

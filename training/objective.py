@@ -21,6 +21,7 @@ from model.moe import router_loss
 from model.stream import TokenStream
 from model.transformer import Transformer
 from training.distributed import unsharded
+from training.metrics import Meter
 from training.options import (
     REFERENCE_INPUTS,
     ObjectiveSettings,
@@ -132,26 +133,30 @@ class Objective:
         stream: TokenStream,
         policy_logps: Tensor,
         reference_logps: Tensor,
-        model: Transformer,
         balances: list[Tensor],
+        model: Transformer,
         precision: Precision,
+        meter: Meter,
     ) -> Tensor:
-        """The losses of a training step, (B,): with WPO's weights, BCO's δ and the experts' balance.
+        """The losses of a training step, (B,), with all options: WPO's weights, BCO's δ, the experts' balance.
 
-        `policy_logps` and `reference_logps` are (N,), `balances` is what the policy's forward collected.
+        `policy_logps` and `reference_logps` are (N,). `balances` is the list that the policy's forward filled;
+        its mean is logged as ``aux_loss``.
         """
         weights = None
         if self.settings.wpo:
             with precision.autocast():
                 weights = wpo_pair_weights(model, stream, policy_logps)
         pairs = Pairs.of(stream, policy_logps, reference_logps, weights)
-        if "delta" in self.inputs:
-            rewards = self.settings.beta * (pairs.chosen_logratios + pairs.rejected_logratios).detach() / 2
-            found = torch.stack([rewards.sum(), rewards.new_tensor(len(rewards))])
-            self.step_rewards = found if self.step_rewards is None else self.step_rewards + found
-        # Each pair carries the balance of its stream, so that a window's mean does not depend on how the
-        # window was split.
-        return self(pairs) + model.config.router_aux_loss_coef * router_loss(balances)
+        losses = self(pairs)
+        self.add_rewards(pairs)
+        if balances:
+            # Each pair carries the balance of its stream, so the mean over a window has one scale however the
+            # window was split.
+            aux_loss = router_loss(balances)
+            meter.add(0, {"aux_loss": aux_loss * len(losses)})
+            losses = losses + model.config.router_aux_loss_coef * aux_loss
+        return losses
 
     def derivative(self, logratios: Tensor) -> Tensor:
         """f'(π / π_ref) of the divergence, from log-ratios. DPO's reverse KL returns them unchanged."""
@@ -171,6 +176,13 @@ class Objective:
         first step all rewards are 0, and so is δ.
         """
         return self.reward_sum / self.reward_count if self.reward_count else 0.0
+
+    def add_rewards(self, pairs: Pairs) -> None:
+        """Add the rewards of a training step's pairs to those that change δ after the step."""
+        if "delta" in self.inputs:
+            rewards = self.settings.beta * (pairs.chosen_logratios + pairs.rejected_logratios).detach() / 2
+            found = torch.stack([rewards.sum(), rewards.new_tensor(len(rewards))])
+            self.step_rewards = found if self.step_rewards is None else self.step_rewards + found
 
     @torch.no_grad()
     def after_step(
