@@ -128,7 +128,8 @@ SFT_FORMATS = {
     "alpaca": Format(
         "instruction, input and output, optionally history and system",
         {"instruction": "Add.", "input": "2 + 2", "output": "4", "history": [["Hi", "Hi!"]]},
-        {"instruction": str, "output": str}, lambda record: append_response(alpaca_prompt(record), record, "output"),
+        {"instruction": str, "output": str},
+        lambda record: append_response(alpaca_prompt(record), record, "output"),
     ),
     "response": Format(
         "prompt and response are text or messages",

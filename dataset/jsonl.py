@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dataset.other_files import require_data_file
 from errors import InputError
 
 MAX_LINE = 16 * 2**20  # bytes or characters of a record; the limit bounds memory
@@ -23,14 +24,6 @@ BLOCK = 2**16  # characters of an array that are read at a time
 MAX_DIGITS = 300  # Longer integers do not fit into a float, and Python refuses the longest.
 SPACES = re.compile(r"[ \t\n\r]*")  # JSON's white space, which is less than Python's
 LONGEST_QUOTE = 40  # characters of data in an error message
-
-CONVERT = """python -c "import {module}, json, sys; [print(json.dumps(row, default=str)) for row in {rows}]" """
-CONVERSIONS = {  # suffix: (name, how to write the rows as JSON lines)
-    ".csv": ("CSV", CONVERT.format(
-        module="csv", rows="csv.DictReader(open(sys.argv[1], encoding='utf-8-sig', newline=''))")),
-    ".parquet": ("Parquet", CONVERT.format(
-        module="pyarrow.parquet", rows="pyarrow.parquet.read_table(sys.argv[1]).to_pylist()")),
-}  # fmt: skip
 
 
 class DataError(InputError):
@@ -137,41 +130,11 @@ def read_values(path) -> Iterator[tuple[int, object]]:
         raise DataError(path, 1, "the file holds no records")
 
 
-def require_data_file(path) -> None:
-    """Raise `InputError` with what to do if ``path`` is missing, a folder, CSV or Parquet."""
-    path = Path(path)
-    try:
-        if path.is_dir():
-            files = [*path.glob("*"), *path.glob("*/*")]
-            files = sorted(str(file) for file in files if file.suffix in (".jsonl", ".json", ".parquet"))
-            found = f", such as {show(files[0], 200)}" if files else ""
-            raise InputError(f"{path}: cannot be read: it is a folder; name one data file{found}")
-        if not path.exists():
-            hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not path.parent.exists()
-            hub = hub and path.suffix not in (".jsonl", ".json", ".gz", *CONVERSIONS)
-            raise InputError(f"{path}: cannot be read: no such file{hub_advice(path) if hub else ''}")
-    except OSError as error:
-        raise InputError(f"{show(str(path), 200)}: cannot be read ({error.strerror})") from None
-    if path.suffix.lower() in CONVERSIONS:
-        name, command = CONVERSIONS[path.suffix.lower()]
-        source, target = (shlex.quote(str(file)) for file in (path, path.with_suffix(".jsonl")))
-        raise InputError(f"{path}: cannot be read: it is {name}; write JSON lines: {command}{source} > {target}")
-
-
-def hub_advice(name) -> str:
-    """How to download the data set ``owner/name``, as the end of an error message."""
-    download = f"hf download {name} --repo-type dataset --local-dir {Path(name).name}"
-    return f"; to download a data set of the Hugging Face hub: {download}, then name a file in that folder"
-
-
 @contextmanager
 def _opened(path):
-    """A byte stream of the file: unzipped, UTF-8 as far as its first bytes show, after the byte-order mark."""
+    """A byte stream of the file, unzipped, after the byte-order mark; its first bytes are not UTF-16."""
     with open(path, "rb") as raw:
-        start = raw.peek(4)[:4]
-        if start == b"PAR1":
-            raise InputError(f"{path}: cannot be read: it is Parquet; name it .parquet to see how to convert it")
-        zipped = start[:2] == b"\x1f\x8b"
+        zipped = raw.peek(2)[:2] == b"\x1f\x8b"
         if str(path).lower().endswith(".gz") and not zipped:
             raise DataError(path, 1, "the name ends in .gz but the file is not gzip")
         stream = gzip.GzipFile(fileobj=raw) if zipped else raw
@@ -277,7 +240,7 @@ class _Text:
 
 
 def _array(stream, path) -> Iterator[tuple[int, object]]:
-    """The elements of one array, each with the line on which it starts; one element is in memory at a time."""
+    """The elements of one array, each with the line on which it starts; memory holds one at a time."""
     text, decoder = _Text(stream, path), StrictDecoder()
     text.next()
     text.move(text.at + 1)
@@ -313,7 +276,7 @@ def _not_utf8(error: UnicodeDecodeError, column: int) -> str:
 
 
 def _comma(error: json.JSONDecodeError) -> str:
-    """What to do about a comma too many, or "" if that is not the error. Versions of Python differ in `pos`."""
+    """What to do about a comma too many, or "" for other errors. Versions of Python differ in `pos`."""
     before = error.doc[max(0, error.pos - 100) : error.pos + 1].rstrip("}] \t\r\n")
     after = error.doc[error.pos : error.pos + 100].lstrip(", \t\r\n")
     if error.msg == "Extra data" and not after:

@@ -99,7 +99,7 @@ def require_last(turns: list[Message], where: str, role: str) -> None:
 
 
 def checked_turns(turns: list[Message], where: str, last: str = "assistant") -> list[Message]:
-    """``turns``: an optional system turn, then user and assistant in turn up to the role ``last``, or `Fault`."""
+    """``turns``, if they are an optional system turn, then user and assistant in turn, the last by ``last``."""
     require_last(turns, where, last)
     start = 1 if turns[0].role == "system" else 0
     for turn in range(start, len(turns)):
@@ -168,7 +168,7 @@ def response_pair(history: list[Message], record: dict) -> tuple[list[Message], 
 
 
 def alpaca_prompt(record: dict) -> list[Message]:
-    """The turns of history [[question, answer], ...], then the instruction with its input on the next line."""
+    """The turns of history [[question, answer], ...], then the instruction, its input on the next line."""
     turns = []
     history = [] if record.get("history") is None else record["history"]
     if not isinstance(history, list):
