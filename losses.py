@@ -7,7 +7,8 @@ Read from top to bottom, this is a tour. A pair is a prompt x with a chosen answ
     rejected_logratios  b, the same of y_l
     margins             a - b, (B,); with another f-divergence, what takes its place
 
-The parameters of a function say what it looks at: `objective.py` passes them by name. So its signature also
+The parameters of a function say what it looks at: `training/objective.py` passes them by name.
+So its signature also
 says which options a loss has, with their defaults, and whether it needs a reference at all. No loss takes the
 logarithm of a rounded probability: values and gradients are finite at log-ratios of ±1e4.
 """

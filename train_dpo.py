@@ -23,14 +23,15 @@ from dataset.packing import LAYOUTS, Windows, build_stream, deal
 from dataset.store import open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import run_script
-from eval.preference import evaluate
 from model.lora import WithoutAdapters, add_adapters, trained_part
 from model.transformer import compile_layers
 from model.weights import load_model, save_model, weights_hash
-from objective import Objective, ObjectiveSettings, Pairs, no_reference, pair_metrics
-from reference import REFERENCES, cache_reference, cached_reference, check_reference
-from training.distributed import Precision, exchange_gradients, first_device, gather, join, wrap
+from training.distributed import exchange_gradients, first_device, gather, join, wrap
+from training.evaluate import evaluate
 from training.metrics import Meter, MetricsLog
+from training.objective import Objective, ObjectiveSettings, Pairs, no_reference, pair_metrics
+from training.precision import Precision
+from training.reference import REFERENCES, cache_reference, cached_reference, check_reference
 from training.run import RunFolder
 from training.schedule import adamw, clip_gradients, cosine_lr, require_finite, set_lr
 from training.settings import SAMPLE, AdapterSettings, flag, parse

@@ -37,8 +37,9 @@ from model.reward import RewardModel
 from model.stream import sides
 from model.transformer import compile_layers
 from model.weights import load_model, save_model, weights_hash
-from training.distributed import Precision, World, exchange_gradients, first_device, gather, join, wrap
+from training.distributed import World, exchange_gradients, first_device, gather, join, wrap
 from training.metrics import Meter, MetricsLog
+from training.precision import Precision
 from training.run import RunFolder
 from training.schedule import adamw, clip_gradients, cosine_lr, require_finite, set_lr
 from training.settings import SAMPLE, TrainSettings, flag, parse

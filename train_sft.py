@@ -16,11 +16,13 @@ from dataset.packing import Windows, build_stream, deal, share
 from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script
+from model.config import PRESETS, ModelConfig
 from model.lora import add_adapters, trained_part
-from model.transformer import PRESETS, ModelConfig, Transformer, compile_layers
+from model.transformer import Transformer, compile_layers
 from model.weights import load_model, save_model, weights_hash
-from training.distributed import Precision, exchange_gradients, first_device, gather, join, wrap
+from training.distributed import exchange_gradients, first_device, gather, join, wrap
 from training.metrics import Meter, MetricsLog
+from training.precision import Precision
 from training.run import RunFolder
 from training.schedule import adamw, clip_gradients, cosine_lr, require_finite, set_lr
 from training.settings import SAMPLE, AdapterSettings, flag, parse

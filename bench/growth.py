@@ -23,7 +23,8 @@ from bench.tables import header, line
 from bench.work import SMALL, TINY, Case
 from errors import run_script
 from eval.report import BLUE, ORANGE, PALE, canvas, need_matplotlib, plain
-from model.transformer import PRESETS, ModelConfig, Transformer
+from model.config import PRESETS, ModelConfig
+from model.transformer import Transformer
 from training.settings import ROOT
 
 PANELS = {

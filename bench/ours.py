@@ -5,7 +5,7 @@ from pathlib import Path
 import train_dpo
 from bench.work import BETA, Case, now
 from dataset.store import TokenStore
-from reference import cache_reference
+from training.reference import cache_reference
 
 
 def train(case: Case, folder: Path, store: TokenStore, how: str, device: str, precision: str, say) -> float:

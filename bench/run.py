@@ -31,7 +31,8 @@ from bench import work
 from bench.tables import SHIPPED, tables
 from bench.work import CASES, CUDA_CASES, QUICK, Case
 from errors import InputError, run_script
-from training.distributed import cpu_multiplies_bf16, pick_device
+from training.distributed import pick_device
+from training.precision import cpu_multiplies_bf16
 from training.settings import ROOT
 
 FUSED = "ours, forked cached --fused-attention"
@@ -93,7 +94,7 @@ def check(case: Case, device: str) -> dict[str, float]:
     from bench import peers
     from dataset.packing import build_stream
     from losses import sigmoid
-    from objective import Pairs
+    from training.objective import Pairs
 
     pairs = [work.make_pairs(case)[row] for row in case.windows[1][: case.micro_batch]]
     policy, reference = work.make_model(case), work.make_model(case, seed=1)

@@ -19,10 +19,10 @@ from dataset.packing import Windows, build_stream
 from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError
+from model.config import PRESETS, ModelConfig
 from model.stream import TokenStream
-from model.transformer import PRESETS, ModelConfig, Transformer
+from model.transformer import Transformer
 from model.weights import save_model
-from training.costs import forward_flops
 from training.settings import ROOT, SAMPLE
 
 BETA = 0.1
@@ -173,6 +173,24 @@ def write_model(folder: Path, case: Case) -> None:
 
 
 # ---- What it costs
+
+
+def forward_flops(config: ModelConfig, stream: TokenStream) -> int:
+    """Multiplications and additions of matrix products that a forward of the stream cannot do without.
+
+    Two for every weight of a layer and token; for scores and values, 4 D a query head and pair of tokens of
+    which one sees the other; two for every entry of the vocabulary matrix and supervised token. Norms,
+    softmax and rotary positions are left out, as is usual.
+    """
+    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    d = config.hidden_size
+    weights = d * (2 * queries + 2 * keys) + 3 * d * config.intermediate_size
+    seen = 0
+    for start, end, prefix_start, prefix_end in stream.segments.tolist():
+        own = end - start
+        seen += own * (prefix_end - prefix_start) + own * (own + 1) // 2
+    per_layer = 2 * len(stream.tokens) * weights + 4 * queries * seen
+    return config.num_hidden_layers * per_layer + 2 * len(stream.targets) * d * config.vocab_size
 
 
 def run_flops(case: Case, store: TokenStore) -> int:

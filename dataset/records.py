@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from dataset.jsonl import DataError, kind, read_values, show
-from dataset.shapes import (
+from dataset.formats import (
     Fault,
     Message,
     alpaca_pair,
@@ -35,6 +34,7 @@ from dataset.shapes import (
     text_pair,
     transcript_pair,
 )
+from dataset.jsonl import DataError, kind, read_values, show
 from errors import InputError
 
 # A record with one of these has its prompt there. Looking for it inside chosen and rejected would drop it.

@@ -105,7 +105,7 @@ class TokenStore:
         if not len(self.tokens) == len(self.supervised) == self.bounds[-1, -1]:
             raise ValueError("the arrays do not fit together")
         self.target_bounds = np.concatenate([[0], np.cumsum(self.targets)])  # (rows + 1,) offsets, see next
-        # With --reference cached: log pi_ref of each supervised token, row by row (reference.py).
+        # With --reference cached: log pi_ref of each supervised token, row by row (training/reference.py).
         self.reference_logps: np.ndarray | None = None
 
     def __len__(self) -> int:

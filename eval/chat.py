@@ -22,7 +22,7 @@ from dataset.inspect import printable
 from dataset.records import Message
 from dataset.tokenizer import ChatTokenizer
 from errors import run_script
-from eval.preference import DEVICE_WHY, DEVICES, load_speaker, require
+from eval.common import DEVICE_WHY, DEVICES, load_speaker, require
 from model.generate import decode_steps
 from model.transformer import Transformer
 from training.distributed import pick_device

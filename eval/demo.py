@@ -19,8 +19,8 @@ from dataset.inspect import printable
 from errors import InputError, run_script
 from eval import preference, report
 from eval.chat import column_width, side_by_side
+from eval.common import load_speaker, require, write_json
 from eval.judge import Reply, answer, compare, compare_tasks, read_judged, summary
-from eval.preference import load_speaker, require, write_json
 from training.distributed import World, pick_device
 from training.settings import SAMPLE, flag, parse
 

@@ -12,7 +12,7 @@ from dataset.jsonl import DataError, read_values, show
 from dataset.records import read_preferences
 from dataset.tokenizer import ChatTokenizer
 from errors import run_script
-from eval.preference import DEVICE_WHY, DEVICES, load_speaker, require, write_json
+from eval.common import DEVICE_WHY, DEVICES, load_speaker, require, write_json
 from eval.verdict import CHECKS, Verdict, score
 from model.generate import Answer, generate
 from model.transformer import Transformer

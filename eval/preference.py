@@ -11,28 +11,17 @@ text that the model writes itself the mean would be another one. The loss is DPO
 trained with, so that models can be compared.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from dataset.packing import LAYOUTS, build_stream, share
-from dataset.store import TokenStore, open_store
-from dataset.tokenizer import ChatTokenizer
+from dataset.packing import LAYOUTS
+from dataset.store import open_store
 from errors import InputError, run_script
-from model.stream import TokenStream
-from model.transformer import Transformer
-from model.weights import load_model
-from objective import Objective, ObjectiveSettings, Pairs, pair_metrics
-from training.distributed import Precision, World, join
-from training.metrics import Meter
+from eval.common import DEVICE_WHY, DEVICES, load_speaker, require, write_json
+from training.distributed import World, join
+from training.evaluate import evaluate, evaluate_kl
+from training.objective import Objective, ObjectiveSettings
+from training.precision import Precision
 from training.settings import SAMPLE, flag, parse
-
-DEVICES = ("auto", "cuda", "mps", "cpu")
-DEVICE_WHY = "auto takes CUDA, then Apple's MPS, then the CPU"
-CHUNK = 1024  # Positions that meet the vocabulary at once: with 150,000 tokens a row is 0.6 MB of float32.
 
 
 @dataclass
@@ -87,97 +76,6 @@ def measure(settings: Settings, world: World) -> dict[str, float]:
         **evaluate(policy, reference, pairs, world, precision, objective, **asked),
         **evaluate_kl(policy, reference, pairs, world, precision, **asked),
     }
-
-
-@torch.no_grad()
-def evaluate(
-    policy: Transformer,
-    reference: Transformer,
-    pairs: TokenStore,
-    world: World,
-    precision: Precision,
-    objective: Objective,
-    layout: str = "forked",
-    batch_size: int = 32,
-) -> dict[str, float]:
-    """Loss, rewards, accuracy and log-probs over all pairs, each counted once on any number of ranks.
-
-    They do not depend on the batch size; but the losses of `kto_pair`, `aot` and `aot_unpaired` do, since the
-    pairs of a batch depend on one another there.
-    """
-    meter, settings = Meter(world), objective.settings
-    policy.count_collisions = settings.wpo
-    for rows in share(len(pairs), world.rank, world.ranks, batch_size):
-        stream = build_stream(pairs, rows, layout).to(world.device)
-        with precision.autocast():
-            policy_logps = policy(stream)
-            collisions = policy.collisions  # before the reference is asked: it may be the same model
-            reference_logps = reference(stream)
-        labels = pairs.score_margins[rows]
-        batch = Pairs.of(stream, policy_logps, reference_logps, labels, collisions)
-        losses = objective(batch)
-        meter.add(len(losses), pair_metrics(losses, batch, settings.beta))
-    return meter.mean()
-
-
-@torch.no_grad()
-def evaluate_kl(
-    policy: Transformer,
-    reference: Transformer,
-    pairs: TokenStore,
-    world: World,
-    precision: Precision,
-    layout: str = "forked",
-    batch_size: int = 32,
-) -> dict[str, float]:
-    """``{"kl_per_token": …}``, the mean over all supervised tokens of all ranks, each counted once."""
-    meter = Meter(world)
-    for rows in share(len(pairs), world.rank, world.ranks, batch_size):
-        stream = build_stream(pairs, rows, layout).to(world.device)
-        with precision.autocast():
-            divergences = next_token_kl(policy, reference, stream)
-        meter.add(len(divergences), {"kl_per_token": divergences.sum()})
-    return meter.mean()
-
-
-def next_token_kl(policy: Transformer, reference: Transformer, stream: TokenStream) -> Tensor:
-    """KL(pi || pi_ref) = sum over v of pi(v) [log pi(v) - log pi_ref(v)] at each predictor, (N,), in nats."""
-
-    def log_distributions(model: Transformer):
-        """log pi(. | x, y_<t), at least float32, in chunks of (≤ CHUNK, V)."""
-        hidden = model.hidden_of(stream)[stream.predictors]  # (N, d)
-        for chunk in hidden.split(CHUNK):
-            logits = model.logits(chunk)
-            yield logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
-
-    both = zip(log_distributions(policy), log_distributions(reference), strict=True)
-    return torch.cat([(log_p.exp() * (log_p - log_q)).sum(dim=-1) for log_p, log_q in both])
-
-
-# ---- what the scripts of this folder share
-
-
-def load_speaker(folder: str, device: torch.device) -> tuple[Transformer, ChatTokenizer]:
-    """A model folder's model, not to be trained, and its tokenizer; `InputError` when either is missing."""
-    model = load_model(folder, device).eval().requires_grad_(False)
-    tokenizer = ChatTokenizer(Path(folder) / "tokenizer.json")
-    model.config.admit(tokenizer.vocab_size)
-    return model, tokenizer
-
-
-def require(holds: bool, name: str, value, rule: str) -> None:
-    """Refuse a flag whose value no run can mean. A NaN fails every comparison, so it is refused as well."""
-    if not holds:
-        raise InputError(f"{name} {rule}, not {value}")
-
-
-def write_json(path: str | Path, figures: dict) -> None:
-    """Write figures into a file, whose folder is made if need be."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

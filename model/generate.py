@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.config import ModelConfig
 from model.stream import attention, causal_bias
-from model.transformer import ModelConfig, Transformer
+from model.transformer import Transformer
 
 
 class KVCache:

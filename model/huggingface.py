@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from errors import InputError
-from model.transformer import ModelConfig
+from model.config import ModelConfig
 
 # A family's class, and what it means by an absent key where that is not our own default.
 FAMILIES = {

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from model.config import ModelConfig
 from model.stream import TokenStream
-from model.transformer import ModelConfig, Transformer
+from model.transformer import Transformer
 
 
 class RewardModel(Transformer):

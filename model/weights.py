@@ -22,8 +22,9 @@ from torch.distributed.tensor import DTensor
 from errors import InputError, run_script
 from files import write_whole
 from model import huggingface
+from model.config import ModelConfig
 from model.lora import adapter_shape, adapter_weights, merged_weights
-from model.transformer import ModelConfig, Transformer
+from model.transformer import Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What `ChatTokenizer.save` writes, always and for some tokenizers; an export takes it along as it is.

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dataset.records import Message
 from dataset.tokenizer import END, START, ChatTokenizer, train
-from model.transformer import ModelConfig, Transformer
+from model.config import ModelConfig
+from model.transformer import Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # Real data and a real tokenizer, where the machine has them.

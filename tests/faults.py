@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from errors import run_script
-from objective import Objective
 from tests.loops import metrics
 from training.checkpoint import checkpoints, load_checkpoint, step_of
 from training.distributed import World, join
+from training.objective import Objective
 from training.run import RunFolder
 from training.settings import parse
 

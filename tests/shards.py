@@ -6,17 +6,46 @@ torchrun --standalone --nproc-per-node 2 -m tests.shards JOBS.json
 import importlib
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model.transformer
-from bench.memory import LiveBytes
 from errors import run_script
 from tests.faults import train
 from training.distributed import World, join
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of all tensors that operations made and that are still there: now, and at the most.
+
+    Storages are counted once, whatever views there are of them, and as large as they are at the time: FSDP2
+    keeps buffers and empties them between uses. Of a split tensor the part on this rank is counted.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.peak = 0
+        self.alive = weakref.WeakValueDictionary()  # storages by address
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # It comes back with operations on its part.
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            # Its storage tells where it is: DTensor finds out shapes with tensors that only say "cpu".
+            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage()).device.type == "cpu":
+                self.alive[storage._cdata] = storage
+        self.peak = max(self.peak, self.now)
+        return result
+
+    @property
+    def now(self) -> int:
+        return sum(storage.nbytes() for storage in self.alive.values())
 
 
 def bytes_here(tensors) -> int:

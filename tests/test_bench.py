@@ -16,7 +16,7 @@ from dataset.packing import LAYOUTS, Windows, build_stream
 from dataset.store import open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError
-from model.transformer import ModelConfig
+from model.config import ModelConfig
 from tests.conftest import shared
 from training.settings import SAMPLE
 

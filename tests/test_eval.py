@@ -18,13 +18,17 @@ from dataset.store import open_store
 from dataset.tokenizer import START, ChatTokenizer, train
 from errors import InputError, run_script
 from eval import chat, demo, judge, preference, report
+from eval.common import load_speaker
 from eval.judge import Reply, compare, win_interval
 from eval.verdict import Verdict
 from model.weights import save_model
-from objective import Objective, ObjectiveSettings
 from tests.conftest import RAGGED, TEXTS, as_record, make_model, plain_ids, plain_logits
 from tests.loops import ROOT, torchrun
-from training.distributed import Precision, World
+from training import evaluate as evaluation
+from training.distributed import World
+from training.evaluate import evaluate, evaluate_kl
+from training.objective import Objective, ObjectiveSettings
+from training.precision import Precision
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -90,8 +94,8 @@ def test_each_pair_counts_once_on_any_number_of_ranks(pairs, tokenizer, n):
     too much; a rank without any pair must still take part in the sum."""
     store = pairs(n)
     policy, reference = (make_model(tokenizer.vocab_size, torch.float32, seed=s) for s in (1, 2))
-    for measure in (preference.evaluate, preference.evaluate_kl):
-        options = {"objective": DPO} if measure is preference.evaluate else {}
+    for measure in (evaluate, evaluate_kl):
+        options = {"objective": DPO} if measure is evaluate else {}
 
         def call(world, size=n, measure=measure, options=options):
             return measure(policy, reference, store, world, FP32, **options, batch_size=size)
@@ -109,11 +113,11 @@ def test_each_pair_counts_once_on_any_number_of_ranks(pairs, tokenizer, n):
 def test_a_policy_that_is_its_reference_has_loss_ln_2_and_accuracy_a_half(pairs, tokenizer):
     """Counting ties as right or wrong would give 1 or 0."""
     model = make_model(tokenizer.vocab_size, torch.float32)
-    figures = preference.evaluate(model, model, pairs(7), ALONE, FP32, DPO)
+    figures = evaluate(model, model, pairs(7), ALONE, FP32, DPO)
     assert figures["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert figures["rewards/accuracies"] == 0.5
     assert figures["rewards/margins"] == figures["rewards/chosen"] == figures["rewards/rejected"] == 0
-    assert preference.evaluate_kl(model, model, pairs(7), ALONE, FP32) == {"kl_per_token": 0}
+    assert evaluate_kl(model, model, pairs(7), ALONE, FP32) == {"kl_per_token": 0}
 
 
 @pytest.mark.parametrize("layout", ["forked", "twin"])
@@ -131,16 +135,16 @@ def test_kl_is_that_of_a_plain_loop(pairs, tokenizer, layout):
                     math.exp(a) * (a - b) for a, b in zip(p[at].tolist(), q[at].tolist(), strict=True)
                 )
                 count += 1
-    found = preference.evaluate_kl(policy, reference, pairs(7), ALONE, FP32, layout, batch_size=3)
+    found = evaluate_kl(policy, reference, pairs(7), ALONE, FP32, layout, batch_size=3)
     assert found["kl_per_token"] == pytest.approx(total / count, rel=1e-6)
     assert total / count > 0.1
 
 
 def test_kl_does_not_depend_on_how_the_vocabulary_is_met(pairs, tokenizer, monkeypatch):
     policy, reference = (make_model(tokenizer.vocab_size, seed=seed) for seed in (1, 2))
-    whole = preference.evaluate_kl(policy, reference, pairs(7), ALONE, FP32)
-    monkeypatch.setattr(preference, "CHUNK", 5)
-    assert preference.evaluate_kl(policy, reference, pairs(7), ALONE, FP32) == pytest.approx(whole, rel=1e-6)
+    whole = evaluate_kl(policy, reference, pairs(7), ALONE, FP32)
+    monkeypatch.setattr(evaluation, "CHUNK", 5)
+    assert evaluate_kl(policy, reference, pairs(7), ALONE, FP32) == pytest.approx(whole, rel=1e-6)
 
 
 def test_the_command_line_on_two_ranks_says_what_one_rank_says(folders, ragged, tmp_path, capsys):
@@ -341,7 +345,7 @@ def test_a_piped_chat_of_two_prints_columns(folders):
 
 def test_a_speaker_remembers_what_was_said(folders, monkeypatch):
     """Each turn is asked with all turns before it, control tokens by id."""
-    model, tokenizer = preference.load_speaker(folders[0], CPU)
+    model, tokenizer = load_speaker(folders[0], CPU)
     asked = []
 
     def decode(model, prompts, uniforms, end_id, **sampling):

@@ -16,8 +16,9 @@ import train_sft
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError
 from model import weights as module
+from model.config import ModelConfig
 from model.lora import add_adapters
-from model.transformer import ModelConfig, Transformer, scaled
+from model.transformer import Transformer, scaled
 from model.weights import export, export_adapter, load_model, save_model
 from tests.conftest import MODEL_OPTIONS, make_model
 from tests.test_model import all_logits, one_stream

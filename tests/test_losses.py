@@ -9,10 +9,10 @@ import torch
 import train_sft
 from dataset.packing import LAYOUTS, build_stream
 from dataset.store import open_store
-from eval.preference import evaluate
-from objective import Objective, ObjectiveSettings, Pairs, pair_metrics
 from tests.conftest import RAGGED, as_record, make_model, turns
-from training.distributed import Precision
+from training.evaluate import evaluate
+from training.objective import Objective, ObjectiveSettings, Pairs, pair_metrics
+from training.precision import Precision
 
 DPO = Objective(ObjectiveSettings(beta=0.1))
 LN_2 = 0.6931471824645996  # The float32 that is nearest to ln 2.

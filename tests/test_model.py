@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from errors import InputError
+from model.config import PRESETS, ModelConfig
 from model.stream import TokenStream, attention, causal_bias
-from model.transformer import PRESETS, ModelConfig, Transformer, rotary, rotate, token_logps
+from model.transformer import Transformer, rotary, rotate, token_logps
 from tests.conftest import MODEL_OPTIONS, make_model, plain_logits
 from training.schedule import adamw
 

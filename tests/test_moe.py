@@ -19,9 +19,10 @@ import train_sft
 from dataset.packing import Windows, build_stream, deal
 from dataset.store import open_store
 from errors import InputError
+from model.config import PRESETS, ModelConfig
 from model.moe import MixtureOfExperts, load_balance
 from model.reward import RewardModel
-from model.transformer import PRESETS, FeedForward, ModelConfig, Transformer
+from model.transformer import FeedForward, Transformer
 from model.weights import load_model, save_model
 from tests.conftest import RAGGED, as_record, make_model, turns
 from tests.loops import metrics, record_gradients, torchrun

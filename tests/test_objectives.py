@@ -16,14 +16,15 @@ import train_dpo
 from dataset.packing import build_stream
 from dataset.store import open_store
 from errors import InputError
-from eval.preference import evaluate
 from losses import DIVERGENCES, LOSSES
 from model.transformer import collision_logps
 from model.weights import load_model, save_model
-from objective import Objective, ObjectiveSettings, Pairs, no_reference, pair_metrics, wpo_weights
 from tests.conftest import RAGGED, as_record, make_model, plain_ids, plain_logits
 from tests.loops import metrics, record_gradients, torchrun
-from training.distributed import Precision, World
+from training.distributed import World
+from training.evaluate import evaluate
+from training.objective import Objective, ObjectiveSettings, Pairs, no_reference, pair_metrics, wpo_weights
+from training.precision import Precision
 
 ALONE = World(0, 1, torch.device("cpu"))
 FP32 = Precision("fp32", ALONE.device)

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-import reference
 import train_dpo
 from dataset.packing import build_stream
 from dataset.store import open_store
 from errors import InputError
 from model.weights import load_model, save_model
-from objective import Objective, ObjectiveSettings
 from tests.conftest import RAGGED, as_record, make_model
 from tests.loops import metrics, record_gradients, torchrun, weights
-from training.distributed import Precision, World
+from training import reference
+from training.distributed import World
+from training.objective import Objective, ObjectiveSettings
+from training.precision import Precision
 
 ALONE = World(0, 1, torch.device("cpu"))
 FP32 = Precision("fp32", ALONE.device)

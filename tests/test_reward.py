@@ -26,7 +26,8 @@ from model.transformer import Transformer
 from model.weights import load_model, save_model
 from tests.conftest import MODEL_OPTIONS, RAGGED, as_record, make_model, plain_hidden, plain_ids
 from tests.loops import metrics, record_gradients, torchrun, weights
-from training.distributed import Precision, World
+from training.distributed import World
+from training.precision import Precision
 from training.schedule import adamw
 from training.settings import SAMPLE
 

@@ -23,7 +23,7 @@ from model.transformer import compile_layers
 from model.weights import load_model, save_model
 from tests.conftest import MODEL_OPTIONS, ROOT, make_model
 from tests.loops import weights
-from training.distributed import Precision
+from training.precision import Precision
 
 COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler: no g++")
 SCRIPTS = {"train_dpo": train_dpo, "train_sft": train_sft, "train_reward": train_reward}

@@ -12,7 +12,8 @@ from dataset.packing import LAYOUTS, build_stream
 from dataset.records import PREFERENCE_SHAPES, SFT_SHAPES, Message
 from dataset.store import open_store
 from errors import InputError
-from model.transformer import ModelConfig, Transformer
+from model.config import ModelConfig
+from model.transformer import Transformer
 from tests.conftest import MODEL_OPTIONS, RAGGED, as_record, make_model, plain_ids, plain_logp, turns
 
 ASKED_ONCE = [pair for pair in RAGGED if len([m for m in pair[0] if m.role != "system"]) == 1]

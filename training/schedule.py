@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from training.distributed import Precision
 from training.metrics import Meter
+from training.precision import Precision
 
 # Steps in a row that fp16 may skip. The scale starts at 2^16 and halves each time: then it is not too large.
 MOST_SKIPS = 25

@@ -15,7 +15,7 @@ from statistics import mean
 
 import train_dpo
 from errors import run_script
-from eval.preference import write_json
+from eval.common import write_json
 from eval.report import BLUE, INK, ORANGE, PALE, canvas, need_matplotlib, plain
 from training.settings import SAMPLE, flag, parse
 

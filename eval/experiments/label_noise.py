@@ -18,8 +18,8 @@ import train_dpo
 import train_reward
 from dataset.records import DataError, Preference, read_records
 from errors import InputError, run_script
+from eval.common import write_json
 from eval.experiments.real_data import as_json
-from eval.preference import write_json
 from eval.report import BLUE, INK, ORANGE, PALE, VIOLET, canvas, need_matplotlib, plain
 from training.settings import SAMPLE, flag, parse
 

@@ -18,7 +18,7 @@ from dataset import tokenizer
 from dataset.inspect import prompt_digest
 from dataset.records import DataError, Preference, read_records
 from errors import InputError, run_script
-from eval import preference
+from eval import common, preference
 from training.distributed import World, pick_device
 
 SFT = "sft/rasbt_instruction-data.json.gz"
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
             model=f"{out}/dpo-{name}", reference=f"{out}/sft", data=f"{out}/{name}.heldout.jsonl"
         )
         results["held out"][name] = preference.measure(asked, world)
-    preference.write_json(out / "results.json", results)
+    common.write_json(out / "results.json", results)
     print(f"\n{'held-out pairs':<16}{'pairs':>6}{'accuracy':>10}{'margin':>8}{'loss':>8}{'KL/token':>10}")
     for name, figures in results["held out"].items():
         accuracy, margin = figures["rewards/accuracies"], figures["rewards/margins"]

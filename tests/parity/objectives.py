@@ -23,8 +23,8 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from dataset.packing import build_stream
 from model.transformer import Transformer
-from objective import Objective, ObjectiveSettings, Pairs
 from tests.conftest import make_model
+from training.objective import Objective, ObjectiveSettings, Pairs
 
 disable_progress_bars()
 V, END, BETA = 24, 1, 0.1

@@ -25,7 +25,6 @@ from dataset.store import open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError
 from losses import LOSSES
-from objective import Objective, ObjectiveSettings
 from tests.conftest import ROOT, make_model
 from tests.parity.objectives import (
     BETA,
@@ -52,6 +51,7 @@ from tests.parity.objectives import (
     their_experiment,
     their_model,
 )
+from training.objective import Objective, ObjectiveSettings
 
 SAMPLE = ROOT / "dataset" / "sample"
 SMOOTH = {"label_smoothing": 0.2}

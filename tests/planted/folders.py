@@ -75,7 +75,7 @@ MUTANTS = [
     Mutant(
         "tokenizer-of-another-model",
         "Ids beyond the embedding end in an assertion of the device, or in another token's row.",
-        "model.transformer",
+        "model.config",
         "ModelConfig.admit",
         "tokens > self.vocab_size",
         "False",

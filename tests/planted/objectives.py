@@ -22,7 +22,7 @@ MUTANTS = [
     Mutant(
         "reference-sign-flipped",
         "The reference is added instead of subtracted.",
-        "objective",
+        "training.objective",
         "Pairs.rejected_logratios",
         "self.policy_rejected_logps - self.reference_rejected_logps",
         "self.policy_rejected_logps + self.reference_rejected_logps",
@@ -31,7 +31,7 @@ MUTANTS = [
     Mutant(
         "reference-omitted",
         "Without the reference on one side the loss pushes the policy towards short answers.",
-        "objective",
+        "training.objective",
         "Pairs.chosen_logratios",
         "self.policy_chosen_logps - self.reference_chosen_logps",
         "self.policy_chosen_logps",
@@ -40,7 +40,7 @@ MUTANTS = [
     Mutant(
         "margin-turned",
         "Rejected minus chosen: the loss starts at ln 2 and falls, the model gets worse.",
-        "objective",
+        "training.objective",
         "Objective.__call__",
         "self.score(chosen) - self.score(rejected)",
         "self.score(rejected) - self.score(chosen)",
@@ -203,7 +203,7 @@ MUTANTS = [
     Mutant(
         "delta-with-gradient",
         "The shift moves with the rewards it is compared with, and cancels half of their gradient.",
-        "objective",
+        "training.objective",
         "Objective.__call__",
         '{**vars(pairs), **self.numbers, "delta": self.delta}',
         "{**vars(pairs), **self.numbers, "
@@ -213,7 +213,7 @@ MUTANTS = [
     Mutant(
         "delta-in-evaluation",
         "Held-out pairs leak into training, as in old TRL, and looking changes the run.",
-        "objective",
+        "training.objective",
         "Objective.__call__",
         'training and "delta" in self.looks_at',
         '"delta" in self.looks_at',
@@ -231,7 +231,7 @@ MUTANTS = [
     Mutant(
         "delta-of-one-rank",
         "Each rank divides good from bad at a place of its own.",
-        "objective",
+        "training.objective",
         "Objective.after_step",
         "sum_over_ranks(self.under_way)",
         "self.under_way",
@@ -240,7 +240,7 @@ MUTANTS = [
     Mutant(
         "delta-mean-of-means",
         "Micro-batches count alike, whatever they hold.",
-        "objective",
+        "training.objective",
         "Objective.__call__",
         "[rewards.sum(), rewards.new_tensor(len(rewards))]",
         "[rewards.mean(), rewards.new_tensor(1.0)]",
@@ -249,7 +249,7 @@ MUTANTS = [
     Mutant(
         "delta-lost-on-resume",
         "A resumed run begins with a delta of 0.",
-        "objective",
+        "training.objective",
         "Objective.load_state_dict",
         'state["reward_sum"]',
         "0.0",
@@ -384,7 +384,7 @@ MUTANTS = [
     Mutant(
         "divergence-ignored",
         "The flag is accepted and reverse KL computed, as in TRL for a year.",
-        "objective",
+        "training.objective",
         "Objective.__call__",
         "self.score(chosen) - self.score(rejected)",
         "chosen - rejected",
@@ -393,7 +393,7 @@ MUTANTS = [
     Mutant(
         "wpo-unclamped",
         "A product of weights above 1 makes likely pairs more than pairs.",
-        "objective",
+        "training.objective",
         "wpo_weights",
         "(chosen / chosen_lengths + rejected / rejected_lengths).clamp(max=0)",
         "chosen / chosen_lengths + rejected / rejected_lengths",
@@ -402,7 +402,7 @@ MUTANTS = [
     Mutant(
         "wpo-of-sums",
         "Without the mean over tokens the weight of any real answer is 0.",
-        "objective",
+        "training.objective",
         "wpo_weights",
         "chosen / chosen_lengths + rejected / rejected_lengths",
         "chosen + rejected",
@@ -411,7 +411,7 @@ MUTANTS = [
     Mutant(
         "wpo-with-gradient",
         "The policy learns to find its own pairs unlikely.",
-        "objective",
+        "training.objective",
         "Pairs.of",
         "policy_logps.detach()",
         "policy_logps",
@@ -447,7 +447,7 @@ MUTANTS = [
     Mutant(
         "ld-of-the-policy-only",
         "The reference stays whole, and log-ratios compare unlike things.",
-        "objective",
+        "training.objective",
         "Pairs.of",
         "policy_logps - reference_logps",
         "policy_logps",
@@ -456,7 +456,7 @@ MUTANTS = [
     Mutant(
         "ld-alpha-turned",
         "alpha for 1 - alpha.",
-        "objective",
+        "training.objective",
         "Objective.__call__",
         "(1 - self.settings.ld_alpha) * pairs.rejected_tails",
         "self.settings.ld_alpha * pairs.rejected_tails",
@@ -465,7 +465,7 @@ MUTANTS = [
     Mutant(
         "tr-both-variants-at-once",
         "A share of the way and a period together are neither of the paper's two variants.",
-        "objective",
+        "training.objective",
         "check_options",
         "require(not both, ...)",
         "require(True, ...)",
@@ -474,7 +474,7 @@ MUTANTS = [
     Mutant(
         "tr-alpha-turned",
         "The reference keeps the share that it should give away.",
-        "objective",
+        "training.objective",
         "Objective.after_step",
         "old.lerp_(new, share)",
         "old.lerp_(new, 1 - share)",
@@ -483,7 +483,7 @@ MUTANTS = [
     Mutant(
         "tr-copies-the-pointer",
         "After the first copy the reference is the policy, and the loss ln 2 for ever.",
-        "objective",
+        "training.objective",
         "Objective.after_step",
         "old.lerp_(new, share)",
         "old.data = new.data",
@@ -492,7 +492,7 @@ MUTANTS = [
     Mutant(
         "tr-a-step-early",
         "The first copy comes after one step instead of tau.",
-        "objective",
+        "training.objective",
         "Objective.after_step",
         "self.moves_reference and step % every == 0",
         "self.moves_reference and step % every == 1 % every",
@@ -501,7 +501,7 @@ MUTANTS = [
     Mutant(
         "weights-of-losses-ignored",
         "MPO with three equal weights is another objective.",
-        "objective",
+        "training.objective",
         "Objective.__call__",
         "weight * call(LOSSES[name], known)",
         "call(LOSSES[name], known)",
@@ -510,7 +510,7 @@ MUTANTS = [
     Mutant(
         "useless-option-accepted",
         "An option that the loss does not look at is swallowed, and the user believes in it.",
-        "objective",
+        "training.objective",
         "check_options",
         'name == "beta" or name in looks_at or not those',
         "True",
@@ -519,7 +519,7 @@ MUTANTS = [
     Mutant(
         "rewards-by-length",
         "Rewards that are averaged when the loss is: margins of two runs cannot be compared.",
-        "objective",
+        "training.objective",
         "pair_metrics",
         "beta * pairs.chosen_logratios",
         "beta * pairs.chosen_logratios / pairs.chosen_lengths",
@@ -546,7 +546,7 @@ MUTANTS = [
     Mutant(
         "evaluation-mean-of-means",
         "The last, short batch weighs as much as the others, so figures depend on the batch size.",
-        "eval.preference",
+        "training.evaluate",
         "evaluate",
         "meter.add(len(losses), pair_metrics(losses, batch, settings.beta))",
         "meter.add(1, {k: v / len(losses) for k, v in pair_metrics(losses, batch, settings.beta).items()})",

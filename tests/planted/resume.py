@@ -87,7 +87,7 @@ MUTANTS = [
     Mutant(
         "loss-scale-not-restored",
         "fp16 starts with a scale that overflows, and skips steps that it had taken.",
-        "training.distributed",
+        "training.precision",
         "Precision.load_state_dict",
         'self.scaler.load_state_dict(saved["scaler"])',
         "",

@@ -9,7 +9,7 @@ MUTANTS = [
     Mutant(
         "cached-reference-of-any-weights",
         "The reference's log-probs are kept under a name that does not know which model they are of.",
-        "reference",
+        "training.reference",
         "cache_reference",
         "[weights_hash(model), model.config.to_dict(), layout, *products]",
         "[model.config.to_dict(), layout, *products]",
@@ -18,7 +18,7 @@ MUTANTS = [
     Mutant(
         "cached-reference-of-any-shape",
         "Equal weights with another rotation or other heads are another model.",
-        "reference",
+        "training.reference",
         "cache_reference",
         "[weights_hash(model), model.config.to_dict(), layout, *products]",
         "[weights_hash(model), layout, *products]",
@@ -27,7 +27,7 @@ MUTANTS = [
     Mutant(
         "cached-reference-of-any-precision",
         "Log-probs of rounded products are read by a run that asked for exact ones.",
-        "reference",
+        "training.reference",
         "cache_reference",
         "[weights_hash(model), model.config.to_dict(), layout, *products]",
         "[weights_hash(model), model.config.to_dict(), layout]",
@@ -36,7 +36,7 @@ MUTANTS = [
     Mutant(
         "cached-reference-in-order-of-ranks",
         "Rows are dealt to ranks by turns, and their answers laid one rank's behind the other's.",
-        "reference",
+        "training.reference",
         "token_logps",
         "zip(mine, logps.split(store.targets[mine].tolist()), strict=True)",
         "zip(rows[world.rank * len(mine) :], logps.split(store.targets[mine].tolist()), strict=True)",
@@ -54,7 +54,7 @@ MUTANTS = [
     Mutant(
         "cached-reference-that-moves",
         "TR-DPO moves the reference, and the cache stays where it was.",
-        "reference",
+        "training.reference",
         "check_reference",
         'reference == "cached" and objective.moves_reference',
         'reference == "moving" and objective.moves_reference',
@@ -108,7 +108,7 @@ MUTANTS = [
     Mutant(
         "flops-of-a-square",
         "A causal mask hides half of the scores; counted as if it did not, the machine looks better used.",
-        "training.costs",
+        "bench.work",
         "forward_flops",
         "own * (own + 1) // 2",
         "own * own",
@@ -155,7 +155,7 @@ MUTANTS = [
     Mutant(
         "matmul-precision-ignored",
         "A flag that is read and never passed on: the run is as exact, and as slow, as before.",
-        "training.distributed",
+        "training.precision",
         "Precision.__init__",
         "torch.set_float32_matmul_precision(matmul)",
         "torch.set_float32_matmul_precision('highest')",
@@ -173,7 +173,7 @@ MUTANTS = [
     Mutant(
         "autocast-with-a-cache",
         "It holds a copy of every weight, and adds up the gradients of chunks in bf16.",
-        "training.distributed",
+        "training.precision",
         "Precision.autocast",
         "torch.autocast(self.device_type, dtype, enabled=dtype is not None, cache_enabled=False)",
         "torch.autocast(self.device_type, dtype, enabled=dtype is not None)",

@@ -25,8 +25,9 @@ from files import write_whole
 from model.stream import TokenStream
 from model.transformer import Transformer
 from model.weights import weights_hash
-from objective import Objective
-from training.distributed import Precision, World
+from training.distributed import World
+from training.objective import Objective
+from training.precision import Precision
 
 REFERENCES = ("live", "cached")
 
