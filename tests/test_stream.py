@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dataset.packing import LAYOUTS, build_stream
-from dataset.records import PREFERENCE_SHAPES, SFT_SHAPES, Message
+from dataset.records import PREFERENCE_FORMATS, SFT_FORMATS, Message
 from dataset.store import open_store
 from errors import InputError
 from model.config import ModelConfig
@@ -173,7 +173,7 @@ def assert_close(got: torch.Tensor, want, tolerance: float = 1e-9) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", PREFERENCE_SHAPES)
+@pytest.mark.parametrize("shape", PREFERENCE_FORMATS)
 def test_every_preference_shape_equals_brute_force(shape, layout, tokenizer, write_jsonl, oracle):
     """A shift by one, a wrong mask, a mean, a lost end token, sides that meet: none moves the loss at step 0.
 
@@ -192,7 +192,7 @@ def test_every_preference_shape_equals_brute_force(shape, layout, tokenizer, wri
     assert_close(rejected, [oracle("all", prompt, answer) for prompt, _, answer in pairs])
 
 
-@pytest.mark.parametrize("shape", SFT_SHAPES)
+@pytest.mark.parametrize("shape", SFT_FORMATS)
 def test_every_conversation_shape_equals_brute_force(shape, tokenizer, write_jsonl, oracle):
     """Each turn of the assistant is supervised, given all that was said before it, and nothing else is."""
     write, conversations = SFT_WRITERS[shape]
