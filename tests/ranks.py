@@ -39,7 +39,7 @@ def start() -> None:
 def forked(module: str, *arguments, ranks: int = 1, seconds: int = 120) -> subprocess.CompletedProcess:
     """`python -m module arguments…` on this many ranks: the first exit status that is not 0, and all output.
 
-    If one rank fails, the others get a SIGTERM, as under torchrun.
+    Five seconds after a rank has failed the others are killed.
     """
     environment = dict(os.environ)
     if ranks > 1:
@@ -72,15 +72,13 @@ def run_job(module, arguments, ranks, environment, folder, seconds) -> int | Non
         if child == 0:
             time.sleep(0.005)
             if time.monotonic() > deadline:
-                found, deadline = None, float("inf")
+                found, deadline = found or None, float("inf")
                 for other in running:
                     os.kill(other, signal.SIGKILL)
             continue
         running.remove(child)
         if status and found == 0:
-            found = os.waitstatus_to_exitcode(status)
-            for other in running:
-                os.kill(other, signal.SIGTERM)
+            found, deadline = os.waitstatus_to_exitcode(status), min(deadline, time.monotonic() + 5)
     return found
 
 
