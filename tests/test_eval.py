@@ -24,7 +24,8 @@ from eval.verdict import Verdict
 from model import transformer
 from model.weights import save_model
 from tests.conftest import RAGGED, TEXTS, as_record, make_model, plain_ids, plain_logits
-from tests.loops import ROOT, torchrun
+from tests.loops import ROOT
+from tests.ranks import forked
 from training.distributed import World
 from training.evaluate import evaluate, evaluate_kl
 from training.objective import Objective, ObjectiveSettings
@@ -151,7 +152,7 @@ def test_the_command_line_on_two_ranks_says_what_one_rank_says(folders, ragged, 
     command = ["--model", folders[0], "--reference", folders[1], "--data", str(ragged), "--device", "cpu"]
     preference.main([*command, "--json", str(tmp_path / "new" / "one.json")])
     assert "rewards/accuracies" in capsys.readouterr().out
-    result = torchrun(2, "-m", "eval.preference", *command, "--json", str(tmp_path / "two.json"))
+    result = forked("eval.preference", *command, "--json", tmp_path / "two.json", ranks=2)
     assert result.returncode == 0, result.stderr
     one, two = (
         json.loads(path.read_text()) for path in (tmp_path / "new" / "one.json", tmp_path / "two.json")
