@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from dataset.packing import LAYOUTS, Windows, build_stream, deal
+from dataset.packing import LAYOUTS, Windows, micro_batches
 from dataset.store import open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import run_script
@@ -28,6 +28,7 @@ from model.transformer import compile_layers
 from model.weights import load_model, save_model, weights_hash
 from training.distributed import exchange_gradients, first_device, gather, join, wrap
 from training.evaluate import evaluate
+from training.memory import micro_batch_tokens
 from training.metrics import Meter, MetricsLog
 from training.objective import Objective, ObjectiveSettings, Pairs, no_reference, pair_metrics
 from training.precision import Precision
@@ -68,7 +69,8 @@ def train(settings: Settings, world, run) -> None:
     # ---- the two models: the policy learns, the reference remembers where it started
     model = load_model(settings.model, first_device(world, settings.shard))
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
-    model.config.admit(tokenizer.vocab_size, settings.max_length)
+    max_length = settings.longest_record(model.config)
+    model.config.admit(tokenizer.vocab_size, max_length)
     if settings.fused_attention:
         model.fuse_attention(world.device)
     if settings.lora_rank:
@@ -89,7 +91,7 @@ def train(settings: Settings, world, run) -> None:
 
     # ---- the data: pairs, and which of them each optimizer step sees
     def open_pairs(path):
-        how = settings.max_length, settings.shape, settings.skip_bad
+        how = max_length, settings.shape, settings.skip_bad
         store = world.main_first(lambda: open_store(path, "preferences", tokenizer, *how))
         objective.check_data(store, path)
         return store
@@ -100,12 +102,13 @@ def train(settings: Settings, world, run) -> None:
     total_steps = settings.max_steps or settings.epochs * windows.per_epoch
 
     precision = Precision(settings.precision, world.device, settings.matmul_precision)
+    max_tokens = micro_batch_tokens(settings, model, world, pairs, precision, reference)
     if settings.reference == "cached":
         for store in filter(None, [pairs, eval_pairs]):
-            cache_reference(model, store, world, precision, settings.layout, settings.micro_batch_size)
+            cache_reference(model, store, world, precision, settings.layout, max_tokens)
     optimizer = adamw(model, settings.weight_decay)
     world.print(f"{settings.data}: {pairs.report}")
-    world.print(windows.describe(total_steps, world.ranks, settings.micro_batch_size))
+    world.print(windows.describe(total_steps, world.ranks, max_tokens))
     meter = Meter(world)
 
     # ---- what a checkpoint holds, and where an interrupted run goes on
@@ -118,7 +121,7 @@ def train(settings: Settings, world, run) -> None:
 
     def evaluate_now(step: int) -> None:
         if eval_pairs:
-            how = objective, settings.layout, settings.micro_batch_size
+            how = objective, settings.layout, max_tokens
             figures = evaluate(model, reference, eval_pairs, world, precision, *how)
             log.write(step, {f"eval_{name}": value for name, value in figures.items()})
 
@@ -130,10 +133,8 @@ def train(settings: Settings, world, run) -> None:
 
         # ---- one window of pairs: forward, loss and backward, micro-batch by micro-batch
         window = windows[step]
-        micro_batches = deal(window, pairs.lengths, world.ranks, settings.micro_batch_size)[world.rank]
-        for number, rows in enumerate(micro_batches, start=1):
-            stream = build_stream(pairs, rows, settings.layout).to(world.device)
-            with exchange_gradients(policy, when=number == len(micro_batches)):
+        for stream, last in micro_batches(pairs, window, world, max_tokens, settings.layout):
+            with exchange_gradients(policy, when=last):
                 with precision.autocast():
                     policy_logps = policy(stream)  # (N,) log pi(y_t | x, y_<t)
                     aux_loss = model.aux_loss()  # how unevenly the policy loads its experts; 0 if it has none
@@ -143,7 +144,7 @@ def train(settings: Settings, world, run) -> None:
 
                 # A response's log-prob is the sum over its tokens: (N,) to (B,) for each side and model. DPO:
                 # -log sigmoid(beta [(policy - reference)(chosen) - (policy - reference)(rejected)])
-                labels = pairs.score_margins[rows]  # (B,), which only --loss soft looks at
+                labels = stream.score_margins  # (B,), which only --loss soft looks at
                 batch = Pairs.of(stream, policy_logps, reference_logps, labels, collisions)
                 losses = objective(batch, training=True)  # (B,)
                 # A mean over the window, however it was dealt: each pair carries the balance of its stream.
@@ -151,7 +152,7 @@ def train(settings: Settings, world, run) -> None:
                 total = (losses + model.config.router_aux_loss_coef * aux_loss).sum()
                 precision.scaler.scale(total * world.ranks / len(window)).backward()
             figures = pair_metrics(losses, batch, settings.beta)
-            meter.add(len(rows), {**figures, "aux_loss": aux_loss * len(rows)})
+            meter.add(len(losses), {**figures, "aux_loss": aux_loss * len(losses)})
 
         grad_norm = clip_gradients(optimizer, precision.scaler, settings.grad_clip)
         require_finite(meter, grad_norm, precision, step, pairs.lines[window])

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from dataset.jsonl import read_values
-from dataset.packing import LAYOUTS, Windows, build_stream, deal, share
+from dataset.packing import LAYOUTS, Windows, build_stream, micro_batches, share, stream_lengths
 from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script
@@ -38,6 +38,7 @@ from model.stream import sides
 from model.transformer import compile_layers
 from model.weights import load_model, save_model, weights_hash
 from training.distributed import World, exchange_gradients, first_device, gather, join, wrap
+from training.memory import micro_batch_tokens
 from training.metrics import Meter, MetricsLog
 from training.precision import Precision
 from training.run import RunFolder
@@ -92,14 +93,18 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
         compile_layers(model)
 
     # ---- the data: pairs, and which of them each optimizer step sees
-    pairs = open_pairs(settings.data, tokenizer, settings, world)
-    eval_pairs = open_pairs(settings.eval_data, tokenizer, settings, world) if settings.eval_data else None
+    max_length = settings.longest_record(model.config)
+    pairs = open_pairs(settings.data, tokenizer, max_length, settings, world)
+    eval_pairs = None
+    if settings.eval_data:
+        eval_pairs = open_pairs(settings.eval_data, tokenizer, max_length, settings, world)
     windows = Windows(len(pairs), settings.batch_size, settings.seed)
     total_steps = settings.max_steps or settings.epochs * windows.per_epoch
 
     precision = Precision(settings.precision, world.device, settings.matmul_precision)
+    max_tokens = micro_batch_tokens(settings, model, world, pairs, precision)
     optimizer = adamw(model, settings.weight_decay)
-    world.print(windows.describe(total_steps, world.ranks, settings.micro_batch_size))
+    world.print(windows.describe(total_steps, world.ranks, max_tokens))
     meter = Meter(world)
 
     # ---- what a checkpoint holds, and where an interrupted run goes on
@@ -109,7 +114,8 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
 
     def evaluate_now(step: int) -> None:
         if eval_pairs:
-            figures = mean_metrics(score_pairs(model, eval_pairs, settings, world, precision))
+            rewards = score_pairs(model, eval_pairs, world, precision, settings.layout, max_tokens)
+            figures = mean_metrics(rewards)
             log.write(step, {f"eval_{name}": value for name, value in figures.items()})
 
     if first_step == 0:
@@ -120,10 +126,8 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
 
         # ---- one window of pairs: forward, loss and backward, micro-batch by micro-batch
         window = windows[step]
-        micro_batches = deal(window, pairs.lengths, world.ranks, settings.micro_batch_size)[world.rank]
-        for number, rows in enumerate(micro_batches, start=1):
-            stream = build_stream(pairs, rows, settings.layout).to(world.device)
-            with exchange_gradients(reward, when=number == len(micro_batches)):
+        for stream, last in micro_batches(pairs, window, world, max_tokens, settings.layout):
+            with exchange_gradients(reward, when=last):
                 with precision.autocast():
                     chosen_rewards, rejected_rewards = sides(reward(stream))  # r(x, y), twice (B,)
                 aux_loss = model.aux_loss()  # how unevenly the experts are loaded; 0 for a dense model
@@ -133,7 +137,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
                 total = (losses + model.config.router_aux_loss_coef * aux_loss).sum()
                 precision.scaler.scale(total * world.ranks / len(window)).backward()
             figures = reward_metrics(losses, chosen_rewards, rejected_rewards)
-            meter.add(len(rows), {**figures, "aux_loss": aux_loss * len(rows)})
+            meter.add(len(losses), {**figures, "aux_loss": aux_loss * len(losses)})
 
         grad_norm = clip_gradients(optimizer, precision.scaler, settings.grad_clip)
         require_finite(meter, grad_norm, precision, step, pairs.lines[window])
@@ -158,8 +162,10 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     run.finish()
 
 
-def open_pairs(path: str, tokenizer: ChatTokenizer, settings: Settings, world: World) -> TokenStore:
-    how = settings.max_length, settings.shape, settings.skip_bad
+def open_pairs(
+    path: str, tokenizer: ChatTokenizer, max_length: int, settings: Settings, world: World
+) -> TokenStore:
+    how = max_length, settings.shape, settings.skip_bad
     pairs = world.main_first(lambda: open_store(path, "preferences", tokenizer, *how))
     world.print(f"{path}: {pairs.report}")
     return pairs
@@ -167,12 +173,12 @@ def open_pairs(path: str, tokenizer: ChatTokenizer, settings: Settings, world: W
 
 @torch.no_grad()
 def score_pairs(
-    model: RewardModel, pairs: TokenStore, settings: Settings, world: World, precision: Precision
+    model: RewardModel, pairs: TokenStore, world: World, precision: Precision, layout: str, max_tokens: int
 ) -> Tensor:
     """The rewards of every pair's chosen and rejected answer, (P, 2), on every rank."""
     rewards = torch.zeros(len(pairs), 2, dtype=model.score.weight.dtype, device=world.device)
-    for rows in share(len(pairs), world.rank, world.ranks, settings.micro_batch_size):
-        stream = build_stream(pairs, rows, settings.layout).to(world.device)
+    for rows in share(stream_lengths(pairs, layout), world.rank, world.ranks, max_tokens):
+        stream = build_stream(pairs, rows, layout).to(world.device)
         with precision.autocast():
             rewards[list(rows)] = torch.stack(sides(model(stream)), dim=1)
     return world.sum(rewards)
@@ -189,9 +195,10 @@ def score(settings: Settings, world: World) -> None:
     """Write the pairs of a file back with the scores of both answers."""
     model = load_model(settings.model, world.device, RewardModel)
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
-    pairs = open_pairs(settings.score, tokenizer, settings, world)
+    pairs = open_pairs(settings.score, tokenizer, settings.longest_record(model.config), settings, world)
     precision = Precision(settings.precision, world.device, settings.matmul_precision)
-    rewards = score_pairs(model, pairs, settings, world, precision)
+    max_tokens = micro_batch_tokens(settings, model, world, pairs, precision)
+    rewards = score_pairs(model, pairs, world, precision, settings.layout, max_tokens)
     if world.is_main:
         write_scored(Path(settings.to), settings.score, pairs, rewards)
     figures = mean_metrics(rewards)

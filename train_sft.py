@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dataset.packing import Windows, build_stream, deal, share
+from dataset.packing import Windows, build_stream, micro_batches, share
 from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script
@@ -21,6 +21,7 @@ from model.lora import add_adapters, trained_part
 from model.transformer import Transformer, compile_layers
 from model.weights import load_model, save_model, weights_hash
 from training.distributed import exchange_gradients, first_device, gather, join, wrap
+from training.memory import micro_batch_tokens
 from training.metrics import Meter, MetricsLog
 from training.precision import Precision
 from training.run import RunFolder
@@ -55,7 +56,8 @@ def train(settings: Settings, world, run) -> None:
 
     # ---- the model
     model, tokenizer = start_model(settings, first_device(world, settings.shard))
-    model.config.admit(tokenizer.vocab_size, settings.max_length)
+    max_length = settings.longest_record(model.config)
+    model.config.admit(tokenizer.vocab_size, max_length)
     if settings.lora_rank:
         add_adapters(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
     model.checkpoint_activations = settings.checkpoint_activations
@@ -67,7 +69,7 @@ def train(settings: Settings, world, run) -> None:
 
     # ---- the data: conversations, and which of them each optimizer step sees
     def open_conversations(path):
-        how = settings.max_length, settings.shape, settings.skip_bad
+        how = max_length, settings.shape, settings.skip_bad
         return world.main_first(lambda: open_store(path, "conversations", tokenizer, *how))
 
     conversations = open_conversations(settings.data)
@@ -76,9 +78,10 @@ def train(settings: Settings, world, run) -> None:
     total_steps = settings.max_steps or settings.epochs * windows.per_epoch
 
     precision = Precision(settings.precision, world.device, settings.matmul_precision)
+    max_tokens = micro_batch_tokens(settings, model, world, conversations, precision)
     optimizer = adamw(model, settings.weight_decay)
     world.print(f"{settings.data}: {conversations.report}")
-    world.print(windows.describe(total_steps, world.ranks, settings.micro_batch_size))
+    world.print(windows.describe(total_steps, world.ranks, max_tokens))
     meter = Meter(world)
 
     # ---- what a checkpoint holds, and where an interrupted run goes on
@@ -93,12 +96,8 @@ def train(settings: Settings, world, run) -> None:
         # ---- one window of conversations: forward, loss and backward, micro-batch by micro-batch
         window = windows[step]
         window_tokens = int(conversations.targets[window].sum())  # supervised, over all ranks
-        micro_batches = deal(window, conversations.lengths, world.ranks, settings.micro_batch_size)[
-            world.rank
-        ]
-        for number, rows in enumerate(micro_batches, start=1):
-            stream = build_stream(conversations, rows).to(world.device)
-            with exchange_gradients(policy, when=number == len(micro_batches)):
+        for stream, last in micro_batches(conversations, window, world, max_tokens):
+            with exchange_gradients(policy, when=last):
                 with precision.autocast():
                     losses = -policy(stream)  # (N,) -log pi(y_t | x, y_<t)
                 aux_loss = model.aux_loss()  # how unevenly the experts are loaded; 0 for a dense model
@@ -121,7 +120,7 @@ def train(settings: Settings, world, run) -> None:
             figures = {"grad_norm": grad_norm, "learning_rate": lr, **precision.figures()}
             log.write(done, {**meter.mean(), **figures})
         if eval_conversations and (done % settings.eval_every == 0 or done == total_steps):
-            loss = evaluate(model, eval_conversations, world, precision, settings.micro_batch_size)
+            loss = evaluate(model, eval_conversations, world, precision, max_tokens)
             log.write(done, {"eval_loss": loss})
         run.save_when_due(done)
 
@@ -149,10 +148,10 @@ def start_model(settings: Settings, device: torch.device) -> tuple[Transformer, 
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, data: TokenStore, world, precision: Precision, batch_size: int) -> float:
+def evaluate(model: Transformer, data: TokenStore, world, precision: Precision, max_tokens: int) -> float:
     """Mean loss a supervised token, each conversation once on any number of ranks."""
     meter = Meter(world)
-    for rows in share(len(data), world.rank, world.ranks, batch_size):
+    for rows in share(data.lengths, world.rank, world.ranks, max_tokens):
         stream = build_stream(data, rows).to(world.device)
         with precision.autocast():
             losses = -model(stream)

@@ -31,7 +31,7 @@ class Settings:
     data: str = flag(str(SAMPLE / "heldout.jsonl"), "preference pairs: .jsonl or .json, also .gz")
     json: str = flag("", "write the figures into this file, too")
     beta: float = flag(0.1, "of the rewards and the loss: the one of the training")
-    batch_size: int = flag(32, "pairs per forward per rank; changes the speed, not the figures")
+    micro_batch_tokens: int = flag(8192, "most tokens in a forward; changes the speed, not the figures")
     max_length: int = flag(512, "tokens of prompt and response; longer pairs are dropped and counted")
     layout: str = flag("forked", "forked computes a prompt once for both sides, twin once for each", LAYOUTS)
     shape: str = flag("auto", "force how records are read (see dataset/records.py); auto looks at the first")
@@ -41,7 +41,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         require(self.beta > 0, "--beta", self.beta, "must be positive")
-        require(self.batch_size >= 1, "--batch-size", self.batch_size, "must be at least 1")
+        tokens = self.micro_batch_tokens
+        require(tokens >= 1, "--micro-batch-tokens", tokens, "must be at least 1")
         require(self.max_length >= 1, "--max-length", self.max_length, "must be at least 1")
 
 
@@ -70,7 +71,7 @@ def measure(settings: Settings, world: World) -> dict[str, float]:
     world.print(f"{settings.data}: {pairs.report}")
     precision = Precision(settings.precision, world.device)
     objective = Objective(ObjectiveSettings(beta=settings.beta))
-    asked = {"layout": settings.layout, "batch_size": settings.batch_size}
+    asked = {"layout": settings.layout, "max_tokens": settings.micro_batch_tokens}
     return {
         "pairs": len(pairs),
         **evaluate(policy, reference, pairs, world, precision, objective, **asked),

@@ -31,6 +31,7 @@ class TokenStream:
     owners: Tensor  # (N,) which response it belongs to: 2 * pair + (0 chosen, 1 rejected)
     responses: int  # R, so that a response keeps its place in a sum even when a rank holds none
     reference_logps: Tensor | None = None  # (N,) of the targets, where the reference was asked beforehand
+    score_margins: Tensor | None = None  # (B,) score_chosen - score_rejected, NaN where a pair has no scores
 
     def to(self, device) -> "TokenStream":
         """The same stream on another device. `segments` drive a Python loop, so they never leave the CPU."""

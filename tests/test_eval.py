@@ -97,8 +97,8 @@ def test_each_pair_counts_once_on_any_number_of_ranks(pairs, tokenizer, n):
     for measure in (evaluate, evaluate_kl):
         options = {"objective": DPO} if measure is evaluate else {}
 
-        def call(world, size=n, measure=measure, options=options):
-            return measure(policy, reference, store, world, FP32, **options, batch_size=size)
+        def call(world, size=4096, measure=measure, options=options):
+            return measure(policy, reference, store, world, FP32, **options, max_tokens=size)
 
         wanted = call(ALONE)
         items = n if options else sum(store.targets.tolist())
@@ -106,7 +106,7 @@ def test_each_pair_counts_once_on_any_number_of_ranks(pairs, tokenizer, n):
             found, weight = on_ranks(ranks, call)
             assert weight == items
             assert found == pytest.approx(wanted, rel=1e-5)
-        for size in (1, 2, 3):
+        for size in (1, 60, 130):
             assert call(ALONE, size) == pytest.approx(wanted, rel=1e-5)
 
 
@@ -135,7 +135,7 @@ def test_kl_is_that_of_a_plain_loop(pairs, tokenizer, layout):
                     math.exp(a) * (a - b) for a, b in zip(p[at].tolist(), q[at].tolist(), strict=True)
                 )
                 count += 1
-    found = evaluate_kl(policy, reference, pairs(7), ALONE, FP32, layout, batch_size=3)
+    found = evaluate_kl(policy, reference, pairs(7), ALONE, FP32, layout, max_tokens=130)
     assert found["kl_per_token"] == pytest.approx(total / count, rel=1e-6)
     assert total / count > 0.1
 
@@ -173,7 +173,7 @@ def test_models_of_different_tokenizers_are_refused(folders, tmp_path, ragged):
     [
         (preference.main, ["--model", "/nowhere"], "/nowhere: no model folder"),
         (preference.main, ["--beta", "0"], "--beta must be positive, not 0.0"),
-        (preference.main, ["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
+        (preference.main, ["--micro-batch-tokens", "0"], "--micro-batch-tokens must be at least 1, not 0"),
         (judge.main, ["--versus", "/nowhere", "--model", "/nowhere"], "/nowhere: no model folder"),
         (judge.main, ["--samples", "0"], "--samples must be at least 1, not 0"),
         (judge.main, ["--temperature", "nan"], "--temperature must be positive, not nan"),

@@ -750,7 +750,7 @@ def test_evaluation_does_not_depend_on_its_batches(name, options, stored, tokeni
     model, reference = (make_model(tokenizer.vocab_size, seed=seed) for seed in (1, 2))
     made = objective(name, 0.1, DELTA, **options)
     whole, *others = (
-        evaluate(model, reference, stored, ALONE, FP32, made, batch_size=size) for size in (7, 1, 3, 5)
+        evaluate(model, reference, stored, ALONE, FP32, made, max_tokens=size) for size in (500, 1, 130, 250)
     )
     for other in others:
         assert other == pytest.approx(whole, rel=1e-5, abs=1e-6)
@@ -811,7 +811,7 @@ def test_every_objective_trains_and_evaluates(flags, run_dpo, tokenizer, stored,
     with torch.no_grad():
         logps = model(stream)
         reference = logps if made.needs_reference else no_reference(stream)
-        batch = Pairs.of(stream, logps, reference, data.score_margins, model.collisions)
+        batch = Pairs.of(stream, logps, reference, stream.score_margins, model.collisions)
         expected = made(batch).mean().item()
     assert next(row["loss"] for row in rows if "loss" in row) == pytest.approx(expected, rel=1e-5)
     assert rows[0]["eval_loss"] == pytest.approx(expected, rel=1e-5)
@@ -825,7 +825,7 @@ def test_accumulation_equals_one_big_batch(name, run_dpo):
     """Also of what is remembered between steps: four steps, the windows whole or in pieces."""
     flags = [*FLAGS[name], "--eval-data", ""]
     whole = record_gradients(train_dpo, lambda: run_dpo(*flags, out="whole"))
-    split = record_gradients(train_dpo, lambda: run_dpo(*flags, "--micro-batch-size", "3", out="split"))
+    split = record_gradients(train_dpo, lambda: run_dpo(*flags, "--micro-batch-tokens", "130", out="split"))
     assert len(whole) == len(split) == 4
     for one, two in zip(itertools.chain(*whole), itertools.chain(*split), strict=True):
         assert (one - two).abs().max() <= 1e-4 * one.abs().max().clamp(min=1e-3)
@@ -843,7 +843,7 @@ def test_delta_follows_the_rewards_of_the_loop(run_dpo, monkeypatch):
 
 def test_two_ranks_equal_one_process_with_everything_on(run_dpo, tmp_path):
     """delta meets across ranks, both references move alike, and a rank's last micro-batch may be empty."""
-    flags = [*FLAGS["mpo"], "--tr-alpha", "0.5", "--eval-data", "", "--micro-batch-size", "1"]
+    flags = [*FLAGS["mpo"], "--tr-alpha", "0.5", "--eval-data", "", "--micro-batch-tokens", "1"]
     alone = record_gradients(train_dpo, lambda: run_dpo(*flags, out="one"))
 
     def on_two_ranks(arguments):

@@ -80,7 +80,7 @@ def test_last_tokens_are_end_tokens(layout, tokenizer, pairs):
         assert place == stream.predictors[stream.owners == response].max() + 1
 
     class OnePair:
-        reference_logps = None
+        reference_logps = score_margins = None
 
         def row(self, index):
             prompt, yes = np.array([5, 6, 7]), np.ones(1, bool)
@@ -262,13 +262,13 @@ def steps_of(flags) -> list:
     return record_gradients(train_reward, lambda: train_reward.main(flags))
 
 
-@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("micro", [1, 200])
 def test_accumulation_equals_one_big_batch(micro, arguments):
-    """Windows of 5 and 2 pairs, whole or dealt 3 + 2, or pair by pair."""
+    """Windows of 5 and 2 pairs, whole, in forwards of 200 tokens, or pair by pair."""
     flags = ["--batch-size", 5, "--epochs", 2, "--lr", 1e-3, "--warmup-steps", 0]
-    whole = steps_of(arguments(*flags, "--micro-batch-size", 5))
+    whole = steps_of(arguments(*flags, "--micro-batch-tokens", 500))
     assert len(whole) == 4
-    assert_close(steps_of(arguments(*flags, "--micro-batch-size", micro)), whole, tolerance=2e-4)
+    assert_close(steps_of(arguments(*flags, "--micro-batch-tokens", micro)), whole, tolerance=2e-4)
 
 
 def test_a_step_is_the_mean_over_its_window(trained, start, arguments, tokenizer, pairs):
@@ -284,7 +284,7 @@ def test_a_step_is_the_mean_over_its_window(trained, start, arguments, tokenizer
 
 def test_two_ranks_equal_one_process(start, arguments):
     """Windows of 3 over 2 ranks are uneven, the last one holds a single pair; no weight is left idle."""
-    flags = arguments("--batch-size", 3, "--micro-batch-size", 1, "--epochs", 2, "--warmup-steps", 1)
+    flags = arguments("--batch-size", 3, "--micro-batch-tokens", 1, "--epochs", 2, "--warmup-steps", 1)
     flags += ["--eval-data", flags[flags.index("--data") + 1]]
     alone, two = steps_of(flags), start.parent / "two"
     target = start.parent / "two.pt"
@@ -341,9 +341,9 @@ def test_every_pair_is_scored_once_on_any_ranks(count, ranks, tokenizer, write_j
             return values
 
     cpu = torch.device("cpu")
-    settings, precision = train_reward.Settings(micro_batch_size=2), Precision("fp32", cpu)
+    precision = Precision("fp32", cpu)
     worlds = [OneOfMany(rank, ranks, cpu) for rank in range(ranks)]
-    parts = [train_reward.score_pairs(model, store, settings, world, precision) for world in worlds]
+    parts = [train_reward.score_pairs(model, store, world, precision, "forked", 100) for world in worlds]
     parts = torch.stack(parts)
     assert (parts != 0).sum(dim=0).eq(1).all()
     with torch.no_grad():
@@ -356,7 +356,8 @@ def test_every_pair_is_scored_once_on_any_ranks(count, ranks, tokenizer, write_j
 
 def score(model, source, to, *more) -> list[dict]:
     train_reward.main(
-        ["--model", str(model), "--score", str(source), "--to", str(to), "--device", "cpu", *map(str, more)]
+        ["--model", str(model), "--score", str(source), "--to", str(to), "--device", "cpu",
+         "--precision", "fp32", *map(str, more)]
     )
     return [json.loads(line) for line in to.read_text(encoding="utf-8").splitlines()]
 
@@ -406,7 +407,8 @@ def test_a_file_may_be_replaced_by_its_scores(trained, ragged):
 
 def test_two_ranks_write_the_same_scores(trained, ragged, tmp_path):
     alone = score(trained, ragged, tmp_path / "one.jsonl")
-    flags = ["--model", trained, "--score", ragged, "--to", tmp_path / "two.jsonl", "--device", "cpu"]
+    flags = ["--model", trained, "--score", ragged, "--to", tmp_path / "two.jsonl"]
+    flags += ["--device", "cpu", "--precision", "fp32"]
     result = torchrun(2, "train_reward.py", *map(str, flags))
     assert result.returncode == 0, result.stderr
     two = [json.loads(line) for line in (tmp_path / "two.jsonl").read_text(encoding="utf-8").splitlines()]

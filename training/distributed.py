@@ -35,6 +35,8 @@ class World:
     device: torch.device
     store: dist.Store | None = None  # where ranks leave messages for one another
     messages: Iterator[int] = field(default_factory=itertools.count)
+    local_rank: int = 0  # this process among the ranks of its machine
+    local_ranks: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -99,6 +101,8 @@ class World:
 def join(device: str):
     """Join the process group that torchrun set up, if it did, and leave it in the end. Yields a `World`."""
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     here = pick_device(device)
     if here.type == "cpu":
         keep_freed_memory()
@@ -113,7 +117,7 @@ def join(device: str):
     backend = "nccl" if here.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
     try:
-        yield World(rank, ranks, here, store)
+        yield World(rank, ranks, here, store, local_rank=local_rank, local_ranks=local_ranks)
     finally:
         dist.destroy_process_group()
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dataset.packing import build_stream, share
+from dataset.packing import build_stream, share, stream_lengths
 from dataset.store import TokenStore
 from model.stream import TokenStream
 from model.transformer import Transformer
@@ -24,23 +24,22 @@ def evaluate(
     precision: Precision,
     objective: Objective,
     layout: str = "forked",
-    batch_size: int = 32,
+    max_tokens: int = 8192,
 ) -> dict[str, float]:
     """Loss, rewards, accuracy and log-probs over all pairs, each counted once on any number of ranks.
 
-    They do not depend on the batch size; but the losses of `kto_pair`, `aot` and `aot_unpaired` do, since the
-    pairs of a batch depend on one another there.
+    They do not depend on `max_tokens`, the bound of a batch; but the losses of `kto_pair`, `aot` and
+    `aot_unpaired` do, since the pairs of a batch depend on one another there.
     """
     meter, settings = Meter(world), objective.settings
     policy.count_collisions = settings.wpo
-    for rows in share(len(pairs), world.rank, world.ranks, batch_size):
+    for rows in share(stream_lengths(pairs, layout), world.rank, world.ranks, max_tokens):
         stream = build_stream(pairs, rows, layout).to(world.device)
         with precision.autocast():
             policy_logps = policy(stream)
             collisions = policy.collisions  # before the reference is asked: it may be the same model
             reference_logps = reference(stream)
-        labels = pairs.score_margins[rows]
-        batch = Pairs.of(stream, policy_logps, reference_logps, labels, collisions)
+        batch = Pairs.of(stream, policy_logps, reference_logps, stream.score_margins, collisions)
         losses = objective(batch)
         meter.add(len(losses), pair_metrics(losses, batch, settings.beta))
     return meter.mean()
@@ -54,11 +53,11 @@ def evaluate_kl(
     world: World,
     precision: Precision,
     layout: str = "forked",
-    batch_size: int = 32,
+    max_tokens: int = 8192,
 ) -> dict[str, float]:
     """``{"kl_per_token": …}``, the mean over all supervised tokens of all ranks, each counted once."""
     meter = Meter(world)
-    for rows in share(len(pairs), world.rank, world.ranks, batch_size):
+    for rows in share(stream_lengths(pairs, layout), world.rank, world.ranks, max_tokens):
         stream = build_stream(pairs, rows, layout).to(world.device)
         with precision.autocast():
             divergences = next_token_kl(policy, reference, stream)

@@ -83,14 +83,14 @@ class Pairs:
         stream: TokenStream,
         policy_logps: Tensor,
         reference_logps: Tensor,
-        score_margins: np.ndarray | None = None,
+        score_margins: Tensor | None = None,
         collision_logps: Tensor | None = None,
     ) -> "Pairs":
         """Add up the log-probs of a stream's tokens, (N,), by answer."""
         lengths = stream.sum_by_side(torch.ones_like(policy_logps))
         tails = (policy_logps - reference_logps) * stream.beyond_the_shorter()
         if score_margins is not None:
-            score_margins = policy_logps.new_tensor(score_margins)
+            score_margins = score_margins.to(policy_logps)
         pair_weights = None
         if collision_logps is not None:
             surprise = stream.sum_by_side(policy_logps.detach() - collision_logps)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.packing import build_stream
+from dataset.packing import build_stream, fill, stream_lengths
 from dataset.store import TokenStore
 from errors import InputError
 from files import write_whole
@@ -46,7 +46,7 @@ def cached_reference(stream: TokenStream) -> Tensor:
 
 
 def cache_reference(
-    model: Transformer, store: TokenStore, world: World, precision: Precision, layout: str, batch_size: int
+    model: Transformer, store: TokenStore, world: World, precision: Precision, layout: str, max_tokens: int
 ) -> None:
     """Set `store.reference_logps` to what `model` says of the store's supervised tokens, now if it never did.
 
@@ -61,7 +61,7 @@ def cache_reference(
     # Ranks compute together or not at all, even if another run is writing the file just now.
     if world.sum(torch.tensor(float(not path.exists()), device=world.device)).item():
         world.print(f"asking the reference about {len(store)} pairs")
-        chunks = token_logps(model, store, world, precision, layout, batch_size)
+        chunks = token_logps(model, store, world, precision, layout, max_tokens)
         if world.is_main:
             write_whole(path, lambda file: file.writelines(chunks))
         else:
@@ -72,16 +72,18 @@ def cache_reference(
 
 @torch.no_grad()
 def token_logps(
-    model: Transformer, store: TokenStore, world: World, precision: Precision, layout: str, batch_size: int
+    model: Transformer, store: TokenStore, world: World, precision: Precision, layout: str, max_tokens: int
 ) -> Iterator[np.ndarray]:
-    """log pi(y_t | x, y_<t) of all rows in their order, in chunks; the ranks share the work of each."""
-    ends = store.target_bounds
-    for start in range(0, len(store), batch_size * world.ranks):
-        rows = range(start, min(start + batch_size * world.ranks, len(store)))
-        mine = rows[world.rank :: world.ranks]
+    """log pi(y_t | x, y_<t) of all rows in their order, in chunks: one batch of each rank at a time."""
+    bounds = store.target_bounds
+    batches = fill(range(len(store)), stream_lengths(store, layout), max_tokens)
+    for start in range(0, len(batches), world.ranks):
+        group = batches[start : start + world.ranks]
+        first, stop = bounds[group[0].start], bounds[group[-1].stop]
+        rows = group[world.rank] if world.rank < len(group) else range(0)
         with precision.autocast():
-            logps = model(build_stream(store, mine, layout).to(world.device))
-        chunk = logps.new_zeros(ends[rows.stop] - ends[start])
-        for row, part in zip(mine, logps.split(store.targets[mine].tolist()), strict=True):
-            chunk[ends[row] - ends[start] : ends[row + 1] - ends[start]] = part
+            logps = model(build_stream(store, rows, layout).to(world.device))
+        chunk = logps.new_zeros(stop - first)
+        if rows:
+            chunk[bounds[rows.start] - first : bounds[rows.stop] - first] = logps
         yield world.sum(chunk).cpu().numpy()

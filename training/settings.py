@@ -1,15 +1,19 @@
 """One dataclass of settings a script: its fields are the flags, the README's table and ``config.json``."""
 
 import argparse
+import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import get_args, get_type_hints
 
 from errors import InputError
+from model.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "dataset" / "sample"
+LONGEST = 4096  # tokens of a record, where --max-length is 0
+REPLACED = {"--micro-batch-size": "--micro-batch-tokens (tokens in a forward, instead of records)"}
 
 
 def flag(default, why: str, choices: tuple[str, ...] | None = None):
@@ -56,8 +60,15 @@ class TrainSettings:
     epochs: int = flag(1, "times every record is seen")
     max_steps: int = flag(0, "stop after this many optimizer steps; 0 for all of --epochs")
     batch_size: int = flag(32, "records per optimizer step, over all ranks and micro-batches")
-    micro_batch_size: int = flag(32, "records per forward per rank: lower it when memory runs out")
-    max_length: int = flag(512, "tokens of prompt and response; longer records are dropped and counted")
+    micro_batch_tokens: str = flag(
+        "auto",
+        "most tokens in a forward on each rank (a longer record is alone); fewer need less memory",
+    )
+    max_length: int = flag(
+        0,
+        "most tokens of prompt and response; longer records are dropped and counted. "
+        "0: 4,096, or fewer where the model has fewer positions",
+    )
     lr: float = flag(1e-3, "peak learning rate")
     warmup_steps: int = flag(10, "steps of linear warm-up before the cosine")
     weight_decay: float = flag(0.0, "AdamW's, on matrices only")
@@ -71,11 +82,15 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Refuse values that no run can mean."""
-        counts = ("epochs", "batch_size", "micro_batch_size", "max_length", "log_every", "eval_every")
+        counts = ("epochs", "batch_size", "log_every", "eval_every")
         for name in (*counts, "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_steps", "lr", "warmup_steps", "weight_decay", "grad_clip", "save_every"):
+        tokens = self.micro_batch_tokens
+        if tokens != "auto" and not (tokens.isdecimal() and int(tokens)):
+            raise InputError(f"--micro-batch-tokens must be auto or a number of at least 1, not {tokens}")
+        others = "max_steps", "max_length", "lr", "warmup_steps", "weight_decay", "grad_clip", "save_every"
+        for name in others:
             if not getattr(self, name) >= 0:
                 raise InputError(
                     f"--{name.replace('_', '-')} must not be negative, nor {getattr(self, name)}"
@@ -83,6 +98,11 @@ class TrainSettings:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+    def longest_record(self, config: ModelConfig) -> int:
+        """--max-length; where that is 0, what 4,096, the model's positions and its window all allow."""
+        window = config.sliding_window or LONGEST
+        return self.max_length or min(LONGEST, config.max_position_embeddings, window)
 
 
 @dataclass
@@ -120,4 +140,8 @@ def parse(settings_class: type, description: str, arguments: list[str] | None = 
         else:
             options |= {"type": kind, "choices": f.metadata["choices"]}
         parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
+    given = sys.argv[1:] if arguments is None else arguments
+    for old, new in REPLACED.items():
+        if any(argument == old or argument.startswith(f"{old}=") for argument in given):
+            raise InputError(f"{old} was replaced by {new}")
     return settings_class(**vars(parser.parse_args(arguments)))
