@@ -24,13 +24,21 @@ from dataset.store import open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import run_script
 from model.lora import WithoutAdapters, add_adapters, trained_part
+from model.moe import router_loss
 from model.transformer import compile_layers
-from model.weights import load_model, save_model, weights_hash
-from training.distributed import exchange_gradients, first_device, gather, join, wrap
+from model.weights import load_model, weights_hash
+from training.distributed import exchange_gradients, first_device, join, wrap
 from training.evaluate import evaluate
 from training.memory import micro_batch_tokens
 from training.metrics import Meter, MetricsLog
-from training.objective import Objective, ObjectiveSettings, Pairs, no_reference, pair_metrics
+from training.objective import (
+    Objective,
+    ObjectiveSettings,
+    Pairs,
+    no_reference,
+    pair_metrics,
+    wpo_pair_weights,
+)
 from training.precision import Precision
 from training.reference import REFERENCES, cache_reference, cached_reference, check_reference
 from training.run import RunFolder
@@ -61,15 +69,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def train(settings: Settings, world, run) -> None:
-    if run.is_finished():
-        return
     objective = Objective(settings)  # what is minimised: DPO's loss, unless other flags say otherwise
     check_reference(settings.reference, objective)
 
     # ---- the two models: the policy learns, the reference remembers where it started
     model = load_model(settings.model, first_device(world, settings.shard))
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
-    max_length = settings.longest_record(model.config)
+    max_length = settings.length_limit(model.config)
     model.config.admit(tokenizer.vocab_size, max_length)
     if settings.fused_attention:
         model.fuse_attention(world.device)
@@ -84,7 +90,6 @@ def train(settings: Settings, world, run) -> None:
     else:
         reference = wrap(copy.deepcopy(model).eval().requires_grad_(False), world, settings.shard)
     model.checkpoint_activations = settings.checkpoint_activations
-    model.count_collisions = settings.wpo
     policy = wrap(model, world, settings.shard)
     if settings.compile:
         compile_layers(model, reference)
@@ -108,7 +113,6 @@ def train(settings: Settings, world, run) -> None:
             cache_reference(model, store, world, precision, settings.layout, max_tokens)
     optimizer = adamw(model, settings.weight_decay)
     world.print(f"{settings.data}: {pairs.report}")
-    world.print(windows.describe(total_steps, world.ranks, max_tokens))
     meter = Meter(world)
 
     # ---- what a checkpoint holds, and where an interrupted run goes on
@@ -116,7 +120,12 @@ def train(settings: Settings, world, run) -> None:
     state["objective"] = objective
     if objective.moves_reference:
         state["reference"] = reference  # TR-DPO's is no longer the model of --model.
-    first_step = run.begin(state, weights_hash(model), pairs.fingerprint, tokenizer.fingerprint)
+    digests = weights_hash(model), pairs.fingerprint, tokenizer.fingerprint
+    first_step = run.begin(state, *digests, micro_batch_tokens=max_tokens)
+    if first_step is None:  # --resume finds the run finished
+        return
+    max_tokens = run.identity["micro_batch_tokens"]  # on --resume with auto: as before
+    world.print(windows.describe(total_steps, world.ranks, max_tokens))
     log = MetricsLog(Path(settings.out), world, first_step, total_steps, unit="pairs")
 
     def evaluate_now(step: int) -> None:
@@ -136,17 +145,18 @@ def train(settings: Settings, world, run) -> None:
         for stream, last in micro_batches(pairs, window, world, max_tokens, settings.layout):
             with exchange_gradients(policy, when=last):
                 with precision.autocast():
-                    policy_logps = policy(stream)  # (N,) log pi(y_t | x, y_<t)
-                    aux_loss = model.aux_loss()  # how unevenly the policy loads its experts; 0 if it has none
-                    collisions = model.collisions  # (N,) log sum over v of pi(v | x, y_<t)^2, for WPO alone
+                    balances: list[torch.Tensor] = []  # one for each layer of experts
+                    policy_logps = policy(stream, balances)  # (N,) log pi(y_t | x, y_<t)
+                    pair_weights = wpo_pair_weights(model, stream, policy_logps) if settings.wpo else None
                     with torch.no_grad():
                         reference_logps = reference(stream)  # (N,)
 
                 # A response's log-prob is the sum over its tokens: (N,) to (B,) for each side and model. DPO:
                 # -log sigmoid(beta [(policy - reference)(chosen) - (policy - reference)(rejected)])
                 labels = stream.score_margins  # (B,), which only --loss soft looks at
-                batch = Pairs.of(stream, policy_logps, reference_logps, labels, collisions)
+                batch = Pairs.of(stream, policy_logps, reference_logps, labels, pair_weights)
                 losses = objective(batch, training=True)  # (B,)
+                aux_loss = torch.as_tensor(router_loss(balances), device=world.device)
                 # A mean over the window, however it was dealt: each pair carries the balance of its stream.
                 # Ranks' gradients are averaged, hence `ranks`.
                 total = (losses + model.config.router_aux_loss_coef * aux_loss).sum()
@@ -170,12 +180,8 @@ def train(settings: Settings, world, run) -> None:
             evaluate_now(done)
         run.save_when_due(done)
 
-    gather(model, world)  # if it was split
-    if world.is_main:
-        tokenizer.save(Path(settings.out))
-        save_model(Path(settings.out), model, settings=settings.to_dict())
     log.close()
-    run.finish()
+    run.finish(model, tokenizer)
 
 
 if __name__ == "__main__":

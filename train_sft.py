@@ -18,9 +18,10 @@ from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script
 from model.config import PRESETS, ModelConfig
 from model.lora import add_adapters, trained_part
+from model.moe import router_loss
 from model.transformer import Transformer, compile_layers
-from model.weights import load_model, save_model, weights_hash
-from training.distributed import exchange_gradients, first_device, gather, join, wrap
+from model.weights import load_model, weights_hash
+from training.distributed import exchange_gradients, first_device, join, wrap
 from training.memory import micro_batch_tokens
 from training.metrics import Meter, MetricsLog
 from training.precision import Precision
@@ -51,12 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def train(settings: Settings, world, run) -> None:
-    if run.is_finished():
-        return
-
     # ---- the model
     model, tokenizer = start_model(settings, first_device(world, settings.shard))
-    max_length = settings.longest_record(model.config)
+    max_length = settings.length_limit(model.config)
     model.config.admit(tokenizer.vocab_size, max_length)
     if settings.lora_rank:
         add_adapters(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
@@ -81,12 +79,16 @@ def train(settings: Settings, world, run) -> None:
     max_tokens = micro_batch_tokens(settings, model, world, conversations, precision)
     optimizer = adamw(model, settings.weight_decay)
     world.print(f"{settings.data}: {conversations.report}")
-    world.print(windows.describe(total_steps, world.ranks, max_tokens))
     meter = Meter(world)
 
     # ---- what a checkpoint holds, and where an interrupted run goes on
     state = {"model": trained_part(model), "optimizer": optimizer, "precision": precision, "meter": meter}
-    first_step = run.begin(state, weights_hash(model), conversations.fingerprint, tokenizer.fingerprint)
+    digests = weights_hash(model), conversations.fingerprint, tokenizer.fingerprint
+    first_step = run.begin(state, *digests, micro_batch_tokens=max_tokens)
+    if first_step is None:  # --resume finds the run finished
+        return
+    max_tokens = run.identity["micro_batch_tokens"]  # on --resume with auto: as before
+    world.print(windows.describe(total_steps, world.ranks, max_tokens))
     log = MetricsLog(Path(settings.out), world, first_step, total_steps, unit="conversations")
 
     for step in range(first_step, total_steps):
@@ -95,12 +97,13 @@ def train(settings: Settings, world, run) -> None:
 
         # ---- one window of conversations: forward, loss and backward, micro-batch by micro-batch
         window = windows[step]
-        window_tokens = int(conversations.targets[window].sum())  # supervised, over all ranks
+        window_tokens = int(conversations.target_counts[window].sum())  # supervised, over all ranks
         for stream, last in micro_batches(conversations, window, world, max_tokens):
             with exchange_gradients(policy, when=last):
                 with precision.autocast():
-                    losses = -policy(stream)  # (N,) -log pi(y_t | x, y_<t)
-                aux_loss = model.aux_loss()  # how unevenly the experts are loaded; 0 for a dense model
+                    balances: list[torch.Tensor] = []  # one for each layer of experts
+                    losses = -policy(stream, balances)  # (N,) -log pi(y_t | x, y_<t)
+                aux_loss = torch.as_tensor(router_loss(balances), device=world.device)
                 # A mean over the window's tokens, however they were dealt: a mean of micro-batch means would
                 # weigh the tokens of short batches more. Each token carries the balance of its stream, too.
                 # Ranks' gradients are averaged, hence `ranks`.
@@ -124,12 +127,8 @@ def train(settings: Settings, world, run) -> None:
             log.write(done, {"eval_loss": loss})
         run.save_when_due(done)
 
-    gather(model, world)  # if it was split
-    if world.is_main:
-        tokenizer.save(Path(settings.out))
-        save_model(Path(settings.out), model, settings=settings.to_dict())
     log.close()
-    run.finish()
+    run.finish(model, tokenizer)
 
 
 def start_model(settings: Settings, device: torch.device) -> tuple[Transformer, ChatTokenizer]:

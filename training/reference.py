@@ -56,7 +56,7 @@ def cache_reference(
     torch_dtype = torch.promote_types(model.norm.weight.dtype, torch.float32)
     dtype = torch.empty(0, dtype=torch_dtype).numpy().dtype
     products = precision.name, torch.get_float32_matmul_precision(), world.device.type
-    key = [weights_hash(model), model.config.to_dict(), layout, *products]
+    key = [store.fingerprint, weights_hash(model), model.config.to_dict(), layout, *products]
     path = store.folder / f"reference-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.bin"
     # Ranks compute together or not at all, even if another run is writing the file just now.
     if world.sum(torch.tensor(float(not path.exists()), device=world.device)).item():

@@ -16,6 +16,11 @@ LONGEST = 4096  # tokens of a record, where --max-length is 0
 REPLACED = {"--micro-batch-size": "--micro-batch-tokens (tokens in a forward, instead of records)"}
 
 
+def default_length(config: ModelConfig) -> int:
+    """4,096 tokens, or fewer if the model has fewer positions or a shorter attention window."""
+    return min(LONGEST, config.max_position_embeddings, config.sliding_window or LONGEST)
+
+
 def flag(default, why: str, choices: tuple[str, ...] | None = None):
     """A field of a settings class: its default, one line on why it is there, and what it may be."""
     return field(default=default, metadata={"why": why, "choices": choices})
@@ -99,10 +104,9 @@ class TrainSettings:
     def to_dict(self) -> dict:
         return asdict(self)
 
-    def longest_record(self, config: ModelConfig) -> int:
-        """--max-length; where that is 0, what 4,096, the model's positions and its window all allow."""
-        window = config.sliding_window or LONGEST
-        return self.max_length or min(LONGEST, config.max_position_embeddings, window)
+    def length_limit(self, config: ModelConfig) -> int:
+        """The most tokens of a record: --max-length, or `default_length` where that is 0."""
+        return self.max_length or default_length(config)
 
 
 @dataclass
