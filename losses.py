@@ -336,7 +336,7 @@ def forward_kl(logratios: Tensor) -> Tensor:
 
 
 def js(logratios: Tensor) -> Tensor:
-    """Jensen-Shannon: f'(u) = log(u / (1 + u)). Between the two; bounded above for text that gets likelier."""
+    """Jensen-Shannon: f'(u) = log(u / (1 + u)). Between the two; bounded for text that gets likelier."""
     return F.logsigmoid(logratios)
 
 

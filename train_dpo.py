@@ -73,7 +73,9 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     state = {"model": trained_part(model), "optimizer": optimizer, "precision": precision, "meter": meter}
     state |= {"objective": objective, **({"reference": reference} if objective.moves_reference else {})}
     digests = weights_hash(model), pairs.fingerprint, tokenizer.fingerprint
-    first_step = run.begin(state, *digests, micro_batch_tokens=max_tokens, reference_logps=cached)
+    first_step = run.begin(
+        state, *digests, max_length=max_length, micro_batch_tokens=max_tokens, reference_logps=cached
+    )
     if first_step is None:
         return  # The run has finished.
     log = MetricsLog(run.folder, world, first_step, total_steps, unit="pairs")
@@ -109,14 +111,21 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
             chosen_logratios = policy_chosen_logps - reference_chosen_logps  # (B,) a
             rejected_logratios = policy_rejected_logps - reference_rejected_logps  # (B,) b
             if plain_dpo:
-                losses = sigmoid(chosen_logratios - rejected_logratios, settings.beta)  # (B,) −log σ(β (a − b))
+                losses = sigmoid(
+                    chosen_logratios - rejected_logratios, settings.beta
+                )  # (B,) −log σ(β (a − b))
             else:
                 inputs = stream, policy_logps, reference_logps, balances
                 losses = objective.training_losses(*inputs, model, precision, meter)
 
             # The mean over the window's pairs. Ranks average their gradients, hence the factor.
             precision.backward(losses.sum() * world.ranks / len(window))
-            sums = policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+            sums = (
+                policy_chosen_logps,
+                policy_rejected_logps,
+                reference_chosen_logps,
+                reference_rejected_logps,
+            )
             meter.add(len(losses), pair_metrics(losses, Pairs(*sums), settings.beta))
         # -------------------------------------------------------
 

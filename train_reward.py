@@ -66,7 +66,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     # ---- where a stopped run continues; `state` is what a checkpoint contains
     state = {"model": model, "optimizer": optimizer, "precision": precision, "meter": meter}
     digests = weights_hash(model), pairs.fingerprint, tokenizer.fingerprint
-    first_step = run.begin(state, *digests, micro_batch_tokens=max_tokens)
+    first_step = run.begin(state, *digests, max_length=max_length, micro_batch_tokens=max_tokens)
     if first_step is None:
         return  # The run has finished.
     log = MetricsLog(run.folder, world, first_step, total_steps, unit="pairs")
@@ -89,7 +89,9 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
             exchange_gradients(reward, when=is_last)
             balances = []  # filled by experts; empty for a dense model
             with precision.autocast():
-                chosen_rewards, rejected_rewards = sides(reward(stream, balances))  # (B,) r(x, y) of each side
+                chosen_rewards, rejected_rewards = sides(
+                    reward(stream, balances)
+                )  # (B,) r(x, y) of each side
             losses = bradley_terry_loss(chosen_rewards, rejected_rewards)  # (B,)
             if balances:
                 meter.add(0, {"aux_loss": router_loss(balances) * len(losses)})

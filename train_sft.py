@@ -8,7 +8,6 @@ The loss is −log π(y_t | x, y_<t), the mean over all tokens of assistant turn
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -67,7 +66,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     # ---- where a stopped run continues; `state` is what a checkpoint contains
     state = {"model": trained_part(model), "optimizer": optimizer, "precision": precision, "meter": meter}
     digests = weights_hash(model), data.fingerprint, tokenizer.fingerprint
-    first_step = run.begin(state, *digests, micro_batch_tokens=max_tokens)
+    first_step = run.begin(state, *digests, max_length=max_length, micro_batch_tokens=max_tokens)
     if first_step is None:
         return  # The run has finished.
     log = MetricsLog(run.folder, world, first_step, total_steps, unit="conversations")
@@ -124,7 +123,9 @@ def start_model(settings: Settings, world: World) -> tuple[Transformer, ChatToke
     torch.manual_seed(settings.seed)
     config = ModelConfig(vocab_size=tokenizer.vocab_size, **PRESETS[settings.model])
     device = first_device(world, settings.shard)
-    with torch.device("meta" if device.type == "meta" else "cpu"):  # One seed gives one model on every device.
+    with torch.device(
+        "meta" if device.type == "meta" else "cpu"
+    ):  # One seed gives one model on every device.
         model = Transformer(config).to(device)
     return model, tokenizer, prepare(model, tokenizer, settings, world)
 

@@ -269,7 +269,7 @@ def test_evaluation_counts_every_pair_once_on_any_ranks(count, ranks, tokenizer,
         sums = pair_metrics(losses, Pairs.of(batch, model(batch), reference(batch)), 0.1)
     worlds = [OneOfMany(rank, ranks) for rank in range(ranks)]
     for world in worlds:
-        evaluate(model, reference, pairs, world, Precision("fp32", world.device), DPO, max_tokens=60)
+        evaluate(model, reference, pairs, world, Precision("fp32", world.device), DPO, max_tokens=100)
     totals = [world.noted[0] for world in worlds]
     assert len({len(total) for total in totals}) == 1, "ranks that add up unlike tensors hang or crash"
     expected = torch.stack([*sums.values(), torch.tensor(float(count))])
@@ -289,7 +289,7 @@ def test_sft_evaluation_counts_every_token_once_on_any_ranks(count, ranks, token
         expected = torch.stack([-model(batch).sum(), torch.tensor(float(len(batch.targets)))])
     worlds = [OneOfMany(rank, ranks) for rank in range(ranks)]
     for world in worlds:
-        evaluate_sft(model, data, world, Precision("fp32", world.device), max_tokens=20)
+        evaluate_sft(model, data, world, Precision("fp32", world.device), max_tokens=100)
     totals = [world.noted[0] for world in worlds]
     assert len({len(total) for total in totals}) == 1, "ranks that add up unlike tensors hang or crash"
     torch.testing.assert_close(sum(totals), expected, rtol=1e-5, atol=1e-5, check_dtype=False)

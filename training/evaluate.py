@@ -1,4 +1,4 @@
-"""Metrics on held-out data, each record counted once on any number of ranks. The training loops call this too."""
+"""Metrics on held-out data. Each record counts once on any number of ranks."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,9 @@ from training.precision import Precision
 MAX_TOKENS = 16_384  # tokens a forward without gradients, where the caller gives no other number
 
 
-def batches(data: TokenStore, world: World, max_tokens: int, layout: str) -> Iterator[tuple[list, TokenStream]]:
+def batches(
+    data: TokenStore, world: World, max_tokens: int, layout: str
+) -> Iterator[tuple[list, TokenStream]]:
     """This rank's part of the data: the rows of each batch, and their stream. Every rank gets as many."""
     for rows in share(stream_lengths(data, layout), world.rank, world.ranks, max_tokens):
         yield list(rows), build_stream(data, rows, layout).to(world.device)

@@ -138,10 +138,10 @@ class Objective:
         precision: Precision,
         meter: Meter,
     ) -> Tensor:
-        """The losses of a training step, (B,), with all options: WPO's weights, BCO's δ, the experts' balance.
+        """The losses of a training step, (B,), with WPO's weights, BCO's δ and the experts' balance.
 
-        `policy_logps` and `reference_logps` are (N,). `balances` is the list that the policy's forward filled;
-        its mean is logged as ``aux_loss``.
+        `policy_logps` and `reference_logps` are (N,). The policy's forward filled `balances`; their mean is
+        logged as ``aux_loss``.
         """
         weights = None
         if self.settings.wpo:

@@ -6,9 +6,9 @@
 Four kinds: a frozen copy of the model (the default); the same model with its adapters off (--lora-rank);
 log-probs computed once before training (--reference cached); and none, for losses without a reference.
 
-Data, layout and reference do not change in a run, and neither does log π_ref. So --reference cached computes it
-once for every supervised token and keeps it beside the tokenised data. A step then needs no forward of the
-reference and no copy of the model. Later epochs read the file again, and so do later runs from the same model.
+Data, layout and reference do not change in a run, and neither does log π_ref. So --reference cached computes
+it once for every supervised token and keeps it beside the tokenised data. A step then needs no forward of
+the reference and no copy of the model. Later epochs and later runs from the same model read the file again.
 Tokens are kept, not sums, because some options of an objective use a part of an answer (LD-DPO).
 """
 

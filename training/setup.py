@@ -26,7 +26,7 @@ def prepare(model: Transformer, tokenizer: ChatTokenizer, settings: TrainSetting
 
     That is --max-length in tokens, or what the model allows. Raises `InputError` if something does not fit.
     """
-    max_length = settings.longest_record(model.config)
+    max_length = settings.length_limit(model.config)
     model.config.admit(tokenizer.vocab_size, max_length)
     model.checkpoint_activations = settings.checkpoint_activations
     if settings.fused_attention:
@@ -57,10 +57,11 @@ def open_data(
         world.print(f"{path}: {store.report}")
         return store
 
-    data, eval_path = open_one(settings.data), held_out_path(settings)
+    settings.eval_data = held_out_path(settings)  # as config.json keeps it
+    data = open_one(settings.data)
     if settings.eval_share:
         return data.split(settings.eval_share)
-    return data, open_one(eval_path) if eval_path else None
+    return data, open_one(settings.eval_data) if settings.eval_data else None
 
 
 def held_out_path(settings: TrainSettings) -> str:
