@@ -28,6 +28,7 @@ from tests.faults import plant, states, timeless, train
 from tests.loops import ROOT, metrics, torchrun
 from tests.ranks import forked
 from tests.test_loops import CHATS, PAIRS, command_line
+from training import setup
 from training.distributed import World
 from training.run import RunFolder
 from training.settings import parse
@@ -140,13 +141,13 @@ def test_a_signal_while_evaluating_or_saving(place, flags, whole, tmp_path, monk
 
 def test_a_signal_before_the_first_step_leaves_at_once(flags, tmp_path, monkeypatch):
     """While data is read there is nothing to save, and nobody should wait for it."""
-    open_store = train_dpo.open_store
+    open_store = setup.open_store
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
         return open_store(*arguments)
 
-    monkeypatch.setattr(train_dpo, "open_store", interrupted)
+    monkeypatch.setattr(setup, "open_store", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(train_dpo, flags(tmp_path), ALONE)
 
