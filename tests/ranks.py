@@ -87,9 +87,8 @@ def run_rank(module: str, arguments: list[str], environment: dict[str, str], fol
     status = 1
     try:
         for number, name in ((1, "stdout"), (2, "stderr")):
-            file = Path(folder, f"{name}-{environment['RANK']}").open("w", buffering=1, encoding="utf-8")
-            os.dup2(file.fileno(), number)
-            setattr(sys, name, file)
+            os.dup2(os.open(f"{folder}/{name}-{environment['RANK']}", os.O_WRONLY | os.O_CREAT), number)
+            setattr(sys, name, os.fdopen(number, "w", buffering=1, encoding="utf-8", closefd=False))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.clear()
         os.environ.update(environment)
