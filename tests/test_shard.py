@@ -89,12 +89,12 @@ LOGITS = {"vocabulary-in-chunks-wpo": 2000}  # six positions of 320 tokens at on
 
 @pytest.fixture(scope="module")
 def together(request, flags, tmp_path_factory):
-    """Those cases that this run of pytest asks for, on two ranks, with copies and split."""
+    """The cases that this run of pytest has collected, on two ranks, with copies and split."""
     folder = tmp_path_factory.mktemp("together")
-    specs = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    asked = {params.get("case") for params in specs}
+    items = [item for item in request.session.items if item.module is request.module]
+    specs = [item.callspec.params if hasattr(item, "callspec") else {} for item in items]
     jobs = []
-    for case in (asked & CASES.keys()) | {"dpo"}:
+    for case in {params.get("case", "dpo") for params in specs}:
         script, changes = CASES[case]
         for kind, split in (("copies", {}), ("split", {"shard": True})):
             out = folder / f"{case}-{kind}"

@@ -28,8 +28,8 @@ MUTANTS = [
         "Soft labels then win by what the other objectives were not shown.",
         "eval.experiments.label_noise",
         "compare",
-        '[*how, *data, f"--out={reward}", f"--lr={settings.reward_lr}"]',
-        '[*how, *data, f"--data={settings.data}", f"--out={reward}", f"--lr={settings.reward_lr}"]',
+        "train_reward.main([*common, *data, ...])",
+        'train_reward.main([*common, *data, f"--data={settings.data}", ...])',
         EXPERIMENTS + "test_label_noise",
     ),
 ]

@@ -84,11 +84,11 @@ MUTANTS = [
     Mutant(
         "scores-by-row",
         "Rows are counted without the pairs that were dropped: every score after one goes to another pair.",
-        "train_reward",
+        "eval.score",
         "write_scored",
         "pairs.records.tolist()",
         "range(len(pairs))",
-        REWARD + "test_scores_are_written_back[pairs.jsonl]",
+        "tests/test_score.py::test_scores_are_written_back[pairs.jsonl]",
     ),
     Mutant(
         "scores-by-line",
@@ -97,16 +97,16 @@ MUTANTS = [
         "_write",
         "places.append(place)",
         "places.append(record.line - 1)",
-        REWARD + "test_scores_are_written_back[pairs.json]",
+        "tests/test_score.py::test_scores_are_written_back[pairs.json]",
     ),
     Mutant(
         "scores-swapped",
         "Soft labels then say of every pair that the rejected answer is the better one.",
-        "train_reward",
+        "eval.score",
         "write_scored.write",
         'record["score_chosen"], record["score_rejected"] = scores[place]',
         'record["score_rejected"], record["score_chosen"] = scores[place]',
-        REWARD + "test_scores_are_written_back[pairs.jsonl]",
+        "tests/test_score.py::test_scores_are_written_back[pairs.jsonl]",
     ),
     Mutant(
         "any-model-for-any",
