@@ -1,9 +1,12 @@
 """Files to arrays to batches: nothing lost, nothing cut, nothing twice, and all of it counted."""
 
+import errno
 import json
 import math
 import os
+import platform
 import shutil
+import signal
 import subprocess
 import sys
 from itertools import chain
@@ -24,7 +27,8 @@ from tests.conftest import RAGGED, ROOT, as_record, plain_ids, turns
 def contents(store: TokenStore) -> list:
     """All that a store says, as plain lists."""
     rows = [[(ids.tolist(), mask.tolist()) for ids, mask in store.row(i)] for i in range(len(store))]
-    return [rows, store.lines.tolist(), store.target_counts.tolist(), store.lengths.tolist(), vars(store.report)]
+    arrays = store.lines, store.target_counts, store.lengths
+    return [rows, *(array.tolist() for array in arrays), vars(store.report)]
 
 
 @pytest.fixture
@@ -91,6 +95,103 @@ def test_a_file_of_one_record(tokenizer, write_jsonl):
     assert build_stream(store, Windows(1, 8, seed=0)[0]).responses == 2
 
 
+def scored(index: int, margin: float, prompt: str = "") -> dict:
+    """A pair of its own prompt, whose chosen side scores higher by `margin`."""
+    labels = {} if math.isnan(margin) else {"score_chosen": 5 + margin, "score_rejected": 5}
+    return {"prompt": prompt or f"Hi {index}", "chosen": "yes", "rejected": "no", **labels}
+
+
+def test_pairs_scored_the_other_way_round_are_counted(tokenizer, write_jsonl):
+    """A label that contradicts the scores is trained on as it stands; the report must say so."""
+    rows = [scored(i, margin) for i, margin in enumerate([1, -1, 0, math.nan, -0.5])]
+    rows.append({**scored(5, 1), "win_probability": 0.3})  # The probability goes before the scores.
+    rows.append({**scored(6, -1), "chosen": "long " * 500})  # Dropped, so not counted.
+    store = open_store(write_jsonl("scored.jsonl", rows), "preferences", tokenizer, 200)
+    assert store.report.rejected_higher == 3
+    assert "3 pairs have a rejected side that scores higher: --swap-by-score exchanges" in str(store.report)
+    agreeing = open_store(write_jsonl("agreeing.jsonl", rows[:1]), "preferences", tokenizer, 200)
+    assert "scores higher" not in str(agreeing.report)
+
+
+def test_swap_by_score_exchanges_what_the_scores_contradict(tokenizer, write_jsonl):
+    """The sides and their labels, of those pairs and no others; another cache than without it."""
+    rows = [scored(0, 2), scored(1, -2), scored(2, math.nan), {**scored(3, 1), "win_probability": 0.25}]
+    path = write_jsonl("scored.jsonl", rows)
+    plain = open_store(path, "preferences", tokenizer, 512)
+    swapped = open_store(path, "preferences", tokenizer, 512, swap_by_score=True)
+    for row, exchanged in enumerate([False, True, False, True]):
+        prompt, *sides = ([ids.tolist() for ids, _ in store.row(row)] for store in (plain, swapped))
+        assert sides[0][0] == prompt[0] and sides[0][1:] == (prompt[:0:-1] if exchanged else prompt[1:])
+    np.testing.assert_allclose(plain.score_margins, [2, -2, math.nan, math.log(1 / 3)], rtol=1e-12)
+    np.testing.assert_allclose(swapped.score_margins, [2, 2, math.nan, math.log(3)], rtol=1e-12)
+    assert "2 pairs have a rejected side that scores higher: they were exchanged" in str(swapped.report)
+    assert plain.folder != swapped.folder
+    with pytest.raises(InputError, match="share of held-out rows"):
+        plain.split(1.0)
+
+
+# ---- A share held out, by prompt
+
+
+def many_prompts(count: int) -> list[dict]:
+    """Pairs of many prompts, each of which stands twice, the second time in other white space and case."""
+    twice = [prompt for i in range(count) for prompt in (f"Hi {i}, you", f" hi  {i},\tYou ")]
+    return [{"prompt": prompt, "chosen": "a", "rejected": f"b{i}"} for i, prompt in enumerate(twice)]
+
+
+def test_a_split_never_puts_a_prompt_on_both_sides(tokenizer, write_jsonl):
+    """And every row is on one side, with all that belongs to it."""
+    rows = many_prompts(300)
+    store = open_store(write_jsonl("pairs.jsonl", rows), "preferences", tokenizer, 512)
+    train, held_out = store.split(0.2)
+    assert sorted([*train.lines, *held_out.lines]) == store.lines.tolist()
+    assert not {(line - 1) // 2 for line in train.lines} & {(line - 1) // 2 for line in held_out.lines}
+    assert 0.12 < len(held_out) / len(store) < 0.28
+    for view in (train, held_out):
+        assert len(view) == len(view.lines) == len(view.lengths) == len(view.target_bounds) - 1
+        for index, line in enumerate(view.lines):
+            here, there = view.row(index), store.row(line - 1)
+            assert all((a == b).all() and (m == n).all() for (a, m), (b, n) in zip(here, there, strict=True))
+            assert view.lengths[index] == sum(len(ids) for ids, _ in here)
+            assert view.target_counts[index] == np.diff(view.target_bounds)[index]
+            assert view.records[index] == line - 1
+        assert build_stream(view, [0, len(view) - 1]).lengths().tolist() == [
+            len(ids) for index in (0, len(view) - 1) for ids, _ in view.row(index)[1:]
+        ]
+    assert store.fingerprint != train.fingerprint != held_out.fingerprint != store.split(0.3)[1].fingerprint
+
+
+def test_a_split_is_stable_when_rows_are_added(tokenizer, write_jsonl):
+    """A prompt that was held out must not be trained on once there is more data; a larger share keeps it."""
+    rows = many_prompts(200)
+    store = open_store(write_jsonl("few.jsonl", rows[100:]), "preferences", tokenizer, 512)
+    more = open_store(write_jsonl("more.jsonl", rows[::-1]), "preferences", tokenizer, 512)
+    few_lines = {rows[99 + line]["prompt"] for line in store.split(0.1)[1].lines}
+    more_lines = {rows[-line]["prompt"] for line in more.split(0.1)[1].lines}
+    assert few_lines == more_lines & {row["prompt"] for row in rows[100:]} and few_lines
+    assert more_lines < {rows[-line]["prompt"] for line in more.split(0.4)[1].lines}
+
+
+def test_a_split_of_conversations(tokenizer, write_jsonl):
+    """The prompt of a conversation is all but its last turn."""
+    rows = [{"messages": [vars(m) for m in turns(f"Hi {i // 2}", f"Hello {i}")]} for i in range(200)]
+    train, held_out = open_store(write_jsonl("c.jsonl", rows), "conversations", tokenizer, 512).split(0.25)
+    assert len(train) + len(held_out) == 200 and len(held_out) > 10
+    assert not {(line - 1) // 2 for line in train.lines} & {(line - 1) // 2 for line in held_out.lines}
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1, 1.5, math.nan])
+def test_a_share_outside_of_0_to_1_is_refused(share, tokenizer, ragged):
+    with pytest.raises(InputError, match="expected a number between 0 and 1"):
+        open_store(ragged, "preferences", tokenizer, 512).split(share)
+
+
+def test_a_split_with_an_empty_side_is_refused(tokenizer, write_jsonl):
+    store = open_store(write_jsonl("one.jsonl", [as_record(RAGGED[0])]), "preferences", tokenizer, 512)
+    with pytest.raises(InputError, match=r"leaves no row to (hold out|train on)"):
+        store.split(0.5)
+
+
 # ---- What is left out, and that it is counted
 
 
@@ -132,6 +233,44 @@ def test_dropped_records_are_counted_with_their_lines(tokenizer, write_jsonl):
     assert f"--max-length {limit} would keep the long ones" in said
     for length, kept in ((limit - 1, 5), (limit, 6)):
         assert len(open_store(write_jsonl("pairs.jsonl", rows), "preferences", tokenizer, length)) == kept
+
+
+HUGE = """
+import resource, sys
+from dataset import store
+from dataset.tokenizer import ChatTokenizer
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+data, tokenizer = sys.argv[1], ChatTokenizer(sys.argv[2])
+before = peak()
+opened = store.open_store(data, "preferences", tokenizer, 512)
+print(len(opened), opened.report.dropped, opened.report.longest, peak() - before)
+"""
+
+
+def test_a_line_that_is_far_too_long_takes_little_memory(tokenizer, tokenizer_file, write_jsonl, own_cache):
+    """A line of 10 MB took 1.3 GB to be tokenised, only to be dropped."""
+    huge = "word " * 600_000
+    rows = [{"prompt": "a", "chosen": chosen, "rejected": "b"} for chosen in ("c", huge)]
+    path = write_jsonl("huge.jsonl", rows)
+    command = [sys.executable, "-c", HUGE, str(path), str(tokenizer_file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=100)
+    kept, *dropped, longest, grown = done.stdout.split()
+    assert (kept, " ".join(dropped)) == ("1", "{'too long': [2]}") and int(grown) < 60, f"{grown} MiB"
+    exact = len(tokenizer.prompt(turns("a"))) + len(tokenizer.response("word " * 60_000)) * 10
+    assert 0.99 < int(longest) / exact < 1.01
+
+
+def test_a_long_text_of_few_tokens_is_kept(tokenizer, write_jsonl, monkeypatch):
+    """The bound on characters spares work; what it cannot decide is tokenised."""
+    monkeypatch.setattr(module, "PIECE", 1)
+    prompt, chosen, _ = RAGGED[0]
+    length = sum(map(len, plain_ids(tokenizer, prompt, chosen)))
+    path = write_jsonl("pair.jsonl", [as_record(RAGGED[0])])
+    assert len(open_store(path, "preferences", tokenizer, length)) == 1
+    monkeypatch.setattr(tokenizer, "longest_token", 0)  # Every text counts as too long to look at whole.
+    monkeypatch.setattr(module, "PIECE", 1000)
+    monkeypatch.setattr(module, "VERSION", -1)
+    assert len(open_store(path, "preferences", tokenizer, length)) == 1
 
 
 def test_pairs_are_compared_after_tokenisation(tokenizer_file, tmp_path, write_jsonl):
@@ -276,6 +415,117 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tokenizer, ragged, own_
     with pytest.raises(InputError, match="changed while it was read"):
         open_store(ragged, "preferences", tokenizer, 512)
     assert not list(own_cache.iterdir())
+
+
+def test_the_lookup_lists_the_cache(tokenizer, ragged, own_cache, monkeypatch):
+    """NFS may remember for a minute that a folder is missing; a listing of the cache is read anew."""
+    first = open_store(ragged, "preferences", tokenizer, 512)
+    monkeypatch.setattr(Path, "is_dir", lambda path: False)
+    monkeypatch.setattr(module, "encode", lambda *arguments: pytest.fail("tokenised twice"))
+    assert contents(open_store(ragged, "preferences", tokenizer, 512)) == contents(first)
+
+
+def test_the_slower_process_takes_the_folder_of_the_faster_one(tokenizer, ragged, own_cache, monkeypatch):
+    """Also where the name of that folder is cached as missing."""
+    inner, calls = module.build, []
+
+    def build(folder, write):
+        def slower(unfinished):
+            write(unfinished)
+            calls.append(folder)
+            if len(calls) == 1:
+                inner(folder, write)  # The other process finishes first.
+
+        inner(folder, slower)
+
+    monkeypatch.setattr(module, "build", build)
+    monkeypatch.setattr(Path, "is_dir", lambda path: path.parent != own_cache and os.path.isdir(path))
+    store = open_store(ragged, "preferences", tokenizer, 512)
+    assert len(store) == len(RAGGED) and os.listdir(own_cache) == [store.folder.name]
+
+
+KILLED = """
+import os, signal, sys
+from dataset import store
+from dataset.tokenizer import ChatTokenizer
+store.encode = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+store.open_store(sys.argv[1], "preferences", ChatTokenizer(sys.argv[2]), 512)
+"""
+
+
+def test_what_a_killed_process_left_is_removed(tokenizer, tokenizer_file, ragged, own_cache):
+    """Each kill left its half of the arrays in the cache for good."""
+    command = [sys.executable, "-c", KILLED, str(ragged), str(tokenizer_file)]
+    assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == -signal.SIGKILL
+    (left,) = own_cache.iterdir()
+    assert left.name.startswith("unfinished-")
+    others = [own_cache / name for name in (
+        f"unfinished-{platform.node()}-{os.getpid()}-abc",  # This process lives.
+        "unfinished-another-machine-1-abc",  # Nothing is known about processes elsewhere.
+        "unfinished-abc",
+        "notes",
+    )]  # fmt: skip
+    for folder in others:
+        folder.mkdir()
+        (folder / "tokens.bin").touch()
+    store = open_store(ragged, "preferences", tokenizer, 512)
+    assert sorted(own_cache.iterdir()) == sorted([store.folder, *others])
+    for folder in others[1:]:
+        for path in (folder, folder / "tokens.bin"):
+            os.utime(path, (0, 0))
+    os.utime(others[2])  # Written to only just now, in the folder or in its files.
+    os.utime(others[1] / "tokens.bin")
+    open_store(ragged, "preferences", tokenizer, 511)
+    assert {*others} <= {*own_cache.iterdir()}
+    os.utime(others[1] / "tokens.bin", (0, 0))
+    open_store(ragged, "preferences", tokenizer, 510)
+    assert {*own_cache.iterdir()} & {*others} == {others[0], others[2], others[3]}
+
+
+def no_room(*arguments, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("fault", ["a file", "below a file", "read-only", "full", "home", "no home"])
+def test_a_cache_that_cannot_be_written_is_one_line(fault, tokenizer, ragged, tmp_path, monkeypatch):
+    """The message names the variable that moves the cache elsewhere."""
+    (tmp_path / "file").touch()
+    reason = {"a file": "File exists", "full": "No space left", "no home": "home folder"}
+    reason = reason.get(fault, "Not a directory")
+    cache = {"a file": "file", "below a file": "file/cache"}.get(fault, "cache")
+    monkeypatch.setenv("MINIDPO_CACHE", str(tmp_path / cache))
+    if fault == "read-only":
+        monkeypatch.setenv("MINIDPO_CACHE", "/proc/minidpo")
+        reason = "No such file"  # What Linux says there, to root as to others.
+    if fault == "full":
+        monkeypatch.setattr(module.np, "save", no_room)
+    if "home" in fault:
+        monkeypatch.delenv("MINIDPO_CACHE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    if fault == "no home":
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(InputError, match=rf"{reason}.*; set \$MINIDPO_CACHE to a folder") as caught:
+        open_store(ragged, "preferences", tokenizer, 512)
+    assert "\n" not in str(caught.value)
+    if fault == "full":
+        assert not list((tmp_path / "cache").iterdir())
+
+
+def test_data_that_cannot_be_read_is_one_line(tokenizer, ragged, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(InputError, match="it is not a regular file"):
+        open_store(tmp_path / "pipe.jsonl", "preferences", tokenizer, 512)
+    unreadable = ragged.parent / ("x" * 300)
+    with pytest.raises(InputError, match="cannot be read"):
+        open_store(unreadable, "preferences", tokenizer, 512)
+
+    def forbidden(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(module, "file_hash", forbidden)
+    with pytest.raises(InputError, match=rf"{ragged}: cannot be read \(Permission denied\)"):
+        open_store(ragged, "preferences", tokenizer, 512)
 
 
 def test_what_happens_to_a_file_later_does_not_matter(tokenizer, ragged, own_cache):
