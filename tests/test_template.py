@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
+from dataset import render
 from dataset.store import open_store
 from dataset.template import CHATML, read_template
 from dataset.tokenizer import ChatTokenizer
@@ -127,7 +128,7 @@ def test_chatml_writes_what_its_jinja_writes():
     ("{{ messages[0].content.__class__.__mro__ }}", "the chat template fails"),
     (jinja("{{ m.content | upper }}", ""), "leaves out, changes or moves the user message"),
     (jinja("{{ m.role + m.content + '\n' }}", "{{ 'assistant' }}"), "expected a control token"),
-    (jinja(CHATML_TURN, "{{ '<|im_start|>assistant\\n<think>\\n' }}"), "prompts a response with .*, but writes"),
+    (jinja(CHATML_TURN, "{{ '<|im_start|>assistant\\n<think>\\n' }}"), "prompts a response with .*, but wri"),
     (jinja("{% if loop.index == 5 %}!{% endif %}" + CHATML_TURN, "{{ '<|im_start|>assistant\\n' }}"),
      "does more than put separators"),
 ])  # fmt: skip
@@ -135,6 +136,41 @@ def test_more_than_separators_is_refused(source, reason):
     """Approximated, it would train on a conversation that the model is never asked in."""
     with pytest.raises(InputError, match=reason):
         read_template(source, SPECIALS, CONTROLS)
+
+
+LOOPS = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+DOUBLED = "{% set n = namespace(x='a') %}{% for i in range(50) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+MUCH = "takes more than 1 seconds or 1024 MiB"
+HOSTILE = {
+    "a long loop": ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
+    "nested loops": (LOOPS, MUCH),
+    "a long text": ("{% set x = 'a' * 10**9 %}{{ x * 100 }}", MUCH),
+    "a doubled text": (DOUBLED, MUCH),
+    "a padded text": ("{{ '%9999999999d' % 1 }}", MUCH),
+    "a large power": ("{{ 9 ** (9 ** 9) }}", MUCH),
+    "much output": ("{% for i in range(9999) %}{{ 'a long line' }}{% endfor %}", "more than 65536 characters"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_template_is_rendered_within_limits(name, monkeypatch):
+    """A downloaded folder must not stop the machine: its template runs in bounded time and memory."""
+    source, reason = HOSTILE[name]
+    monkeypatch.setattr(render, "SECONDS", 1)
+    with pytest.raises(InputError, match=f"the chat template fails: .*{reason}"):
+        read_template(source + QWEN, SPECIALS, CONTROLS)
+
+
+def test_what_a_template_says_is_escaped_and_cut():
+    """Its messages end up in a terminal."""
+    source = "{{ raise_exception('\x1b[2J' + 'long ' * 1000) }}"
+    with pytest.raises(InputError, match=r"fails: \\x1b\[2Jlong") as caught:
+        read_template(source, {}, CONTROLS)
+    assert "\x1b" not in str(caught.value) and len(str(caught.value)) < 300
+    with pytest.raises(InputError) as caught:
+        fifth = "{% if loop.index == 5 %}{{ '\x1b' * 5000 }}{% endif %}"
+        read_template(jinja(fifth + CHATML_TURN, "{{ '<|im_start|>assistant\\n' }}"), SPECIALS, CONTROLS)
+    assert "\x1b" not in str(caught.value) and len(str(caught.value)) < 700
 
 
 def test_a_system_text_that_moves_is_not_guessed():
@@ -185,6 +221,17 @@ def test_a_folder_is_written_in_its_own_format(folder):
     spoken = [i for i, mine in zip(ids, supervised, strict=True) if mine]
     assert tokenizer.decode(spoken) == "Hello<|eot_id|>2<|eot_id|>"
     assert ids == tokenizer.prompt(turns(" Hi ", "Hello\n", "1", system="Short.")) + tokenizer.response("2")
+
+
+@pytest.mark.parametrize("ends, expected", [(None, ...), ([None, 0], [..., 0]), ([0, 0], [..., 0])])
+def test_an_end_token_of_null_is_left_out(folder, tmp_path_factory, ends, expected):
+    """`"eos_token_id": null` became `[2, null]`, which no other program reads."""
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    tokenizer, run = ChatTokenizer(folder / "tokenizer.json"), tmp_path_factory.mktemp("run")
+    tokenizer.save(run)
+    expected = [tokenizer.end_id if end is ... else end for end in expected] if expected is not ... else ...
+    found = json.loads((run / "generation_config.json").read_text())["eos_token_id"]
+    assert found == (tokenizer.end_id if expected is ... else expected)
 
 
 @pytest.mark.parametrize("token", ["<s>", "<|eot_id|>", "<|start_header_id|>", "<|im_end|>"])

@@ -3,8 +3,12 @@
 import functools
 import gzip
 import json
+import os
 import random
+import re
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
@@ -210,6 +214,35 @@ def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
     assert again.fingerprint == tokenizer.fingerprint and again.text(TEXTS[3]) == tokenizer.text(TEXTS[3])
 
 
+def test_saved_files_are_durable(tokenizer, tmp_path, monkeypatch):
+    """A checkpoint is removed after them: a power cut must not leave a run with an empty tokenizer."""
+    synced, fsync = [], os.fsync
+
+    def watched(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.split(".json")[0])
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    tokenizer.save(tmp_path)
+    names = {path.name.removesuffix(".json") for path in tmp_path.iterdir()}
+    assert names == {"tokenizer", "tokenizer_config", "generation_config"}
+    assert names | {tmp_path.name} == {*synced}
+
+
+# ---- Weights of messages
+
+
+def test_a_turn_of_weight_0_is_not_supervised(tokenizer):
+    """It is in the context of later turns, with its end token, and not in the loss."""
+    messages = turns("Hi", "Hello", "1", "!")
+    ids, supervised = tokenizer.conversation(messages)
+    unweighted = [replace(m, weight=0) if m.content == "Hello" else m for m in messages]
+    found, weighted = tokenizer.conversation(unweighted)
+    assert found == ids
+    assert [i for i, mine in zip(ids, weighted, strict=True) if mine] == tokenizer.response("!")
+    assert sum(supervised) == len(tokenizer.response("Hello")) + len(tokenizer.response("!"))
+
+
 # ---- Files that are no tokenizer
 
 
@@ -235,6 +268,26 @@ def test_missing_control_tokens_are_refused(token, tokenizer_file, tmp_path):
     """Without an end token of its own a model cannot learn to stop, and None is no id."""
     with pytest.raises(InputError, match=r"has no <\|im_\w+\|> token"):
         altered(tokenizer_file, tmp_path, lambda settings: rename(settings, token))
+
+
+@pytest.mark.parametrize("token", [START, END])
+def test_control_tokens_that_are_spelt_out_are_refused(token, tokenizer_file, tmp_path):
+    """In the vocabulary but not among the added tokens: the template would be encoded as plain text."""
+
+    def forget(settings):
+        settings["added_tokens"] = [t for t in settings["added_tokens"] if t["content"] != token]
+
+    with pytest.raises(InputError, match=rf"{re.escape(token)} encodes to \d+ ids, expected its one id"):
+        altered(tokenizer_file, tmp_path, forget)
+    with pytest.raises(InputError, match="list it under added_tokens"):
+        altered(tokenizer_file, tmp_path, lambda settings: settings.update(added_tokens=[]))
+
+
+def test_dropout_is_refused_by_name(tokenizer_file, tmp_path):
+    """The same text would get other ids each time: no cache and no resumed run would be what it was."""
+    with pytest.raises(InputError, match=r"BPE dropout 0\.1 would encode .* set \"dropout\" to null"):
+        altered(tokenizer_file, tmp_path, lambda settings: settings["model"].update(dropout=0.1))
+    assert altered(tokenizer_file, tmp_path, lambda settings: settings["model"].update(dropout=0.0))
 
 
 def rename(settings: dict, token: str) -> None:
