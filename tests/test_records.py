@@ -704,6 +704,14 @@ def test_the_examples_of_the_tables_are_true(write):
                 assert record.messages[-1].content == "4"
 
 
+def test_the_page_of_data_formats_lists_each_as_it_is():
+    """docs/DATA.md: a format that is read but not listed is found by nobody."""
+    page = (ROOT / "docs" / "DATA.md").read_text("utf-8")
+    for formats in (PREFERENCE_FORMATS, SFT_FORMATS):
+        rows = [f"| `{name}`: {f.description} | `{json.dumps(f.example)}` |" for name, f in formats.items()]
+        assert "\n".join(rows) in page
+
+
 REFUSED = [
     (read_preferences, {"prompt": "a", "completion": "b", "label": True}, "found unpaired feedback"),
     (read_preferences, {"messages": [U, A], "label": False}, "found unpaired feedback"),

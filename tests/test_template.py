@@ -148,7 +148,7 @@ HOSTILE = {
     "a doubled text": (DOUBLED, MUCH),
     "a padded text": ("{{ '%9999999999d' % 1 }}", MUCH),
     "a large power": ("{{ 9 ** (9 ** 9) }}", MUCH),
-    "much output": ("{% for i in range(9999) %}{{ 'a long line' }}{% endfor %}", "more than 65536 characters"),
+    "much output": ("{% for i in range(9999) %}{{ 'a long line' }}{% endfor %}", "more than 65536 char"),
 }  # fmt: skip
 
 
