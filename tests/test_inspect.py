@@ -55,8 +55,8 @@ def test_nothing_left_to_train_on_is_status_1(inspect, write_jsonl, row):
     assert status == 1 and "records   1: 0 to train on" in printed
 
 
-def test_a_misspelt_preference_is_told_so(inspect, write_jsonl):
-    """Not a list of conversation formats, because the file holds no such thing."""
+def test_a_misspelt_key_of_a_preference_is_named(inspect, write_jsonl):
+    """The list of conversation formats would not help with a file of preferences."""
     path = write_jsonl("pairs.jsonl", [{"prompt": "Hi", "choosen": "yes", "rejected": "no"}])
     with pytest.raises(InputError, match=r"did you mean 'chosen' instead of 'choosen'.*accepted pref"):
         inspect(path)
