@@ -1,7 +1,6 @@
 """The scripts as a user meets them: flags, errors, imports, and what the README says of them."""
 
 import importlib
-import json
 import os
 import re
 import shlex
@@ -14,7 +13,6 @@ import pytest
 import train_dpo
 import train_reward
 import train_sft
-from dataset.records import PREFERENCE_FORMATS, SFT_FORMATS
 from errors import InputError
 from losses import LOSSES
 from tests.loops import ROOT
@@ -123,12 +121,6 @@ def test_readme_commands_are_accepted_by_their_parsers():
     for script, arguments in commands:
         module = importlib.import_module(script.removesuffix(".py").removeprefix("-m "))
         parse(module.Settings, "", shlex.split(arguments, comments=True))
-
-
-def test_readme_shows_every_data_shape():
-    """A shape that is accepted but not shown is found by nobody."""
-    for shape in [*PREFERENCE_FORMATS.values(), *SFT_FORMATS.values()]:
-        assert f"{shape.description} | `{json.dumps(shape.example)}`" in README.read_text("utf-8")
 
 
 def test_readme_lists_every_loss():
