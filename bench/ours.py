@@ -37,5 +37,6 @@ def train(case: Case, folder: Path, store: TokenStore, how: str, device: str, pr
         *("--out", str(folder / "run"), "--beta", str(BETA), "--layout", layout, "--reference", reference),
         *("--batch-size", str(case.pairs), "--micro-batch-size", str(case.micro_batch)),
         *("--max-length", str(case.max_length), "--precision", precision, "--device", device, *others),
+        "--overwrite",
     ])  # fmt: skip
     return times[-1] - times[0]

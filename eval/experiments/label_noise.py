@@ -100,7 +100,7 @@ def compare(settings: Settings, folder: Path, share: float, seed: int) -> dict[s
     Without flips DPO alone: it is what the others can hope for.
     """
     noisy, held_out = folder / "noisy.jsonl", Path(settings.out) / "heldout.jsonl"
-    how = ["--model", settings.model, f"--seed={seed}"]
+    how = ["--model", settings.model, f"--seed={seed}", "--overwrite"]
     how += [f"--epochs={settings.epochs}", f"--batch-size={settings.batch_size}"]
     accuracies = {}
     for name, (flags, _) in OBJECTIVES.items():

@@ -95,12 +95,13 @@ def main(arguments: list[str] | None = None) -> None:
             f"{out}/sft",
             "--epochs",
             "8",
+            "--overwrite",
         ]
     )
     world = World(0, 1, pick_device("auto"))
     for name, (_, flags) in PAIRS.items():
         data = ["--data", f"{out}/{name}.train.jsonl", "--eval-data", "", "--out", f"{out}/dpo-{name}"]
-        train_dpo.main(["--model", f"{out}/sft", "--batch-size", "16", *data, *flags])
+        train_dpo.main(["--model", f"{out}/sft", "--batch-size", "16", "--overwrite", *data, *flags])
         asked = preference.Settings(
             model=f"{out}/dpo-{name}", reference=f"{out}/sft", data=f"{out}/{name}.heldout.jsonl"
         )
