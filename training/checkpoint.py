@@ -223,6 +223,8 @@ def check_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     torch assigns moments to parameters by position, and checks neither their names, shapes nor types; its
     fused kernels then read beyond the end of a tensor that is too small.
     """
+    if saved.keys() != {"state", "param_groups"}:
+        raise ValueError(f"it contains {', '.join(map(str, saved))}")
     now = [group["param_names"] for group in optimizer.state_dict()["param_groups"]]
     then = [group["param_names"] for group in saved["param_groups"]]
     if then != now:
