@@ -18,6 +18,7 @@ from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script
 from model.config import PRESETS, ModelConfig
 from model.lora import add_adapters, trained_part
+from model.moe import router_loss
 from model.transformer import Transformer, compile_layers
 from model.weights import load_model, weights_hash
 from training.distributed import exchange_gradients, first_device, join, wrap
@@ -91,7 +92,7 @@ def train(settings: Settings, world, run) -> None:
 
         # ---- one window of conversations: forward, loss and backward, micro-batch by micro-batch
         window = windows[step]
-        window_tokens = int(conversations.targets[window].sum())  # supervised, over all ranks
+        window_tokens = int(conversations.target_counts[window].sum())  # supervised, over all ranks
         micro_batches = deal(window, conversations.lengths, world.ranks, settings.micro_batch_size)[
             world.rank
         ]
@@ -99,8 +100,9 @@ def train(settings: Settings, world, run) -> None:
             stream = build_stream(conversations, rows).to(world.device)
             with exchange_gradients(policy, when=number == len(micro_batches)):
                 with precision.autocast():
-                    losses = -policy(stream)  # (N,) -log pi(y_t | x, y_<t)
-                aux_loss = model.aux_loss()  # how unevenly the experts are loaded; 0 for a dense model
+                    balances: list[torch.Tensor] = []  # one for each layer of experts
+                    losses = -policy(stream, balances)  # (N,) -log pi(y_t | x, y_<t)
+                aux_loss = torch.as_tensor(router_loss(balances), device=world.device)
                 # A mean over the window's tokens, however they were dealt: a mean of micro-batch means would
                 # weigh the tokens of short batches more. Each token carries the balance of its stream, too.
                 # Ranks' gradients are averaged, hence `ranks`.
