@@ -38,6 +38,7 @@ def train(case: Case, folder: Path, store: TokenStore, how: str, device: str, pr
         *("--out", str(folder / "run"), "--beta", str(BETA), "--layout", layout, "--reference", reference),
         *("--batch-size", str(case.pairs), "--micro-batch-tokens", str(forward_tokens(case, store, layout))),
         *("--max-length", str(case.max_length), "--precision", precision, "--device", device, *others),
+        "--overwrite",
     ])  # fmt: skip
     return times[-1] - times[0]
 

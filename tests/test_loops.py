@@ -72,6 +72,7 @@ def dpo(start, pairs, tmp_path):
             "lr": 1e-3,
             "device": "cpu",
             "precision": "fp32",
+            "overwrite": True,
             **flags,
         }
         train_dpo.main(command_line(out=tmp_path / out, **flags))
@@ -90,6 +91,7 @@ def sft(start, chats, tmp_path):
             "epochs": 1,
             "device": "cpu",
             "precision": "fp32",
+            "overwrite": True,
             **flags,
         }
         train_sft.main(command_line(out=tmp_path / out, **flags))
@@ -297,7 +299,7 @@ def test_non_finite_gradient_stops_before_the_step(dpo, start, pairs, monkeypatc
 
     monkeypatch.setitem(losses.LOSSES, "sigmoid", lambda margins: margins * math.nan)
     with pytest.raises(
-        FloatingPointError, match=r"step 0: the gradient norm is nan; the data lines were \d+"
+        FloatingPointError, match=r"step 0: the loss is not finite; the step used the data lines \d+"
     ):
         dpo(out="poisoned")
     assert not (start.parent / "poisoned" / "model.pt").exists()

@@ -54,7 +54,7 @@ MUTANTS = [
         "parts-are-not-read",
         "What was split is left as it was allocated: noise, or zeros.",
         "training.sharded",
-        "settle",
+        "place_tensors",
         "if missing:\n"
         "    ...",
         "if False:\n"
