@@ -47,6 +47,7 @@ def forked(
     if ranks > 1:
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+        environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # As under torchrun, this store is ours.
     arguments = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as folder:
         PIPE.send((module, arguments, ranks, environment, folder, str(cwd), seconds))
