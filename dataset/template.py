@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from dataset.formats import Message
+from dataset.turns import Message
 from errors import InputError
 
 

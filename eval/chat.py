@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dataset.inspect import printable
+from dataset.jsonl import printable
 from dataset.records import Message
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dataset.inspect import printable
-from dataset.jsonl import read_values
+from dataset.jsonl import printable, read_values
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError
 from files import write_whole

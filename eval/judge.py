@@ -8,8 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dataset.inspect import printable
-from dataset.jsonl import DataError, read_values, show
+from dataset.jsonl import DataError, printable, read_values, show
 from dataset.records import read_preferences
 from dataset.tokenizer import ChatTokenizer
 from errors import run_script

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.inspect import printable
+from dataset.jsonl import printable
 from errors import InputError, run_script
 from training.settings import OneLineParser
 

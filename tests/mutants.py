@@ -1,54 +1,57 @@
-"""Plant a known bug of the catalogue in tests/planted, and watch the test that it names go red.
+"""Plant a known bug of the catalogue in tests/planted, and watch the test that it names fail.
 
     python -m tests.mutants                                       # plant them all
-    python -m tests.mutants --list                                # what there is, and why each is a bug
+    python -m tests.mutants --list                                # their names, and why each is a bug
     python -m tests.mutants reference-omitted rope-not-restarted  # only these
 
-Nearly all of these bugs train without an error and with a loss that falls. So it is not enough that the tests
-are green: each mutant shows that one of them can be red. Reading the catalogue beside the code is also a way
-to learn what each line is for. To look at a bug longer, make the same change by hand and draw its curve.
+Nearly all of these bugs train without an error and with a loss that falls. Green tests are therefore not
+enough: each mutant shows that one of them can be red. Reading the catalogue beside the code is also a way to
+learn what each line is for. To look at a bug longer, make the same change by hand and draw its curve.
 
-Each mutant changes one place in a copy of the project and runs one test there, in a forked child, as many at
-a time as there are CPUs: torch is imported once, the project's own modules are not imported before the fork.
+A mutant is planted when its module is imported, in a forked child that runs one test. The parent has torch
+imported, so that a child starts at once; the parent imports none of the project's own modules.
 """
 
 import argparse
 import gc
 import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tests.planted import MUTANTS
-from tests.planted.mutant import Mutant
+from tests.planted.mutant import ROOT, Mutant, plant_on_import
 
-ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 120  # A test that takes longer under a mutant counts as one that says nothing.
+SECONDS = 120  # A test that takes longer with a mutant counts as broken.
+PRELOADED = ("jinja2", "numpy", "pytest", "safetensors.torch", "tokenizers", "torch._dynamo", "tqdm")
+PRELOADED += ("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.nn.parallel")
 
 
-# Not bugs: what the runner must say of a change that no test can see, and of one that breaks an import.
+# Not bugs: a change that no test can see, and one that breaks an import.
 CHECKS = [
     Mutant(
         "a-change-without-effect",
         "No test can see it, so it must be reported as a survivor.",
-        "losses.py",
-        "margins = chosen_rewards - rejected_rewards",
-        "margins = -(rejected_rewards - chosen_rewards)",
+        "losses",
+        "reward_metrics",
+        "chosen_rewards - rejected_rewards",
+        "-(rejected_rewards - chosen_rewards)",
         "tests/test_losses.py::test_metrics_are_sums_and_a_tie_is_half",
     ),
     Mutant(
         "a-module-that-does-not-load",
-        "A test that cannot even start shows nothing about the test.",
-        "objective.py",
-        "def pair_metrics(",
-        "def renamed(",
+        "A test that cannot start shows nothing about the test.",
+        "losses",
+        "",
+        "import math",
+        "import maths",
         "tests/test_losses.py::test_metrics_are_sums_and_a_tie_is_half",
     ),
 ]
@@ -58,7 +61,7 @@ CHECKS = [
 
 
 class Outcomes:
-    """A pytest plugin that notes which tests passed, which failed in their own body, and what else broke."""
+    """A pytest plugin that collects the tests that passed, that failed in their own body, or that broke."""
 
     def __init__(self):
         self.passed, self.failed, self.broken = [], [], []
@@ -74,104 +77,84 @@ class Outcomes:
             self.broken.append(report.nodeid)
 
 
-def copy_project(to: Path) -> None:
-    """The project's files, without what is hidden or made by runs.
-
-    Compiled files are welcome: they name the time and size of their source, which a mutant changes.
-    """
-    shutil.copytree(ROOT, to, ignore=shutil.ignore_patterns(".*", "runs", "*.egg-info"))
-
-
-def plant(tree: Path, mutant: Mutant) -> None:
-    path = tree / mutant.file
-    text = path.read_text(encoding="utf-8")
-    times = text.count(mutant.old)
-    if times != 1:
-        raise ValueError(f"{mutant.name}: {mutant.file} holds {mutant.old!r} {times} times, not once")
-    path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-
-
-def in_child(tree: Path, tests: list[str]) -> None:
-    """Run the tests in the tree; called after a fork, never returns."""
+def in_child(folder: Path, tests: list[str], mutant: Mutant | None) -> None:
+    """Run the tests and write their outcomes into the folder; called after a fork, never returns."""
     try:
-        os.setpgrp()  # So that what the tests start dies with them.
-        log = os.open(tree.parent / "log", os.O_WRONLY | os.O_CREAT)
+        os.setpgrp()  # The processes that a test starts die with it.
+        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        os.chdir(tree)
-        ours = {path.stem for path in (*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/"))}
-        for name in [name for name in sys.modules if name.split(".")[0] in ours]:
-            del sys.modules[name]
-        sys.path[:] = [str(tree), *(path for path in sys.path if path not in ("", ".", str(ROOT)))]
-        sys.dont_write_bytecode = True
+        os.chdir(ROOT)
+        if mutant:
+            plant_on_import(mutant)
         import pytest
 
         outcomes = Outcomes()
-        options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "--basetemp", str(tree.parent / "tmp")]
+        options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "--basetemp", str(folder / "tmp")]
         pytest.main([*options, *tests], plugins=[outcomes])
-        (tree.parent / "outcomes.json").write_text(json.dumps(vars(outcomes)))
+        (folder / "outcomes.json").write_text(json.dumps(vars(outcomes)))
+    except ValueError as error:
+        print(error, flush=True)  # The mutant has no place.
     finally:
         os._exit(0)
 
 
 def run_tests(tests: list[str], mutant: Mutant | None = None, seconds: float = SECONDS) -> dict:
-    """Run tests in a copy of the project, with a mutant or without one; return what `Outcomes` noted."""
+    """What `Outcomes` collected from these tests, with a mutant or without one, and the log."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        tree = Path(folder) / "minidpo"
-        copy_project(tree)
-        if mutant:
-            plant(tree, mutant)
         child = os.fork()
         if child == 0:
-            in_child(tree, tests)
+            in_child(Path(folder), tests, mutant)
         deadline = time.monotonic() + seconds
+        outcomes = {"passed": [], "failed": [], "broken": []}
         while os.waitpid(child, os.WNOHANG) == (0, 0):
             if time.monotonic() > deadline:
                 os.killpg(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-                return {"passed": [], "failed": [], "broken": [f"no end after {seconds:.0f} s"], "log": ""}
+                return {**outcomes, "broken": [f"no end after {seconds:.0f} s"], "log": ""}
             time.sleep(0.01)
-        noted = Path(folder, "outcomes.json")
-        outcomes = json.loads(noted.read_text()) if noted.exists() else {"broken": ["the child died"]}
-        log = Path(folder, "log").read_text(errors="replace")
-        return {"passed": [], "failed": [], "broken": [], **outcomes, "log": log}
+        written = Path(folder, "outcomes.json")
+        found = json.loads(written.read_text()) if written.exists() else {"broken": ["the child died"]}
+        return {**outcomes, **found, "log": Path(folder, "log").read_text(errors="replace")}
 
 
-def verdict(mutant: Mutant) -> tuple[str, str, float]:
-    """("killed", …) if the named test failed in its own body, else "survived" or "broken", why, seconds."""
+def verdict(mutant: Mutant) -> dict:
+    """What became of the mutant: "killed" if its test failed in its own body, else "survived" or "broken"."""
     start = time.monotonic()
     outcomes = run_tests([mutant.test], mutant)
-    seconds = time.monotonic() - start
+    found = {"name": mutant.name, "test": mutant.test, "seconds": time.monotonic() - start}
     if outcomes["broken"] or not outcomes["passed"] + outcomes["failed"]:
-        return "broken", f"{outcomes['broken']}\n{outcomes['log'][-3000:]}", seconds
-    return *(("killed", "") if outcomes["failed"] else ("survived", f"{mutant.test} is green")), seconds
+        return {**found, "kind": "broken", "why": f"{outcomes['broken']}\n{outcomes['log'][-3000:]}"}
+    if outcomes["failed"]:
+        return {**found, "kind": "killed", "why": ""}
+    return {**found, "kind": "survived", "why": f"{mutant.test} is green"}
 
 
-def run(mutants: Iterable[Mutant], run_elsewhere: Iterable[str] = ()) -> dict[str, tuple[str, str]]:
-    """The verdict on each mutant; and under the empty name that on the project as it is, green or red.
+def without_a_mutant(tests: list[str]) -> dict:
+    """Whether all these tests are "green" as they are, or "red"; under an empty name."""
+    start = time.monotonic()
+    outcomes = run_tests(tests, seconds=SECONDS * 5) if tests else {"passed": []}
+    green = len(outcomes["passed"]) == len(tests)
+    found = {"name": "", "test": f"{len(tests)} tests without a mutant", "seconds": time.monotonic() - start}
+    return {**found, "kind": "green" if green else "red", "why": "" if green else outcomes["log"][-3000:]}
 
-    Tests that are `run_elsewhere` without a mutant are not run here once more.
-    """
+
+def verdicts(mutants: list[Mutant], run_elsewhere: Iterable[str], jobs: int) -> Iterator[dict]:
+    """First the verdict without a mutant, on the tests that are not `run_elsewhere`; then one a mutant."""
     preload()
-    mutants = list(mutants)
-    wanted = sorted({mutant.test for mutant in mutants} - {*run_elsewhere})
-    verdicts = {"": ("green", "")}
-    if wanted:
-        outcomes = run_tests(wanted, seconds=SECONDS * 5)
-        green = len(outcomes["passed"]) == len(wanted) and not outcomes["failed"] + outcomes["broken"]
-        verdicts = {"": ("green", "") if green else ("red", outcomes["log"][-3000:])}
-    print(f"{verdicts[''][0]:9} {len(wanted)} tests without a mutant", flush=True)
-    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        for mutant, (kind, why, seconds) in zip(mutants, pool.imap(verdict, mutants), strict=True):
-            verdicts[mutant.name] = kind, why
-            print(f"{kind:9} {seconds:4.1f} s  {mutant.name}: {mutant.test}", flush=True)
-    return verdicts
+    yield without_a_mutant(sorted({mutant.test for mutant in mutants} - {*run_elsewhere}))
+    if jobs == 1:
+        yield from map(verdict, mutants)
+        return
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        yield from pool.imap(verdict, mutants)
 
 
 def preload() -> None:
     """Import what is slow to import, once, before the forks; and nothing of the project."""
-    for name in ("numpy", "pytest", "tokenizers", "tqdm", "torch._dynamo", "torch.distributed"):
-        importlib.import_module(name)
+    for name in PRELOADED:
+        if importlib.util.find_spec(name.split(".")[0]):
+            importlib.import_module(name)
     import torch
 
     torch.set_num_threads(1)  # A pool of threads does not survive a fork.
@@ -181,27 +164,30 @@ def preload() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="mutants to plant; none means all of them")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="mutants to plant; default: all")
     parser.add_argument("--list", action="store_true", help="print the catalogue and stop")
-    parser.add_argument("--json", metavar="FILE", help="write the verdicts to this file")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time; default: CPUs")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument("--run-elsewhere", metavar="FILE", help="tests that need no run without a mutant")
     arguments = parser.parse_args()
     if arguments.list:
         for mutant in MUTANTS:
-            print(f"{mutant.name}\n    {mutant.why}\n    {mutant.file}, {mutant.test}")
+            where = f"{mutant.module}.{mutant.function}".rstrip(".")
+            print(f"{mutant.name}\n    {mutant.why}\n    {where}, {mutant.test}")
         return 0
     known = {mutant.name: mutant for mutant in MUTANTS + CHECKS}
     if unknown := set(arguments.names) - known.keys():
-        parser.error(f"no such mutant: {', '.join(sorted(unknown))}")
+        parser.error(f"unknown mutants: {', '.join(sorted(unknown))}")
+    mutants = [known[name] for name in arguments.names] or MUTANTS
     elsewhere = Path(arguments.run_elsewhere).read_text().splitlines() if arguments.run_elsewhere else ()
-    verdicts = run([known[name] for name in arguments.names] or MUTANTS, elsewhere)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(verdicts))
-    bad = {name: said for name, (kind, said) in verdicts.items() if kind not in ("green", "killed")}
-    for name, said in bad.items():
-        print(f"\n{name or 'without a mutant'}: {verdicts[name][0]}\n{said}")
-    print(f"{sum(kind == 'killed' for kind, _ in verdicts.values())} of {len(verdicts) - 1} mutants killed")
-    return 1 if bad else 0
+    good = 0
+    for found in verdicts(mutants, elsewhere, arguments.jobs):
+        line = "{kind:9} {seconds:4.1f} s  {name}: {test}\n{why}".format(**found).rstrip()
+        print(json.dumps(found) if arguments.json else line, flush=True)
+        good += found["kind"] in ("green", "killed")
+    if not arguments.json:
+        print(f"{good - 1} of {len(mutants)} mutants killed")
+    return 0 if good == 1 + len(mutants) else 1
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 import train_dpo
 import train_reward
 import train_sft
-from dataset.records import PREFERENCE_SHAPES, SFT_SHAPES
+from dataset.records import PREFERENCE_FORMATS, SFT_FORMATS
 from errors import InputError
 from losses import LOSSES
 from tests.loops import ROOT
@@ -135,7 +135,7 @@ def test_readme_commands_are_accepted_by_their_parsers():
 
 def test_readme_shows_every_data_shape():
     """A shape that is accepted but not shown is found by nobody."""
-    for shape in [*PREFERENCE_SHAPES.values(), *SFT_SHAPES.values()]:
+    for shape in [*PREFERENCE_FORMATS.values(), *SFT_FORMATS.values()]:
         assert f"{shape.description} | `{json.dumps(shape.example)}`" in README.read_text("utf-8")
 
 

@@ -20,10 +20,10 @@ from errors import InputError, run_script
 from eval import chat, common, demo, judge, preference, report, score
 from eval.judge import Reply, compare, win_interval
 from eval.verdict import Verdict
+from model import transformer
 from model.weights import save_model
 from tests.conftest import RAGGED, TEXTS, as_record, make_model, plain_ids, plain_logits
 from tests.loops import metrics, torchrun
-from training import evaluate as evaluation
 from training import precision as precision_module
 from training.distributed import World
 from training.evaluate import evaluate, evaluate_kl
@@ -145,7 +145,7 @@ def test_kl_is_that_of_a_plain_loop(pairs, tokenizer, layout):
 def test_kl_does_not_depend_on_the_chunks_of_the_vocabulary(pairs, tokenizer, monkeypatch):
     policy, reference = (make_model(tokenizer.vocab_size, seed=seed) for seed in (1, 2))
     whole = evaluate_kl(policy, reference, pairs(7), ALONE, FP32)
-    monkeypatch.setattr(evaluation, "CHUNK", 5)
+    monkeypatch.setattr(transformer, "MAX_LOGITS", 5 * tokenizer.vocab_size)
     assert evaluate_kl(policy, reference, pairs(7), ALONE, FP32) == pytest.approx(whole, rel=1e-6)
 
 

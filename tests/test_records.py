@@ -19,13 +19,13 @@ import pytest
 
 from dataset import jsonl
 from dataset.records import (
-    PREFERENCE_SHAPES,
-    SFT_SHAPES,
+    PREFERENCE_FORMATS,
+    SFT_FORMATS,
     Conversation,
     DataError,
     Message,
     Preference,
-    detect_shape,
+    detect_format,
     read_conversations,
     read_preferences,
     read_records,
@@ -127,13 +127,13 @@ BAD = {
     "blank": (b"\n \n", r"holds no records", 1),
     # Types and keys
     "missing key": (text(rejected=...), r"missing key 'rejected'", 2),
-    "missing prompt": (text(prompt=...), r"shape text-implicit, the first has text", 2),
+    "missing prompt": (text(prompt=...), r"format text-implicit, the first has text", 2),
     "null prompt": (text(prompt=None), r"prompt: expected text, found null", 2),
     "number": (text(chosen=4), r"chosen: expected text, found a number", 2),
     "boolean": (text(rejected=True), r"rejected: expected text, found true or false", 2),
-    "list of strings": (text(chosen=["4"], rejected=["5"]), r"shape ultrafeedback, the first has text", 2),
+    "list of strings": (text(chosen=["4"], rejected=["5"]), r"format ultrafeedback, the first has text", 2),
     "list for a string": (text(chosen=["4"]), r"chosen\[0\]: expected a message, found text", 2),
-    "list for the prompt": (text(prompt=["a"]), r"this record has shape chat, the first has text", 2),
+    "list for the prompt": (text(prompt=["a"]), r"this record has format chat, the first has text", 2),
     "empty response": (text(chosen=""), r"chosen: turn 1 \(assistant\) is empty", 2),
     "blank response": (text(rejected=" \n\u3000"), r"rejected: turn 1 \(assistant\) is empty", 2),
     "blank prompt": (text(prompt=" "), r"prompt: turn 0 \(user\) is empty", 2),
@@ -456,10 +456,10 @@ def shaped(shape, record, prompt, chosen="yes", rejected=" no\n"):
 def test_every_shape_of_preferences(write, shape, record, expected, name):
     data = dumps([record]) if ".json" in name and ".jsonl" not in name else dumps(record) + b"\n"
     path = write(data, name)
-    assert detect_shape(record) == shape
+    assert detect_format(record) == shape
     for wanted in ("auto", shape):
         (found,) = read_preferences(path, wanted)
-        assert found == Preference(*expected, 1) and found.shape == shape
+        assert found == Preference(*expected, 1) and found.format == shape
 
 
 def test_scores_and_win_probability(write):
@@ -549,7 +549,7 @@ def test_every_shape_of_conversations(write, shape, record, expected, name):
     path = write(data, name)
     for wanted in ("auto", shape):
         (found,) = read_conversations(path, wanted)
-        assert found == Conversation(expected, 1) and found.shape == shape
+        assert found == Conversation(expected, 1) and found.format == shape
 
 
 @pytest.mark.parametrize("change, reason", [
@@ -559,8 +559,8 @@ def test_every_shape_of_conversations(write, shape, record, expected, name):
     ({"messages": [U, role("assistant", "")]}, r"conversation: turn 1 \(assistant\) is empty"),
     ({"messages": []}, r"messages: expected messages, found an empty list"),
     ({"messages": None}, r"messages: expected messages, found null"),
-    ({"conversations": [U, A]}, r"this record has shape sharegpt, the first has messages"),
-    ({"messages": [U, A], "chosen": "a", "rejected": "b", "prompt": "c"}, r"found preferences \(shape te"),
+    ({"conversations": [U, A]}, r"this record has format sharegpt, the first has messages"),
+    ({"messages": [U, A], "chosen": "a", "rejected": "b", "prompt": "c"}, r"found preferences \(format te"),
     ({"messages": [S, U, A], "system": "x"}, r"conversation: turn 1 is system, expected user"),
     ({}, r"missing key 'messages'"),
 ])  # fmt: skip
@@ -575,12 +575,12 @@ def test_a_conversation_that_is_wrong(write, change, reason):
 
 
 def test_the_examples_of_the_tables_are_true(write):
-    for shapes, read in [(PREFERENCE_SHAPES, read_preferences), (SFT_SHAPES, read_conversations)]:
+    for shapes, read in [(PREFERENCE_FORMATS, read_preferences), (SFT_FORMATS, read_conversations)]:
         for name, shape in shapes.items():
             path = write(dumps(shape.example))
             (record,) = read(path)
-            assert record.shape == name and [record] == list(read_records(path))
-            if shapes is PREFERENCE_SHAPES:
+            assert record.format == name and [record] == list(read_records(path))
+            if shapes is PREFERENCE_FORMATS:
                 assert (record.chosen[0], record.rejected[0]) == ("4", "5")
             else:
                 assert record.messages[-1].content == "4"
@@ -593,8 +593,8 @@ REFUSED = [
     (read_preferences, {"text": "a", "label": [1.0]}, "chosen and rejected on alternate lines"),
     (read_conversations, {"text": "a"}, "found plain text"),
     (read_preferences, {"question": "a", "6b": {"is_correct": True, "solution": "b"}}, "found graded sol"),
-    (read_preferences, {"messages": [U, A]}, r"found conversations without a rejected side \(shape messages"),
-    (read_conversations, {"chosen": [U, A], "rejected": [U, B]}, r"found preferences \(shape chat-implicit"),
+    (read_preferences, {"messages": [U, A]}, r"found conversations without a rejected side \(format messages"),
+    (read_conversations, {"chosen": [U, A], "rejected": [U, B]}, r"found preferences \(format chat-implicit"),
     (read_preferences, {"prompt": "a", "chosen": None}, r"found \{'prompt': text, 'chosen': null\}"),
     # The prompt stands under a key that is not known: to look for it inside the texts would lose it.
     (read_preferences, {"query": "a", "chosen": "The b", "rejected": "The c"}, r"found \{'query': text"),
@@ -605,7 +605,7 @@ REFUSED = [
 def test_a_shape_that_cannot_be_used_is_refused_at_once(write, read, record, reason):
     with pytest.raises(DataError, match=reason) as caught:
         list(read(write(dumps(record))))
-    shapes = PREFERENCE_SHAPES if read is read_preferences else SFT_SHAPES
+    shapes = PREFERENCE_FORMATS if read is read_preferences else SFT_FORMATS
     assert f"accepted {read.__name__.removeprefix('read_')}: " in caught.value.reason
     assert all(f"{name} ({shape.description})" in caught.value.reason for name, shape in shapes.items())
 
@@ -617,7 +617,7 @@ def test_a_shape_can_be_forced(write):
     assert list(read_conversations(path, "alpaca")) == [Conversation(SPOKEN, 1)]
     (error,) = read_preferences(path, "text")
     assert error.reason == "missing key 'prompt'"
-    with pytest.raises(InputError, match="unknown shape 'alpacca'; accepted preferences: text"):
+    with pytest.raises(InputError, match="unknown format 'alpacca'; accepted preferences: text"):
         list(read_preferences(path, "alpacca"))
 
 
@@ -628,9 +628,9 @@ def test_one_file_has_one_shape(write):
     turns = {"chosen": [U, A], "rejected": [U, B]}
     for first, second in itertools.permutations([texts, transcripts, turns, ROWS[0]], 2):
         good, error = read_preferences(write(dumps(first) + b"\n" + dumps(second)))
-        names = detect_shape(second), detect_shape(first)
+        names = detect_format(second), detect_format(first)
         assert isinstance(good, Preference) and error.line == 2
-        assert error.reason.startswith("this record has shape {}, the first has {};".format(*names))
+        assert error.reason.startswith("this record has format {}, the first has {};".format(*names))
 
 
 # ---- Real files
@@ -659,7 +659,7 @@ def test_real_files_read_whole(read, name, shape, count, bad):
         assert [error.line - 1 for error in errors(records) if reason in error.reason] == rows
     good = [record for record in records if not isinstance(record, DataError)]
     assert len(good) == count - sum(map(len, bad.values()))
-    assert {record.shape for record in good} == {shape}
+    assert {record.format for record in good} == {shape}
 
 
 def test_real_transcripts_lose_no_character():

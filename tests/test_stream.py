@@ -4,12 +4,14 @@ Most bugs of preference training leave the loss curve as it should be. What find
 numbers once more in another way, so the first tests here are the most important ones of the project.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from dataset.packing import LAYOUTS, build_stream
-from dataset.records import PREFERENCE_SHAPES, SFT_SHAPES, Message
+from dataset.records import PREFERENCE_FORMATS, SFT_FORMATS, Message
 from dataset.store import open_store
 from errors import InputError
 from model.config import ModelConfig
@@ -171,7 +173,7 @@ def assert_close(got: torch.Tensor, want, tolerance: float = 1e-9) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", PREFERENCE_SHAPES)
+@pytest.mark.parametrize("shape", PREFERENCE_FORMATS)
 def test_every_preference_shape_equals_brute_force(shape, layout, tokenizer, write_jsonl, oracle):
     """A shift by one, a wrong mask, a mean, a lost end token, sides that meet: none moves the loss at step 0.
 
@@ -190,7 +192,7 @@ def test_every_preference_shape_equals_brute_force(shape, layout, tokenizer, wri
     assert_close(rejected, [oracle("all", prompt, answer) for prompt, _, answer in pairs])
 
 
-@pytest.mark.parametrize("shape", SFT_SHAPES)
+@pytest.mark.parametrize("shape", SFT_FORMATS)
 def test_every_conversation_shape_equals_brute_force(shape, tokenizer, write_jsonl, oracle):
     """Each turn of the assistant is supervised, given all that was said before it, and nothing else is."""
     write, conversations = SFT_WRITERS[shape]
@@ -298,6 +300,34 @@ def test_segments_stay_on_the_cpu():
     assert moved.segments.device.type == "cpu" and moved.responses == 4
     for name in ("tokens", "positions", "predictors", "targets", "owners"):
         assert getattr(moved, name).device.type == "meta", name
+
+
+@pytest.mark.parametrize("device, asynchronous", [("mps", False), ("cuda", True), ("cpu", False)])
+def test_only_pinned_memory_is_copied_asynchronously(device, asynchronous, monkeypatch):
+    """An asynchronous copy from memory that is freed at once delivers other tensors' bytes on a Mac."""
+    copies = []
+
+    def to(x, device, non_blocking=False):
+        copies.append((str(device), non_blocking, getattr(x, "pinned", False)))
+        return x
+
+    def pin_memory(x):
+        pinned = x.clone()
+        pinned.pinned = True
+        return pinned
+
+    stream = build_stream(HAND, [0, 1])
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    stream.to(device)
+    assert copies == [(device, asynchronous, asynchronous)] * 5
+
+
+def test_optional_fields_move_along():
+    """Left behind, the reference's log-probs would meet the policy's on another device."""
+    extra = {"reference_logps": torch.zeros(6), "score_margins": torch.zeros(2)}
+    moved = replace(build_stream(HAND, [0, 1]), **extra).to("meta")
+    assert moved.reference_logps.device.type == moved.score_margins.device.type == "meta"
 
 
 # ---- Forked and twin, any order, any split

@@ -1,32 +1,55 @@
-"""The experiments: a wrong figure looks like a finding. See tests/mutants.py."""
+"""Figures of eval/ and its experiments: a wrong figure looks like a finding. See tests/mutants.py."""
 
 from tests.planted.mutant import Mutant
 
 EXPERIMENTS = "tests/test_experiments.py::"
+EVAL = "tests/test_eval.py::"
+CHAT = "tests/test_chat.py::"
 
 MUTANTS = [
     Mutant(
         "rewards-shown-as-log-ratios",
         "A reward is beta times a log-ratio: the fall of the chosen answers looks ten times smaller.",
-        "eval/experiments/edit_distance.py",
-        " / settings.beta for epoch",
-        " for epoch",
+        "eval.experiments.edit_distance",
+        "run",
+        'mean(row[f"rewards/{side}"] for row in epoch) / settings.beta',
+        'mean(row[f"rewards/{side}"] for row in epoch)',
         EXPERIMENTS + "test_edit_distance",
     ),
     Mutant(
         "held-out-labels-flipped",
-        "Whoever has learned what was meant is then said to be wrong.",
-        "eval/experiments/label_noise.py",
+        "A policy that has learned the true preferences is counted as wrong.",
+        "eval.experiments.label_noise",
+        "main",
         'write(out / "heldout.jsonl", held_out)',
         'write(out / "heldout.jsonl", flipped(held_out, len(held_out), 0.4, 0))',
         EXPERIMENTS + "test_label_noise",
     ),
     Mutant(
         "reward-model-sees-true-labels",
-        "Soft labels then win by what the other objectives were not shown.",
-        "eval/experiments/label_noise.py",
-        "train_reward.main([*how, *data, ",
-        'train_reward.main([*how, *data, f"--data={settings.data}", ',
+        "Soft labels win because only their reward model has seen the true labels.",
+        "eval.experiments.label_noise",
+        "compare",
+        '[*common, *data, f"--out={reward}", f"--lr={settings.reward_lr}"]',
+        '[*common, *data, f"--data={settings.data}", f"--out={reward}", f"--lr={settings.reward_lr}"]',
         EXPERIMENTS + "test_label_noise",
+    ),
+    Mutant(
+        "every-run-measured-with-default-beta",
+        "Rewards and loss of a run with another beta differ from its own log, and look plausible.",
+        "eval.preference",
+        "choose_objective",
+        "{name: run[name] for name in ... if ...}",
+        "{}",
+        EVAL + "test_a_run_is_measured_as_it_was_trained[--beta 0.7]",
+    ),
+    Mutant(
+        "cut-conversation-loses-its-system-message",
+        "After a long conversation the model no longer follows the system message.",
+        "eval.chat",
+        "Conversation.with_message",
+        'int(history[0].role == "system")',
+        "0",
+        CHAT + "test_a_long_conversation_loses_its_oldest_turns",
     ),
 ]
