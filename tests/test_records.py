@@ -11,6 +11,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -278,6 +279,7 @@ def test_a_bad_element_does_not_end_an_array(write):
         (DataError, 2), (Preference, 3), (DataError, 4), (DataError, 6), (Preference, 6)]  # fmt: skip
 
 
+@pytest.mark.parametrize("block", [1, jsonl.BLOCK])
 @pytest.mark.parametrize("data, reason, line", [
     (b"[\n" + GOOD, r"found the end of the file; no \] ends the array, so the file looks truncated", 3),
     (b"[\n" + GOOD + b",\n" + GOOD[:20], r"invalid JSON.*looks truncated", 4),
@@ -285,20 +287,136 @@ def test_a_bad_element_does_not_end_an_array(write):
     (b"[\n" + GOOD + GOOD + b"]", r"expected , or \], found '\{\"prompt\"", 3),
     (b"[\n" + GOOD + b"]\n[]", r"expected nothing after the array, found '\[\]'", 4),
     (b'[\n"' + b"\xff]", r"not UTF-8: byte 0xff at column 2", 2),
+    (b'[\n"\xe4\xbd\xa0", "' + b"\xff]", r"not UTF-8: byte 0xff at column 7", 2),
+    (b"[" + GOOD.strip() + b', {"a": 1,}]', r"at column 64: a comma before }; remove the comma", 1),
+    (b"[\n" + GOOD + b",\n]", r"invalid JSON: a comma before \]; remove the comma", 4),
+    (b"[\n[1, 2,], " + GOOD + b"]", r"a comma before \]; remove the comma", 2),
+    (b"[\n1, truth]", r"invalid JSON at column 4", 2),
     (b"[" * 200_000 + b"]", r"nested too deeply", 1),
     (b"[ ]", r"holds no records", 1),
 ])  # fmt: skip
-def test_a_broken_array_is_raised(write, data, reason, line):
+def test_a_broken_array_is_raised(write, monkeypatch, data, reason, line, block):
+    monkeypatch.setattr(jsonl, "BLOCK", block)
     path = write(data, "a.json")
     with pytest.raises(DataError, match=reason) as caught:
         list(read_preferences(path))
     assert caught.value.line == line
 
 
+@pytest.mark.parametrize("block", range(1, 12))
+def test_an_array_is_read_in_blocks_of_any_size(write, monkeypatch, block):
+    """A number, an escape or a character may be cut by the end of a block; json.loads is the oracle."""
+    monkeypatch.setattr(jsonl, "BLOCK", block)
+    data = '[12, -1.5e+2,\n3.0E1 ,true, null,"é你\\u0041\\n😀",\n\n[0,[]], {"a": {"b": -0}}, 7]'
+    values = list(jsonl.read_values(write(data.encode(), "a.json")))
+    assert [value for _, value in values] == json.loads(data)
+    assert [line for line, _ in values] == [1, 1, 2, 2, 2, 2, 4, 4, 4]
+
+
+ARRAY = """
+import resource, sys
+from dataset.records import read_preferences
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+count = sum(1 for _ in read_preferences(sys.argv[1]))
+print(count, (peak() - before) // 1024)
+"""
+
+
+def test_a_zipped_array_is_read_in_bounded_memory(tmp_path):
+    """A file of 0.3 MB took 620 MiB, because an array was unzipped and decoded whole."""
+    path, rows = tmp_path / "array.json.gz", 20_000
+    row = dumps({"prompt": "x" * 2000, "chosen": "a", "rejected": "b"})
+    with gzip.open(path, "wb") as file:
+        file.write(b"[" + b",\n".join([row] * rows) + b"]")
+    assert path.stat().st_size < 300_000
+    command = [sys.executable, "-c", ARRAY, str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    count, grown = map(int, done.stdout.split())
+    assert count == rows and grown < 10, f"{grown} MiB"
+
+
+def test_a_huge_element_of_an_array_is_refused(write, monkeypatch):
+    monkeypatch.setattr(jsonl, "MAX_LINE", 100_000)
+    data = b"[\n" + GOOD + b', {"prompt": "' + b"x" * 200_000 + b'"}]'
+    with pytest.raises(DataError, match="record longer than") as caught:
+        list(read_preferences(write(data, "a.json")))
+    assert caught.value.line == 3
+
+
+# ---- Files of other formats
+
+
+def test_a_csv_file_is_refused_with_a_command_that_converts_it(tmp_path):
+    """The command, as the message gives it, makes records that are read as they were meant."""
+    path = tmp_path / "my pairs.csv"
+    path.write_text('prompt,chosen,rejected\n"2, or\n3?",你好,"say ""no"""\n', encoding="utf-8-sig")
+    with pytest.raises(InputError, match="it is CSV; write it as JSON lines: python -c") as caught:
+        list(read_preferences(path))
+    command = str(caught.value).split("JSON lines: ")[1].replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(command, shell=True, check=True, timeout=60)
+    (record,) = read_preferences(tmp_path / "my pairs.jsonl")
+    assert (record.prompt, record.chosen, record.rejected) == ((user("2, or\n3?"),), "你好", 'say "no"')
+
+
+def test_a_parquet_file_is_refused_with_a_command(tmp_path):
+    path = tmp_path / "pairs.parquet"
+    path.write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"it is Parquet; write it as JSON lines: python .*pyarrow") as caught:
+        list(read_preferences(path))
+    compile(shlex.split(str(caught.value).split("JSON lines: ")[1])[2], "command", "exec")
+
+
+def test_a_folder_names_a_file_in_it(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_bytes(GOOD)
+    with pytest.raises(InputError, match=f"is a folder; name one data file, such as {tmp_path}/data/train"):
+        list(read_preferences(tmp_path))
+
+
+def test_a_name_of_the_hub_gets_the_download_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = "hf download HuggingFaceH4/ultra --repo-type dataset --local-dir ultra, then name a file in"
+    with pytest.raises(InputError, match=command):
+        list(read_preferences("HuggingFaceH4/ultra"))
+    (tmp_path / "runs").mkdir()
+    for path in ("runs/pairs", "owner/pairs.jsonl", "/owner/name", "name"):
+        with pytest.raises(InputError, match=r"cannot be read: no such file$"):
+            list(read_preferences(path))
+
+
+PRETTY = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}, indent=2).encode()
+
+
+def test_a_pretty_printed_object_gets_a_command(write, tmp_path):
+    """Its first line is only a brace. The command makes it one line."""
+    path = write(PRETTY, "one.json")
+    error = next(read_preferences(path))
+    assert error.line == 1 and "a record must stand on one line" in error.reason
+    command = error.reason.split("one record: ")[1].replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(command, shell=True, check=True, timeout=60)
+    (record,) = read_preferences(tmp_path / "one.one-line.jsonl")
+    assert (record.prompt, record.chosen, record.rejected) == ((user("a"),), "b", "c")
+
+
+@pytest.mark.parametrize("line, reason", [
+    (b'{"prompt": "a",}\n', "a comma before }; remove the comma"),
+    (b'{"prompt": ["a", ]}\n', "a comma before ]; remove the comma"),
+    (GOOD.strip() + b",\n", "a comma after the record; JSON lines have no commas between them: remove it"),
+    (b"[\n", "for a file of one JSON array, a name that ends in .json"),
+    (b'{"prompt": "a" "b"}\n', "Expecting ',' delimiter"),
+    (b'{"prompt": "}",, "b": 1}\n', "Expecting property name"),
+])  # fmt: skip
+def test_a_comma_too_many_is_named(write, line, reason):
+    _, error = read_preferences(write(GOOD + line))
+    assert error.line == 2 and reason in error.reason
+
+
 def test_files_that_cannot_be_read(write, tmp_path):
     for path, reason in [
         (tmp_path / "none.jsonl", "cannot be read"),
-        (tmp_path, "cannot be read"),
+        (tmp_path, "cannot be read: it is a folder"),
+        (tmp_path / ("x" * 300), "cannot be read"),
         (write(b"", "empty.jsonl.gz"), "holds no records"),
     ]:
         with pytest.raises(InputError, match=reason):
@@ -593,7 +711,7 @@ REFUSED = [
     (read_preferences, {"text": "a", "label": [1.0]}, "chosen and rejected on alternate lines"),
     (read_conversations, {"text": "a"}, "found plain text"),
     (read_preferences, {"question": "a", "6b": {"is_correct": True, "solution": "b"}}, "found graded sol"),
-    (read_preferences, {"messages": [U, A]}, r"found conversations without a rejected side \(format messages"),
+    (read_preferences, {"messages": [U, A]}, r"found conversations without a rejected side \(format mess"),
     (read_conversations, {"chosen": [U, A], "rejected": [U, B]}, r"found preferences \(format chat-implicit"),
     (read_preferences, {"prompt": "a", "chosen": None}, r"found \{'prompt': text, 'chosen': null\}"),
     # The prompt stands under a key that is not known: to look for it inside the texts would lose it.
@@ -608,6 +726,60 @@ def test_a_shape_that_cannot_be_used_is_refused_at_once(write, read, record, rea
     shapes = PREFERENCE_FORMATS if read is read_preferences else SFT_FORMATS
     assert f"accepted {read.__name__.removeprefix('read_')}: " in caught.value.reason
     assert all(f"{name} ({shape.description})" in caught.value.reason for name, shape in shapes.items())
+
+
+@pytest.mark.parametrize("record, reason", [
+    ({"prompt": "a", "choosen": "b", "rejected": "c"}, "did you mean 'chosen' instead of 'choosen'"),
+    ({"prompt": "a", "chosen": "b", "reject": "c"}, "did you mean 'rejected' instead of 'reject'"),
+    ({"promts": "a", "chosen": "The b", "rejected": "The c"}, "did you mean 'prompt' instead of 'promts'"),
+    ({"chosen_message": [U, A], "rejected_message": [U, B]}, "did you mean 'chosen_messages' instead of"),
+])  # fmt: skip
+def test_a_misspelt_key_gets_the_right_spelling(write, record, reason):
+    """A misspelt prompt, above all, must not make the file one whose prompts are cut out of its texts."""
+    path = write(dumps(record) + b"\n")
+    for read in (read_preferences, read_records):
+        with pytest.raises(DataError, match=reason) as caught:
+            list(read(path))
+        assert "accepted preferences" in caught.value.reason
+
+
+@pytest.mark.parametrize("key", ["prompt_id", "question_id", "id", "source", "x" * 10_000])
+def test_other_keys_are_not_taken_for_misspelt(write, key):
+    record = {"chosen": "So it is", "rejected": "So it was", key: "7"}
+    (found,) = read_preferences(write(dumps(record)))
+    assert found.format == "text-implicit" and found.prompt == (user("So it"),)
+
+
+WEIGHTLESS = {**role("assistant", "Hello."), "weight": 0}
+
+
+def test_a_weight_of_a_message_is_read(write):
+    """As in OpenAI's files: 0 leaves an assistant turn out of the loss, 1 and null change nothing."""
+    turns = [U, WEIGHTLESS, role("user", "And?\n"), {**A, "weight": 1}]
+    path = write(dumps({"messages": turns}) + b"\n" + dumps({"messages": [U, {**A, "weight": None}]}))
+    first, second = read_conversations(path)
+    assert [m.weight for m in first.messages] == [1, 0, 1, 1]
+    assert [m.weight for m in second.messages] == [1, 1]
+    again = write(dumps({"messages": [vars(m) for m in first.messages]}))
+    assert [m.weight for m in next(read_conversations(again)).messages] == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("weight, shown", [
+    (0.5, "0.5"), (2, "2"), (-1, "-1"), (True, "true or false"), ("0", "'0'"), ([0], "a list"),
+])  # fmt: skip
+def test_other_weights_are_refused(write, weight, shown):
+    data = dumps({"messages": [U, A]}) + b"\n" + dumps({"messages": [U, {**A, "weight": weight}]})
+    _, error = read_conversations(write(data))
+    assert error.reason == f"messages[1]: weight: expected 0 or 1, found {shown}"
+
+
+def test_a_record_without_any_weight_is_refused(write):
+    """A conversation without a supervised token, or a pair with half of its loss."""
+    data = dumps({"messages": [U, A]}) + b"\n" + dumps({"messages": [U, WEIGHTLESS]})
+    _, error = read_conversations(write(data))
+    assert error.reason.startswith("conversation: every assistant turn has weight 0")
+    (error,) = errors(read_preferences(write(chat([U, WEIGHTLESS], [U, A]))))
+    assert error.reason == "chosen: the response has weight 0; a pair needs both responses"
 
 
 def test_a_shape_can_be_forced(write):

@@ -14,8 +14,7 @@ from pathlib import Path
 import train_dpo
 import train_sft
 from dataset import tokenizer
-from dataset.inspect import prompt_digest
-from dataset.records import DataError, Preference, read_records
+from dataset.records import DataError, Preference, prompt_digest, read_records
 from errors import InputError, run_script
 from eval import common, preference
 from training.distributed import World, pick_device

@@ -38,8 +38,8 @@ MUTANTS = [
         "Rows are dealt to ranks by turns, and their answers laid one rank's behind the other's.",
         "training.reference",
         "token_logps",
-        "zip(mine, logps.split(store.targets[mine].tolist()), strict=True)",
-        "zip(rows[world.rank * len(mine) :], logps.split(store.targets[mine].tolist()), strict=True)",
+        "zip(mine, logps.split(store.target_counts[mine].tolist()), strict=True)",
+        "zip(rows[world.rank * len(mine) :], logps.split(store.target_counts[mine].tolist()), strict=True)",
         CACHED + "test_two_ranks_ask_as_one",
     ),
     Mutant(
