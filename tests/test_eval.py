@@ -23,7 +23,8 @@ from eval.verdict import Verdict
 from model import transformer
 from model.weights import save_model
 from tests.conftest import RAGGED, TEXTS, as_record, make_model, plain_ids, plain_logits
-from tests.loops import metrics, torchrun
+from tests.loops import metrics
+from tests.ranks import forked
 from training import precision as precision_module
 from training.distributed import World
 from training.evaluate import evaluate, evaluate_kl
@@ -153,7 +154,7 @@ def test_two_ranks_print_the_figures_of_one(folders, ragged, tmp_path, capsys):
     command = ["--model", folders[0], "--reference", folders[1], "--data", str(ragged), "--device", "cpu"]
     preference.main([*command, "--json", str(tmp_path / "new" / "one.json")])
     assert "rewards/accuracies" in capsys.readouterr().out
-    result = torchrun(2, "-m", "eval.preference", *command, "--json", str(tmp_path / "two.json"))
+    result = forked("eval.preference", *command, "--json", tmp_path / "two.json", ranks=2)
     assert result.returncode == 0, result.stderr
     one, two = (
         json.loads(path.read_text()) for path in (tmp_path / "new" / "one.json", tmp_path / "two.json")
@@ -251,7 +252,23 @@ def test_held_out_pairs_are_the_runs_own(trained, tmp_path, folders, ragged, cap
     assert f"{ragged}: 7 of 7 records" in capsys.readouterr().err
     dpo = {"data": str(SAMPLE / "preferences.jsonl"), "eval_data": "", "beta": 1}
     sft = {"data": str(SAMPLE / "sft.jsonl"), "eval_data": "chats.jsonl"}
-    assert preference.held_out_pairs("x", dpo) == preference.held_out_pairs("x", sft) == HELD_OUT
+    auto = {"data": str(SAMPLE / "preferences.jsonl"), "eval_data": "auto", "eval_share": 0.0, "beta": 1}
+    assert all(preference.held_out_pairs("x", run) == (HELD_OUT, 0) for run in (dpo, sft, auto))
+    with pytest.raises(InputError, match="give --data"):
+        preference.held_out_pairs("x", {"data": "mine.jsonl", "eval_data": "auto", "beta": 1})
+
+
+def test_a_share_of_the_training_data_is_measured_as_it_was_held_out(folders, tmp_path, ragged, tokenizer):
+    """Figures on all pairs of the file would contain the pairs that the model was trained on."""
+    run = {"model": folders[1], "data": str(ragged), "eval_data": "auto", "eval_share": 0.5, "beta": 0.1}
+    save_model(tmp_path / "run", make_model(tokenizer.vocab_size, torch.float32, 1), settings=run)
+    tokenizer.save(tmp_path / "run")
+    held_out = open_store(ragged, "preferences", tokenizer, 4096).split(0.5)[1]
+    assert 0 < len(held_out) < 7
+    expected = evaluate(*map(common.load_model, (folders[0], folders[1])), held_out, ALONE, FP32, DPO)
+    figures = measured(str(tmp_path / "run"), tmp_path)
+    assert figures["pairs"] == len(held_out)
+    assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_folder_without_a_run_has_defaults_and_no_reference(folders, tmp_path, ragged, capsys):

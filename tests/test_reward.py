@@ -20,7 +20,8 @@ from model.stream import sides
 from model.transformer import Transformer
 from model.weights import load_model, save_model
 from tests.conftest import MODEL_OPTIONS, RAGGED, as_record, make_model, plain_hidden, plain_ids
-from tests.loops import metrics, record_gradients, torchrun, weights
+from tests.loops import metrics, record_gradients, weights
+from tests.ranks import forked
 from training.distributed import World
 from training.precision import Precision
 from training.schedule import adamw
@@ -283,7 +284,7 @@ def test_two_ranks_equal_one_process(start, arguments):
     flags += ["--eval-data", flags[flags.index("--data") + 1]]
     alone, two = steps_of(flags), start.parent / "two"
     target = start.parent / "two.pt"
-    result = torchrun(2, "-m", "tests.loops", "train_reward", str(target), *flags, "--out", str(two))
+    result = forked("tests.loops", "train_reward", target, *flags, "--out", two, ranks=2)
     assert result.returncode == 0, result.stderr
     assert_close(torch.load(target, weights_only=True), alone, tolerance=5e-4)
     for one, other in zip(metrics(start.parent / "reward"), metrics(two), strict=True):

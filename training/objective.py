@@ -105,13 +105,12 @@ class Pairs:
         return self.policy_rejected_logps - self.reference_rejected_logps
 
 
-@torch.no_grad()
 def wpo_pair_weights(model: Transformer, stream: TokenStream, policy_logps: Tensor) -> Tensor:
-    """WPO's weights of a stream's pairs, (B,). One more forward computes sum over v of pi(v)^2."""
-    with unsharded(model):
+    """WPO's weights of a stream's pairs, (B,), without gradient. One more forward sums pi(v)^2 over v."""
+    with unsharded(model), torch.no_grad():
         # log sum over v of pi(v)^2 at each predictor, (N,)
         collisions = torch.cat([(2 * logps).logsumexp(-1) for logps in model.log_distributions(stream)])
-    surprise = stream.sum_by_side(policy_logps - collisions)
+    surprise = stream.sum_by_side(policy_logps.detach() - collisions)
     return wpo_weights(*surprise, *stream.sum_by_side(torch.ones_like(policy_logps)))
 
 

@@ -412,7 +412,7 @@ MUTANTS = [
         "wpo-with-gradient",
         "The policy learns to find its own pairs unlikely.",
         "training.objective",
-        "Pairs.of",
+        "wpo_pair_weights",
         "policy_logps.detach()",
         "policy_logps",
         OBJECTIVES + "test_pairs_of_a_stream_are_those_of_single_sequences[forked]",
@@ -420,10 +420,10 @@ MUTANTS = [
     Mutant(
         "wpo-without-collisions",
         "Without the sum of squares the weight is an answer's plain likelihood.",
-        "model.transformer",
-        "collision_logps",
-        "(2 * logits).logsumexp(dim=-1) - 2 * logits.logsumexp(dim=-1)",
-        "torch.zeros_like(logits[..., 0])",
+        "training.objective",
+        "wpo_pair_weights",
+        "(2 * logps).logsumexp(-1)",
+        "logps.logsumexp(-1)",
         OBJECTIVES + "test_pairs_of_a_stream_are_those_of_single_sequences[twin]",
     ),
     Mutant(

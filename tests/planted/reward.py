@@ -5,7 +5,6 @@ from tests.planted.mutant import Mutant
 REWARD = "tests/test_reward.py::"
 SCORE = "tests/test_score.py::"
 RESUME = "tests/test_resume.py::"
-LORA = "tests/test_lora.py::"
 
 MUTANTS = [
     Mutant(
@@ -145,16 +144,5 @@ MUTANTS = [
         "objective.moves_reference",
         "False",
         RESUME + "test_what_an_objective_remembers_is_resumed[hard]",
-    ),
-    Mutant(
-        "balance-of-the-reference-with-adapters",
-        "With adapters the reference is the same model: asked after it, the layers tell its balance.",
-        "train_dpo",
-        "train",
-        "policy_logps = policy(stream)",
-        "policy_logps = policy(stream)\n"
-        "with torch.no_grad():\n"
-        "    reference(stream)",
-        LORA + "test_experts_balance_is_the_policys",
     ),
 ]

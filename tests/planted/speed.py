@@ -74,7 +74,7 @@ MUTANTS = [
         "Chunks of the vocabulary that autograd remembers until backward are together as large as the whole.",
         "model.transformer",
         "Transformer.forward",
-        "again_in_backward(self.predict, *part)",
+        "recompute_in_backward(self.predict, *part)",
         "self.predict(*part)",
         SPEED + "test_what_is_kept_does_not_grow_with_the_vocabulary",
     ),

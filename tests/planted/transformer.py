@@ -217,8 +217,8 @@ MUTANTS = [
         "The frozen copy's balance is added: the figure is right at first, and moves no router.",
         "train_dpo",
         "train",
-        "aux_loss = model.aux_loss()",
-        "aux_loss = reference.aux_loss()",
+        "reference_logps = reference(stream)",
+        "reference_logps = reference(stream, balances.clear() or balances)",
         MOE + "test_each_window_counts_the_balance_once[dpo-5]",
     ),
     Mutant(
