@@ -39,6 +39,19 @@ def load_model_and_tokenizer(
     return model, tokenizer
 
 
+def load_policy_and_reference(
+    folder: str, reference_folder: str, device: torch.device
+) -> tuple[Transformer, Transformer, ChatTokenizer]:
+    """The models of two folders, and their tokenizer. Raises `InputError` if the tokenizers differ."""
+    policy, tokenizer = load_model_and_tokenizer(folder, device)
+    reference, reference_tokenizer = load_model_and_tokenizer(reference_folder, device)
+    if tokenizer.fingerprint != reference_tokenizer.fingerprint:
+        raise InputError(f"{folder} and {reference_folder} have different tokenizers")
+    if policy.config.vocab_size != reference.config.vocab_size:
+        raise InputError(f"{folder} and {reference_folder} have vocabularies of different sizes")
+    return policy, reference, tokenizer
+
+
 def print_start(models: dict[str, Transformer], device: torch.device, precision: str) -> None:
     """Print one line on standard error: parameters by folder, the device, the precision and its reason."""
     sizes = [f"{name} ({count_parameters(model):,} parameters)" for name, model in models.items()]

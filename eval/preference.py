@@ -26,7 +26,7 @@ from eval.common import (
     DEVICES,
     is_bundled,
     length_limit,
-    load_model_and_tokenizer,
+    load_policy_and_reference,
     precision_and_reason,
     print_note,
     print_start,
@@ -78,16 +78,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def measure(settings: Settings, world: World) -> dict[str, float]:
     """Load the two models and the data that the settings name, and evaluate: figures by name."""
-    policy, tokenizer = load_model_and_tokenizer(settings.model, world.device)
     run = run_settings(settings.model)
     reference_folder = settings.reference or starting_model(settings.model, "--reference")
-    reference, reference_tokenizer = load_model_and_tokenizer(reference_folder, world.device)
+    policy, reference, tokenizer = load_policy_and_reference(settings.model, reference_folder, world.device)
     length = length_limit(settings.max_length, settings.model, policy.config)
     reference.config.admit(length=length)
-    if tokenizer.fingerprint != reference_tokenizer.fingerprint:
-        raise InputError(f"{settings.model} and {reference_folder} have different tokenizers")
-    if policy.config.vocab_size != reference.config.vocab_size:
-        raise InputError(f"{settings.model} and {reference_folder} have vocabularies of different sizes")
     precision = Precision(settings.precision, world.device)
     if world.is_main:
         models = {settings.model: policy, reference_folder: reference}

@@ -52,4 +52,22 @@ MUTANTS = [
         "0",
         CHAT + "test_a_long_conversation_loses_its_oldest_turns",
     ),
+    Mutant(
+        "explained-without-the-reference",
+        "The colours show how likely a token is, not what training changed.",
+        "eval.explain",
+        "Answer.logratios",
+        "logp - reference",
+        "logp",
+        "tests/test_explain.py::test_tokens_sum_to_the_reward_and_the_loss_that_are_logged",
+    ),
+    Mutant(
+        "explained-sides-swapped",
+        "The rejected answer is shown as the one that became more likely.",
+        "eval.explain",
+        "explain",
+        "stream.owners == side",
+        "stream.owners == 1 - side",
+        "tests/test_explain.py::test_every_token_has_the_log_probs_of_a_plain_loop[1]",
+    ),
 ]
