@@ -180,7 +180,7 @@ def lay_out(pieces: list[tuple[str, float]], width: int, colour: bool) -> list[s
 
 
 def signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
+    return f"{round(value, 2) + 0.0:+.2f}".replace("-", "−")  # + 0.0: not −0.00
 
 
 def describe(
