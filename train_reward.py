@@ -82,6 +82,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     language_model = load_model(settings.model, first_device(world, settings.shard))
     model = RewardModel.from_language_model(language_model)
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
+    model.config.check_fits(tokenizer.vocab_size, settings.max_length)
     model.checkpoint_activations = settings.checkpoint_activations
     if settings.fused_attention:
         model.fuse_attention(world.device)
@@ -186,6 +187,7 @@ def score(settings: Settings, world: World) -> None:
     """Write the pairs of a file back with the scores of both answers."""
     model = load_model(settings.model, world.device, RewardModel)
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
+    model.config.check_fits(tokenizer.vocab_size, settings.max_length)
     pairs = open_pairs(settings.score, tokenizer, settings, world)
     precision = Precision(settings.precision, world.device, settings.matmul_precision)
     rewards = score_pairs(model, pairs, settings, world, precision)

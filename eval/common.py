@@ -18,7 +18,7 @@ def load_speaker(folder: str, device: torch.device) -> tuple[Transformer, ChatTo
     """A model folder's model, not to be trained, and its tokenizer; `InputError` when either is missing."""
     model = load_model(folder, device).eval().requires_grad_(False)
     tokenizer = ChatTokenizer(Path(folder) / "tokenizer.json")
-    model.config.admit(tokenizer.vocab_size)
+    model.config.check_fits(tokenizer.vocab_size)
     return model, tokenizer
 
 

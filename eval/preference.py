@@ -61,8 +61,8 @@ def measure(settings: Settings, world: World) -> dict[str, float]:
     reference, reference_tokenizer = load_speaker(settings.reference, world.device)
     if tokenizer.fingerprint != reference_tokenizer.fingerprint:
         raise InputError(f"{settings.model} and {settings.reference} have different tokenizers")
-    policy.config.admit(length=settings.max_length)
-    reference.config.admit(length=settings.max_length)
+    policy.config.check_fits(length=settings.max_length)
+    reference.config.check_fits(length=settings.max_length)
     if policy.config.vocab_size != reference.config.vocab_size:
         raise InputError(f"{settings.model} and {settings.reference} have vocabularies of different sizes")
     how = settings.max_length, settings.shape, settings.skip_bad

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from errors import InputError
+from model.attention import attention, causal_bias
 from model.config import PRESETS, ModelConfig
-from model.stream import TokenStream, attention, causal_bias
-from model.transformer import Transformer, rotary, rotate, token_logps
+from model.rotary import rotary, rotate
+from model.stream import TokenStream
+from model.transformer import Transformer, token_logps
 from tests.conftest import MODEL_OPTIONS, make_model, plain_logits
 from training.schedule import adamw
 
@@ -274,7 +276,7 @@ def test_presets_have_the_published_sizes(preset, vocab_size, parameters):
 
 
 @pytest.mark.parametrize("options, reason", [
-    ({"num_attention_heads": 6, "num_key_value_heads": 4}, "num_attention_heads 6 is no multiple"),
+    ({"num_attention_heads": 6, "num_key_value_heads": 4}, "num_attention_heads 6 is not a multiple"),
     ({"head_dim": 5}, "head_dim 5 is odd"),
 ])  # fmt: skip
 def test_impossible_shapes_are_refused(options, reason):
