@@ -3,7 +3,6 @@
     python train_reward.py                                       # after train_sft.py; CPU, MPS or one GPU
     python train_reward.py --model DIR --data pairs.jsonl --eval-data heldout.jsonl --out runs/mine
     torchrun --standalone --nproc-per-node 4 train_reward.py     # four GPUs of one machine
-    python train_reward.py --model runs/reward --score pairs.jsonl --to scored.jsonl
 
 The data is pairs: a prompt x with a chosen answer y_w and a rejected answer y_l. The loss of a pair is
 
@@ -13,25 +12,19 @@ where r is the language model's body with a linear head, read at the answer's en
 Ouyang et al. 2022, arXiv 2203.02155, eq. 1). Only differences of rewards of one prompt mean something:
 their sigmoid is the probability that the first answer is preferred.
 
-With --score nothing is trained: the pairs of a file are written back as JSON lines in their order, each
-record as it was plus `score_chosen` and `score_rejected`, from which ``train_dpo.py --loss soft`` learns how
-sure each preference is. Pairs that training would drop (too long, or equal sides) are left out and named in
-what is printed: they have no scores, and a file in which every record has them is what soft labels need.
+``python -m eval.score`` writes the scores of a reward model into a file of pairs.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dataset.jsonl import read_values
 from dataset.packing import LAYOUTS, Windows, build_stream, deal, share
 from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
-from errors import InputError, run_script
-from files import write_whole
+from errors import run_script
 from losses import bradley_terry_loss, reward_metrics
 from model.moe import router_loss
 from model.reward import RewardModel
@@ -48,33 +41,19 @@ from training.settings import SAMPLE, TrainSettings, flag, parse
 
 @dataclass
 class Settings(TrainSettings):
-    model: str = flag(
-        "runs/sft", "language model folder whose body to start from; with --score, a reward model's"
-    )
+    model: str = flag("runs/sft", "language model folder whose body to start from")
     data: str = flag(str(SAMPLE / "preferences.jsonl"), "preference pairs: .jsonl or .json, also .gz")
     eval_data: str = flag(
         str(SAMPLE / "heldout.jsonl"), "held-out pairs, evaluated now and then; empty for none"
     )
     out: str = flag("runs/reward", "run folder: config, weights, tokenizer, metrics")
     layout: str = flag("forked", "forked computes a prompt once for both sides, twin once for each", LAYOUTS)
-    score: str = flag("", "score the pairs of this file with the reward model of --model, and do not train")
-    to: str = flag("", "the .jsonl file of scored pairs that --score writes")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if bool(self.score) != bool(self.to):
-            raise InputError("--score and --to belong together: the pairs to score, and where they go")
-        if self.to and not self.to.endswith(".jsonl"):
-            raise InputError(f"--to {self.to}: scored pairs are written as .jsonl")
 
 
 def main(arguments: list[str] | None = None) -> None:
     settings = parse(Settings, __doc__.split("\n")[0], arguments)
     with join(settings.device) as world, RunFolder(settings, world) as run:
-        if settings.score:
-            score(settings, world)
-        else:
-            train(settings, world, run)
+        train(settings, world, run)
 
 
 def train(settings: Settings, world: World, run: RunFolder) -> None:
@@ -110,7 +89,8 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
 
     def evaluate_now(step: int) -> None:
         if eval_pairs:
-            figures = mean_metrics(score_pairs(model, eval_pairs, settings, world, precision))
+            how = settings.layout, settings.micro_batch_size
+            figures = mean_metrics(score_pairs(model, eval_pairs, world, precision, *how))
             log.write(step, {f"eval_{name}": value for name, value in figures.items()})
 
     if first_step == 0:
@@ -165,12 +145,12 @@ def open_pairs(path: str, tokenizer: ChatTokenizer, settings: Settings, world: W
 
 @torch.no_grad()
 def score_pairs(
-    model: RewardModel, pairs: TokenStore, settings: Settings, world: World, precision: Precision
+    model: RewardModel, pairs: TokenStore, world: World, precision: Precision, layout: str, batch_size: int
 ) -> Tensor:
     """The rewards of every pair's chosen and rejected answer, (P, 2), on every rank."""
     rewards = torch.zeros(len(pairs), 2, dtype=model.score.weight.dtype, device=world.device)
-    for rows in share(len(pairs), world.rank, world.ranks, settings.micro_batch_size):
-        stream = build_stream(pairs, rows, settings.layout).to(world.device)
+    for rows in share(len(pairs), world.rank, world.ranks, batch_size):
+        stream = build_stream(pairs, rows, layout).to(world.device)
         with precision.autocast():
             rewards[list(rows)] = torch.stack(sides(model(stream)), dim=1)
     return world.sum(rewards)
@@ -181,42 +161,6 @@ def mean_metrics(rewards: Tensor) -> dict[str, float]:
     chosen, rejected = rewards.unbind(dim=1)
     figures = reward_metrics(bradley_terry_loss(chosen, rejected), chosen, rejected)
     return {name: value.item() / len(rewards) for name, value in figures.items()}
-
-
-def score(settings: Settings, world: World) -> None:
-    """Write the pairs of a file back with the scores of both answers."""
-    model = load_model(settings.model, world.device, RewardModel)
-    tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
-    model.config.check_fits(tokenizer.vocab_size, settings.max_length)
-    pairs = open_pairs(settings.score, tokenizer, settings, world)
-    precision = Precision(settings.precision, world.device, settings.matmul_precision)
-    rewards = score_pairs(model, pairs, settings, world, precision)
-    if world.is_main:
-        write_scored(Path(settings.to), settings.score, pairs, rewards)
-    figures = mean_metrics(rewards)
-    world.print(
-        f"{settings.to}: {len(pairs)} pairs; the chosen answer has the higher score in "
-        f"{figures['rewards/accuracies']:.1%}, by {figures['rewards/margins']:.3g} on average"
-    )
-
-
-def write_scored(path: Path, source: str, pairs: TokenStore, rewards: Tensor) -> None:
-    """The records of `source` that are rows of `pairs`, whole or not at all."""
-    scores = dict(zip(pairs.records.tolist(), rewards.tolist(), strict=True))  # place in the file: scores
-
-    def write(file) -> None:
-        for place, (_, record) in enumerate(read_values(source)):
-            if place in scores:
-                record["score_chosen"], record["score_rejected"] = scores[place]
-                # A lone surrogate outside the texts is the one thing that UTF-8 cannot say; JSON escapes it.
-                line = json.dumps(record, ensure_ascii=False) + "\n"
-                file.write(line.encode("utf-8", "backslashreplace"))
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, write)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def train(settings: Settings, world, run) -> None:
 
         # ---- one window of conversations: forward, loss and backward, micro-batch by micro-batch
         window = windows[step]
-        window_tokens = int(conversations.targets[window].sum())  # supervised, over all ranks
+        window_tokens = int(conversations.target_counts[window].sum())  # supervised, over all ranks
         micro_batches = deal(window, conversations.lengths, world.ranks, settings.micro_batch_size)[
             world.rank
         ]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.records import PREFERENCE_SHAPES, SFT_SHAPES, DataError, Preference, read_records
+from dataset.records import PREFERENCE_FORMATS, SFT_FORMATS, DataError, Preference, read_records
 from dataset.store import Branch, encode, full_length, reason_to_drop
 from dataset.tokenizer import ChatTokenizer
 from errors import run_script
@@ -42,7 +42,7 @@ class Findings:
             if isinstance(record, DataError):
                 self.errors[record.reason].append(record.line)
                 continue
-            self.shape = (PREFERENCE_SHAPES if isinstance(record, Preference) else SFT_SHAPES, record.shape)
+            self.shape = (PREFERENCE_FORMATS if isinstance(record, Preference) else SFT_FORMATS, record.format)
             branches = encode(record, tokenizer)
             self.measure(branches)
             self.prompts[prompt_digest(record)].append(record.line)

@@ -19,8 +19,9 @@ def require_data_file(path) -> None:
     path = Path(path)
     try:
         if path.is_dir():
-            files = sorted(str(file) for file in [*path.glob("*"), *path.glob("*/*")] if file.suffix in SUFFIXES)
-            example = f", such as {files[0]}" if files else ""
+            files = [*path.glob("*"), *path.glob("*/*")]
+            names = sorted(str(file) for file in files if file.suffix in SUFFIXES)
+            example = f", such as {names[0]}" if names else ""
             raise InputError(f"{path}: cannot be read: it is a folder; name one data file{example}")
         if not path.exists():
             raise InputError(f"{path}: cannot be read: no such file{hub_advice(path)}")

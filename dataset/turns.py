@@ -99,7 +99,7 @@ def require_last(turns: list[Message], where: str, role: str) -> None:
 
 
 def checked_turns(turns: list[Message], where: str, last: str = "assistant") -> list[Message]:
-    """``turns``, if they are an optional system turn, then user and assistant in turn, the last by ``last``."""
+    """``turns``, checked: an optional system turn, then user and assistant in turn, the last by ``last``."""
     require_last(turns, where, last)
     start = 1 if turns[0].role == "system" else 0
     for turn in range(start, len(turns)):

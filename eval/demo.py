@@ -19,7 +19,7 @@ from dataset.inspect import printable
 from errors import InputError, run_script
 from eval import preference, report
 from eval.chat import column_width, side_by_side
-from eval.common import load_speaker, require, write_json
+from eval.common import load_model_and_tokenizer, require, write_json
 from eval.judge import Reply, answer, compare, compare_tasks, read_judged, summary
 from training.distributed import World, pick_device
 from training.settings import SAMPLE, flag, parse
@@ -99,7 +99,7 @@ def ask_both(folders: dict[str, str], records: list[dict], settings: Settings) -
     """The replies of the model of each folder, from `answer`, with the judge's own defaults."""
     device = pick_device("auto")
     return {
-        name: answer(*load_speaker(folder, device), records, settings.samples, seed=settings.seed)
+        name: answer(*load_model_and_tokenizer(folder, device), records, settings.samples, seed=settings.seed)
         for name, folder in folders.items()
     }
 

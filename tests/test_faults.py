@@ -26,6 +26,7 @@ from model.weights import save_model
 from tests.conftest import make_model
 from tests.faults import plant, states, timeless, train
 from tests.loops import ROOT, metrics, torchrun
+from tests.ranks import forked
 from tests.test_loops import CHATS, PAIRS, command_line
 from training.distributed import World
 from training.run import RunFolder
@@ -67,13 +68,13 @@ def whole(flags, tmp_path_factory):
 def whole_of_two(flags, tmp_path_factory):
     """The same on two ranks."""
     folder = tmp_path_factory.mktemp("whole_of_two")
-    result = torchrun(2, *faulty("none", 0, 0), *flags(folder))
+    result = forked(*faulty("none", 0, 0), *flags(folder), ranks=2)
     assert result.returncode == 0, result.stderr
     return folder
 
 
 def faulty(fault: str, rank: int, step: int, script: str = "train_dpo") -> list[str]:
-    return ["-m", "tests.faults", fault, str(rank), str(step), script]
+    return ["tests.faults", fault, str(rank), str(step), script]
 
 
 def assert_same_run(folder, other) -> None:
@@ -152,15 +153,14 @@ def test_a_signal_before_the_first_step_leaves_at_once(flags, tmp_path, monkeypa
 
 def test_a_second_signal_leaves_at_once(flags, tmp_path):
     """Who asks twice does not want to wait for a step that may hang."""
-    command = [sys.executable, *faulty("SIGTERM+SIGTERM", 0, 2), *flags(tmp_path, save_every=0)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = forked(*faulty("SIGTERM+SIGTERM", 0, 2), *flags(tmp_path, save_every=0))
     assert result.returncode == -signal.SIGTERM
     assert not states(tmp_path) and not (tmp_path / "model.pt").exists()
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(flags, whole_of_two, tmp_path):
     """One rank that leaves alone lets the other wait for it in the exchange of gradients."""
-    result = torchrun(2, *faulty("SIGTERM", 1, 2), *flags(tmp_path, save_every=0))
+    result = torchrun(2, "-m", *faulty("SIGTERM", 1, 2), *flags(tmp_path, save_every=0))
     assert result.returncode != 0
     assert "SIGTERM: saved after step 3; --resume goes on" in result.stdout
     assert "exitcode  : 143" in result.stderr and "RuntimeError" not in result.stderr
@@ -284,7 +284,7 @@ def test_a_folder_that_cannot_be_written_is_refused(flags, tmp_path):
 
 def test_a_killed_rank_comes_back_to_the_same_bits(flags, whole_of_two, tmp_path):
     """kill -9 amid a step; torchrun starts all ranks anew, and the same command goes on."""
-    result = torchrun(2, *faulty("SIGKILL", 1, 3), *flags(tmp_path), "--resume", restarts=1)
+    result = torchrun(2, "-m", *faulty("SIGKILL", 1, 3), *flags(tmp_path), "--resume", restarts=1)
     assert result.returncode == 0, result.stderr
     assert "going on after step 3" in result.stdout
     assert_same_run(tmp_path, whole_of_two)
@@ -293,7 +293,7 @@ def test_a_killed_rank_comes_back_to_the_same_bits(flags, whole_of_two, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("rank, step", [(0, 0), (0, 2), (0, 5), (1, 0), (1, 5)])
 def test_a_rank_killed_anywhere_comes_back_to_the_same_bits(rank, step, flags, whole_of_two, tmp_path):
-    result = torchrun(2, *faulty("SIGKILL", rank, step), *flags(tmp_path), "--resume", restarts=1)
+    result = torchrun(2, "-m", *faulty("SIGKILL", rank, step), *flags(tmp_path), "--resume", restarts=1)
     assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path, whole_of_two)
 
@@ -303,7 +303,7 @@ def test_a_signal_to_torchrun_reaches_the_ranks(flags, tmp_path):
     """What a cluster's scheduler sends goes to torchrun, which passes it on and waits half a minute."""
     longer = {"epochs": 60, "save_every": 0, "keep_checkpoints": 2}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [*faulty("none", 0, 0), *flags(tmp_path / "run", **longer)]
+    command += ["-m", *faulty("none", 0, 0), *flags(tmp_path / "run", **longer)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     agent = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     try:
@@ -315,7 +315,7 @@ def test_a_signal_to_torchrun_reaches_the_ranks(flags, tmp_path):
     (step,) = states(tmp_path / "run")
     assert agent.returncode != 0 and f"SIGTERM: saved after step {step}; --resume goes on" in said
     for folder, resume in (("run", ["--resume"]), ("whole", [])):
-        result = torchrun(2, *faulty("none", 0, 0), *flags(tmp_path / folder, **longer), *resume)
+        result = forked(*faulty("none", 0, 0), *flags(tmp_path / folder, **longer), *resume, ranks=2)
         assert result.returncode == 0, result.stderr
     same = [(tmp_path / folder / "model.pt").read_bytes() for folder in ("run", "whole")]
     assert same[0] == same[1] and timeless(metrics(tmp_path / "run")) == timeless(metrics(tmp_path / "whole"))
@@ -325,7 +325,7 @@ def test_a_signal_to_torchrun_reaches_the_ranks(flags, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_a_run_that_is_not_restarted(rank, flags, tmp_path):
     """Non-zero and soon: the bound on waiting is far above what a closed connection needs."""
-    result = torchrun(2, *faulty("SIGKILL", rank, 2), *flags(tmp_path), seconds=90)
+    result = torchrun(2, "-m", *faulty("SIGKILL", rank, 2), *flags(tmp_path), seconds=90)
     assert result.returncode != 0
     assert max(states(tmp_path)) == 2
 
@@ -334,7 +334,7 @@ def test_a_killed_rank_ends_a_run_that_is_not_restarted(rank, flags, tmp_path):
 @pytest.mark.parametrize("fault", ["loss nan", "loss inf", "gradient"])
 def test_a_number_that_is_none_on_one_rank_stops_both(fault, flags, whole_of_two, tmp_path):
     """The rank whose own numbers are fine must not step, save, or wait for the other."""
-    result = torchrun(2, *faulty(fault, 1, 3), *flags(tmp_path), seconds=90)
+    result = forked(*faulty(fault, 1, 3), *flags(tmp_path), ranks=2)
     assert result.returncode != 0
     assert result.stderr.count("FloatingPointError: step 3: ") >= 2, result.stderr
     assert states(tmp_path) == {step: state for step, state in states(whole_of_two).items() if step <= 3}
@@ -409,7 +409,7 @@ def test_killed_at_random_moments_again_and_again(flags, tmp_path):
     draw, killed, longer = random.Random(0), 0, {"epochs": 60, "keep_checkpoints": 2}
     train(train_dpo, flags(tmp_path / "whole", **longer), ALONE)
     folder = tmp_path / "run"
-    command = [sys.executable, *faulty("none", 0, 0), *flags(folder, **longer), "--resume"]
+    command = [sys.executable, "-m", *faulty("none", 0, 0), *flags(folder, **longer), "--resume"]
     for _ in range(12):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:

@@ -17,7 +17,8 @@ import train_sft
 from dataset.packing import Windows
 from model.weights import load_model, save_model
 from tests.conftest import make_model
-from tests.loops import metrics, record_gradients, torchrun, weights
+from tests.loops import metrics, record_gradients, weights
+from tests.ranks import forked
 from training.schedule import adamw, cosine_lr
 
 
@@ -164,9 +165,8 @@ def test_two_ranks_equal_one_process(request, tmp_path, start, script, data, lor
     )  # fmt: skip
     module = {"train_dpo": train_dpo, "train_sft": train_sft}[script]
     alone = record_gradients(module, lambda: module.main([*flags, "--out", str(tmp_path / "one")]))
-    result = torchrun(
-        2, "-m", "tests.loops", script, str(tmp_path / "two.pt"), *flags, "--out", str(tmp_path / "two")
-    )
+    two = [script, tmp_path / "two.pt", *flags, "--out", tmp_path / "two"]
+    result = forked("tests.loops", *two, ranks=2)
     assert result.returncode == 0, result.stderr
     assert_close(torch.load(tmp_path / "two.pt", weights_only=True), alone, tolerance=2e-4)
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):

@@ -11,6 +11,7 @@ from torch import nn
 from errors import InputError
 from model.attention import attention, causal_bias
 from model.config import PRESETS, ModelConfig
+from model.reward import RewardModel
 from model.rotary import rotary, rotate
 from model.stream import TokenStream
 from model.transformer import Transformer, token_logps
@@ -238,6 +239,17 @@ def test_there_is_no_dropout():
 # ---- Weights: names, tying, sizes
 
 
+@pytest.mark.parametrize("option", ["plain", "untied"])
+def test_a_reward_model_shares_the_weights_of_its_language_model(option):
+    """A copy would double the memory that a run takes while it starts."""
+    model = make_model(V, torch.float32, **MODEL_OPTIONS[option])
+    reward = RewardModel.from_language_model(model)
+    theirs = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    ours = {name: value.data_ptr() for name, value in reward.state_dict().items()}
+    assert not reward.score.weight.any() and all(p.requires_grad for p in reward.parameters())
+    assert ours.items() - {("score.weight", reward.score.weight.data_ptr())} <= theirs.items()
+
+
 def test_tied_embeddings_are_one_tensor():
     """Kept twice, they would drift apart at the first step, and a checkpoint could contradict itself."""
     tied, untied = make_model(V), make_model(V, tie_word_embeddings=False)
@@ -278,6 +290,25 @@ def test_presets_have_the_published_sizes(preset, vocab_size, parameters):
 @pytest.mark.parametrize("options, reason", [
     ({"num_attention_heads": 6, "num_key_value_heads": 4}, "num_attention_heads 6 is not a multiple"),
     ({"head_dim": 5}, "head_dim 5 is odd"),
+    ({"num_hidden_layers": 10**6}, "num_hidden_layers 1000000 is not an integer from 0 to 1024"),
+    ({"hidden_size": -16}, "hidden_size -16 is not an integer from 1"),
+    ({"intermediate_size": 0}, "intermediate_size 0 is not an integer from 1"),
+    ({"num_key_value_heads": 0}, "num_key_value_heads 0 is not an integer from 1"),
+    ({"num_key_value_heads": 2.0}, r"num_key_value_heads 2\.0 is not an integer"),
+    ({"head_dim": True}, "head_dim True is not an integer"),
+    ({"num_experts": 10**9}, "num_experts 1000000000 is not an integer from 0 to 1024"),
+    ({"rope_theta": math.nan}, "rope_theta nan is not a finite number above 0"),
+    ({"rope_theta": 10**400}, "rope_theta 1000"),
+    ({"rope_theta": "1e4"}, "rope_theta '1e4' is not a finite number"),
+    ({"rms_norm_eps": -1e-6}, "rms_norm_eps -1e-06 is not a finite number above 0"),
+    ({"router_aux_loss_coef": math.inf}, "router_aux_loss_coef inf is not a finite number"),
+    ({"tie_word_embeddings": 1}, "tie_word_embeddings 1 is not true or false"),
+    ({"rope_scaling": "linear"}, "rope_scaling 'linear' is not of type linear or llama3"),
+    ({"rope_scaling": {"rope_type": ["linear"]}}, "is not of type linear or llama3"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor of rope_scaling 0 is not a finite"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "factor of rope_scaling None is not a finite number"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
+                       "original_max_position_embeddings": 64}}, "high_freq_factor .* not above low_freq"),
 ])  # fmt: skip
 def test_impossible_shapes_are_refused(options, reason):
     """A mistake in config.json is named, not met as a reshape error ten layers down."""

@@ -25,7 +25,8 @@ from model.reward import RewardModel
 from model.transformer import FeedForward, Transformer
 from model.weights import load_model, save_model
 from tests.conftest import RAGGED, as_record, make_model, turns
-from tests.loops import metrics, record_gradients, torchrun
+from tests.loops import metrics, record_gradients
+from tests.ranks import forked
 from training.schedule import adamw
 
 # Experts, experts a token, normalised weights, size of a shared expert.
@@ -320,7 +321,7 @@ def test_two_ranks_equal_one_process(script, kind, start, write_jsonl):
     module = {"train_dpo": train_dpo, "train_sft": train_sft}[script]
     alone = record_gradients(module, lambda: module.main(flags))
     two, target = [*flags, "--out", str(start.parent / "two")], start.parent / "two.pt"
-    result = torchrun(2, "-m", "tests.loops", script, str(target), *two)
+    result = forked("tests.loops", script, target, *two, ranks=2)
     assert result.returncode == 0, result.stderr
     for one, other in zip(alone, torch.load(target, weights_only=True), strict=True):
         for a, b in zip(one, other, strict=True):

@@ -19,7 +19,8 @@ from errors import InputError
 from losses import DIVERGENCES, LOSSES
 from model.weights import load_model, save_model
 from tests.conftest import RAGGED, as_record, make_model, plain_ids, plain_logits
-from tests.loops import metrics, record_gradients, torchrun
+from tests.loops import metrics, record_gradients
+from tests.ranks import forked
 from training.distributed import World
 from training.evaluate import evaluate
 from training.objective import (
@@ -851,7 +852,7 @@ def test_two_ranks_equal_one_process_with_everything_on(run_dpo, tmp_path):
     alone = record_gradients(train_dpo, lambda: run_dpo(*flags, out="one"))
 
     def on_two_ranks(arguments):
-        result = torchrun(2, "-m", "tests.loops", "train_dpo", str(tmp_path / "two.pt"), *arguments)
+        result = forked("tests.loops", "train_dpo", tmp_path / "two.pt", *arguments, ranks=2)
         assert result.returncode == 0, result.stderr
 
     run_dpo(*flags, out="two", command=on_two_ranks)

@@ -16,7 +16,8 @@ from dataset.store import open_store
 from errors import InputError
 from model.weights import load_model, save_model
 from tests.conftest import RAGGED, as_record, make_model
-from tests.loops import metrics, record_gradients, torchrun, weights
+from tests.loops import metrics, record_gradients, weights
+from tests.ranks import forked
 from training import reference
 from training.distributed import World
 from training.objective import Objective, ObjectiveSettings
@@ -139,7 +140,7 @@ def test_two_ranks_ask_as_one(flags, tmp_path):
     [kept] = (tmp_path / "cache").glob("*/reference-*.bin")
     first = np.fromfile(kept, np.float32)
     kept.unlink()
-    result = torchrun(2, "-m", "tests.loops", "train_dpo", str(tmp_path / "two.pt"), *flags("two", *train))
+    result = forked("tests.loops", "train_dpo", tmp_path / "two.pt", *flags("two", *train), ranks=2)
     assert result.returncode == 0, result.stderr
     assert np.allclose(first, np.fromfile(kept, np.float32), rtol=0, atol=1e-5)
     for one, two in zip(alone, torch.load(tmp_path / "two.pt", weights_only=True), strict=True):

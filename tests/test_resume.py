@@ -23,7 +23,8 @@ from eval import demo
 from model.weights import load_model, save_model
 from tests.conftest import make_model
 from tests.faults import Keeping, resume_from_each_step, states, train
-from tests.loops import metrics, torchrun, weights
+from tests.loops import metrics, weights
+from tests.ranks import forked
 from tests.test_loops import CHATS, PAIRS, command_line
 from training.checkpoint import checkpoints
 from training.distributed import World
@@ -90,9 +91,8 @@ def test_what_an_objective_remembers_is_resumed(options, flags, tmp_path):
 def test_resuming_at_any_step_changes_no_bit_on_two_ranks(script, flags, tmp_path):
     """Running means that were summed over the ranks too early round otherwise; here each rank has its own."""
     arguments = flags(script, batch_size=3, micro_batch_size=1, epochs=1)
-    result = torchrun(
-        2, "-m", "tests.faults", "resume", script, str(tmp_path / "verdict"), str(tmp_path / "r"), *arguments
-    )
+    where = tmp_path / "verdict", tmp_path / "r"
+    result = forked("tests.faults", "resume", script, *where, *arguments, ranks=2)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "verdict").read_text()) == {str(step): [] for step in range(1, 5)}
 
@@ -438,9 +438,9 @@ def test_another_number_of_ranks_must_be_named_and_is_then_the_same_run(flags, t
     train(train_sft, [*flags("train_sft"), "--out", str(tmp_path / "whole")], ALONE)
     stopped(train_sft, flags("train_sft"), tmp_path / "run", after=3)
     arguments = [*flags("train_sft"), "--out", str(tmp_path / "run"), "--resume"]
-    result = torchrun(2, "train_sft.py", *arguments)
+    result = forked("train_sft", *arguments, ranks=2)
     assert result.returncode != 0 and "started otherwise: ranks 1, now 2" in result.stderr
-    result = torchrun(2, "train_sft.py", *arguments, "--override", "ranks")
+    result = forked("train_sft", *arguments, "--override", "ranks", ranks=2)
     assert result.returncode == 0, result.stderr
     alone, together = weights(tmp_path / "whole"), weights(tmp_path / "run")
     for name, value in alone.items():

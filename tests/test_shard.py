@@ -29,6 +29,7 @@ from model.weights import save_model
 from tests.conftest import make_model
 from tests.faults import digest, timeless, train
 from tests.loops import ROOT, metrics, torchrun, weights
+from tests.ranks import forked
 from tests.test_faults import faulty
 from tests.test_loops import CHATS, PAIRS, command_line
 from tests.test_weights import Evil
@@ -87,7 +88,7 @@ LOGITS = {"vocabulary-in-chunks-wpo": 2000}  # six positions of 320 tokens at on
 
 @pytest.fixture(scope="module")
 def together(request, flags, tmp_path_factory):
-    """Those cases that this run of pytest asks for, on two ranks, with copies and split: one torchrun."""
+    """Those cases that this run of pytest asks for, on two ranks, with copies and split."""
     folder = tmp_path_factory.mktemp("together")
     specs = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     asked = {params.get("case") for params in specs}
@@ -99,7 +100,7 @@ def together(request, flags, tmp_path_factory):
             job = {"script": script, "arguments": flags(out, script, **changes, **split), "held": str(out)}
             jobs.append({**job, "logits": LOGITS.get(case, 2**25)})
     (folder / "jobs").write_text(json.dumps(jobs))
-    result = torchrun(2, "-m", "tests.shards", str(folder / "jobs"), seconds=240)
+    result = forked("tests.shards", folder / "jobs", ranks=2, seconds=240)
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -176,8 +177,8 @@ def saved(flags, tmp_path_factory):
     """A split run on two ranks with a checkpoint of each step; and it again, resumed from each of them."""
     folder = tmp_path_factory.mktemp("saved")
     arguments = flags("", shard=True)[2:]
-    command = ["-m", "tests.faults", "resume", "train_dpo", str(folder / "verdict"), str(folder), *arguments]
-    result = torchrun(2, *command, seconds=200)
+    command = ["tests.faults", "resume", "train_dpo", folder / "verdict", folder, *arguments]
+    result = forked(*command, ranks=2, seconds=200)
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -222,7 +223,7 @@ def test_from_copies_to_parts_and_back(saved, flags, tmp_path):
         arguments = flags(tmp_path / name, resume=True, **how)
         jobs.append({"script": "train_dpo", "held": str(tmp_path / name), "arguments": arguments})
     (tmp_path / "jobs").write_text(json.dumps(jobs))
-    result = torchrun(2, "-m", "tests.shards", str(tmp_path / "jobs"), seconds=200)
+    result = forked("tests.shards", tmp_path / "jobs", ranks=2, seconds=200)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("going on after step 2") == 2
     for name in ("from-alone", "from-split"):
@@ -234,7 +235,7 @@ def test_from_copies_to_parts_and_back(saved, flags, tmp_path):
 def test_a_rank_that_is_killed_comes_back_to_the_same_bits(saved, flags, tmp_path):
     """kill -9 amid a step, and torchrun starts both ranks anew."""
     arguments = flags(tmp_path, shard=True, save_every=1, keep_checkpoints=1000, resume=True)
-    result = torchrun(2, *faulty("SIGKILL", 1, 2), *arguments, restarts=1)
+    result = torchrun(2, "-m", *faulty("SIGKILL", 1, 2), *arguments, restarts=1)
     assert result.returncode == 0, result.stderr
     assert "going on after step 2" in result.stdout
     assert (tmp_path / "model.pt").read_bytes() == (saved / "whole" / "model.pt").read_bytes()
@@ -243,7 +244,7 @@ def test_a_rank_that_is_killed_comes_back_to_the_same_bits(saved, flags, tmp_pat
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_saves_the_parts_of_all(saved, flags, tmp_path):
-    result = torchrun(2, *faulty("SIGTERM", 1, 2), *flags(tmp_path, shard=True, save_every=0))
+    result = torchrun(2, "-m", *faulty("SIGTERM", 1, 2), *flags(tmp_path, shard=True, save_every=0))
     assert result.returncode != 0
     assert "SIGTERM: saved after step 3; --resume goes on" in result.stdout
     (found,) = checkpoints(tmp_path / "checkpoints")
@@ -253,7 +254,7 @@ def test_a_signal_to_one_rank_saves_the_parts_of_all(saved, flags, tmp_path):
 
 @pytest.mark.slow
 def test_a_number_that_is_none_on_one_rank_stops_both(flags, tmp_path):
-    result = torchrun(2, *faulty("loss nan", 1, 2), *flags(tmp_path, shard=True, save_every=1), seconds=90)
+    result = forked(*faulty("loss nan", 1, 2), *flags(tmp_path, shard=True, save_every=1), ranks=2)
     assert result.returncode != 0
     assert result.stderr.count("FloatingPointError: step 2: ") >= 2, result.stderr
     assert step_of(checkpoints(tmp_path / "checkpoints")[0]) == 2

@@ -24,7 +24,7 @@ from tests.conftest import RAGGED, ROOT, as_record, plain_ids, turns
 def contents(store: TokenStore) -> list:
     """All that a store says, as plain lists."""
     rows = [[(ids.tolist(), mask.tolist()) for ids, mask in store.row(i)] for i in range(len(store))]
-    return [rows, store.lines.tolist(), store.targets.tolist(), store.lengths.tolist(), vars(store.report)]
+    return [rows, store.lines.tolist(), store.target_counts.tolist(), store.lengths.tolist(), vars(store.report)]
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_rows_are_the_records_in_order(tokenizer, ragged):
         for (ids, supervised), answer in zip(branches, answers, strict=True):
             assert ids.tolist() == plain_ids(tokenizer, prompt, answer)[1] and supervised.all()
         assert store.lengths[index] == sum(len(ids) for ids, _ in store.row(index))
-        assert store.targets[index] == sum(len(ids) for ids, _ in branches)
+        assert store.target_counts[index] == sum(len(ids) for ids, _ in branches)
 
 
 def test_score_margins_are_those_of_the_records(tokenizer, write_jsonl):
@@ -79,7 +79,7 @@ def test_targets_of_conversations_are_what_assistants_say(tokenizer, write_jsonl
     store = open_store(path, "conversations", tokenizer, max_length=512)
     spoken = [[m.content for m in chat if m.role == "assistant"] for chat in chats]
     expected = [sum(len(tokenizer.text(content)) + 1 for content in contents) for contents in spoken]
-    assert store.targets.tolist() == expected
+    assert store.target_counts.tolist() == expected
     stream = build_stream(store, range(3))
     assert stream.lengths().tolist() == expected and len(stream.targets) == sum(expected)
 

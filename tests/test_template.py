@@ -116,7 +116,7 @@ def test_marks_of_what_is_generated_change_nothing():
 
 
 def test_chatml_writes_what_its_jinja_writes():
-    """Ours stands twice, as joints and as the Jinja template that goes into an export."""
+    """Ours stands twice, as separators and as the Jinja template that goes into an export."""
     other = CHATML.source.replace("'role'", "'role' ")
     assert read_template(other, {}, CONTROLS) == replace(CHATML, source=other)
 
@@ -125,13 +125,13 @@ def test_chatml_writes_what_its_jinja_writes():
     ("{% for m in messages %}", "the chat template fails"),
     ("{{ raise_exception('never') }}", "the chat template fails: never"),
     ("{{ messages[0].content.__class__.__mro__ }}", "the chat template fails"),
-    (jinja("{{ m.content | upper }}", ""), "leaves out or moves the user text"),
-    (jinja("{{ m.role + m.content + '\n' }}", "{{ 'assistant' }}"), "no control token ends an answer"),
-    (jinja(CHATML_TURN, "{{ '<|im_start|>assistant\\n<think>\\n' }}"), "asks with .* and writes answers"),
+    (jinja("{{ m.content | upper }}", ""), "leaves out, changes or moves the user message"),
+    (jinja("{{ m.role + m.content + '\n' }}", "{{ 'assistant' }}"), "expected a control token"),
+    (jinja(CHATML_TURN, "{{ '<|im_start|>assistant\\n<think>\\n' }}"), "prompts a response with .*, but writes"),
     (jinja("{% if loop.index == 5 %}!{% endif %}" + CHATML_TURN, "{{ '<|im_start|>assistant\\n' }}"),
-     "is no row of joints"),
+     "does more than put separators"),
 ])  # fmt: skip
-def test_what_is_no_row_of_joints_is_refused(source, reason):
+def test_more_than_separators_is_refused(source, reason):
     """Approximated, it would train on a conversation that the model is never asked in."""
     with pytest.raises(InputError, match=reason):
         read_template(source, SPECIALS, CONTROLS)
@@ -148,7 +148,7 @@ def test_a_system_text_that_moves_is_not_guessed():
     )
     template = read_template(moving, SPECIALS, CONTROLS)
     assert template == replace(CHATML, before_system=None, system_to_user=None, source=moving)
-    with pytest.raises(InputError, match="no place of its own for a system text"):
+    with pytest.raises(InputError, match="no place for a system message"):
         template.write(turns("Hi", system="Short."))
 
 

@@ -214,7 +214,7 @@ def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("content, reason", [
-    (None, "no tokenizer there"),
+    (None, "the tokenizer cannot be read"),
     (b"", "not a tokenizer.json"),
     (b"[]", "not a tokenizer.json"),
     (b"{}", "not a tokenizer.json"),

@@ -56,7 +56,7 @@ def cache_reference(
     torch_dtype = torch.promote_types(model.norm.weight.dtype, torch.float32)
     dtype = torch.empty(0, dtype=torch_dtype).numpy().dtype
     products = precision.name, torch.get_float32_matmul_precision(), world.device.type
-    key = [weights_hash(model), model.config.to_dict(), layout, *products]
+    key = [store.fingerprint, weights_hash(model), model.config.to_dict(), layout, *products]
     path = store.folder / f"reference-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.bin"
     # Ranks compute together or not at all, even if another run is writing the file just now.
     if world.sum(torch.tensor(float(not path.exists()), device=world.device)).item():
@@ -82,6 +82,6 @@ def token_logps(
         with precision.autocast():
             logps = model(build_stream(store, mine, layout).to(world.device))
         chunk = logps.new_zeros(ends[rows.stop] - ends[start])
-        for row, part in zip(mine, logps.split(store.targets[mine].tolist()), strict=True):
+        for row, part in zip(mine, logps.split(store.target_counts[mine].tolist()), strict=True):
             chunk[ends[row] - ends[start] : ends[row + 1] - ends[start]] = part
         yield world.sum(chunk).cpu().numpy()
