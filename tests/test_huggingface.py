@@ -5,6 +5,7 @@
 
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -17,13 +18,14 @@ import train_sft
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError
 from model import export as module
-from model.config import ModelConfig
+from model import huggingface
+from model.config import SCALING, ModelConfig
 from model.export import export, export_adapter
 from model.lora import add_adapters
 from model.rotary import scaled
 from model.transformer import Transformer
 from model.weights import load_model, save_model
-from tests.conftest import MODEL_OPTIONS, make_model
+from tests.conftest import MODEL_OPTIONS, ROOT, make_model
 from tests.test_model import all_logits, one_stream
 
 V = 50
@@ -91,6 +93,20 @@ FAMILIES = {
         dict(rope_theta=1e6, qk_norm=True, head_dim=6),
     ),
 }  # fmt: skip
+
+
+def test_the_tables_of_families_and_options_are_as_the_code():
+    """Families that load, and options that are refused otherwise. When this fails, correct docs/MODELS.md."""
+    text = (ROOT / "docs" / "MODELS.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", text, re.M)
+    assert rows == [(family, name) for family, (name, _) in huggingface.FAMILIES.items()]
+
+    def shown(values: tuple) -> str:
+        return ", ".join(f"`{json.dumps(value)}`" for value in values).replace('"', "")
+
+    wanted = "\n".join(f"| `{option}` | {shown(values)} |" for option, values in huggingface.ONLY.items())
+    assert wanted in text, f"docs/MODELS.md lacks:\n{wanted}"
+    assert all(f"`{kind}`" in text for kind in SCALING)
 
 
 def write_folder(folder, theirs: dict, model: Transformer, dtype=torch.float32, shards=1):

@@ -15,7 +15,7 @@ from model.reward import RewardModel
 from model.rotary import rotary, rotate
 from model.stream import TokenStream
 from model.transformer import Transformer, token_logps
-from tests.conftest import MODEL_OPTIONS, make_model, plain_logits
+from tests.conftest import MODEL_OPTIONS, ROOT, make_model, plain_logits
 from training.schedule import adamw
 
 V = 50
@@ -285,6 +285,31 @@ def test_presets_have_the_published_sizes(preset, vocab_size, parameters):
     with torch.device("meta"):
         model = Transformer(ModelConfig(vocab_size, **PRESETS[preset]))
     assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def preset_row(name: str) -> str:
+    """The row of a preset in docs/MODELS.md."""
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(2, **PRESETS[name]))
+    c, defaults = model.config, ModelConfig(2)
+    vocabulary = ("embed_tokens.weight", "lm_head.weight")
+    count = sum(p.numel() for n, p in model.named_parameters() if n not in vocabulary)
+    shown = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    shown += ("intermediate_size", "moe_intermediate_size")
+    options = ", ".join(
+        f"`{key}` {str(value).lower() if isinstance(value, bool) else format(value, ',.0f')}"
+        for key, value in PRESETS[name].items()
+        if key not in shown and value != getattr(defaults, key)
+    )
+    sizes = c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.num_key_value_heads
+    width = c.moe_intermediate_size if c.num_experts else c.intermediate_size
+    return f"| `{name}` | {count:,} | {' | '.join(map(str, sizes))} | {width} | {options} |"
+
+
+def test_the_table_of_presets_is_as_the_code():
+    """A table kept by hand drifts. When this fails, paste what it prints."""
+    rows = "\n".join(map(preset_row, PRESETS))
+    assert rows in (ROOT / "docs" / "MODELS.md").read_text("utf-8"), f"docs/MODELS.md lacks:\n{rows}"
 
 
 @pytest.mark.parametrize("options, reason", [
