@@ -74,7 +74,7 @@ def train(settings: Settings, world, run) -> None:
     # ---- the two models: the policy learns, the reference remembers where it started
     model = load_model(settings.model, first_device(world, settings.shard))
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
-    model.config.admit(tokenizer.vocab_size, settings.max_length)
+    model.config.check_fits(tokenizer.vocab_size, settings.max_length)
     if settings.fused_attention:
         model.fuse_attention(world.device)
     if settings.lora_rank:

@@ -61,6 +61,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     language_model = load_model(settings.model, first_device(world, settings.shard))
     model = RewardModel.from_language_model(language_model)
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
+    model.config.check_fits(tokenizer.vocab_size, settings.max_length)
     model.checkpoint_activations = settings.checkpoint_activations
     if settings.fused_attention:
         model.fuse_attention(world.device)

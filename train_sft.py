@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
 def train(settings: Settings, world, run) -> None:
     # ---- the model
     model, tokenizer = start_model(settings, first_device(world, settings.shard))
-    model.config.admit(tokenizer.vocab_size, settings.max_length)
+    model.config.check_fits(tokenizer.vocab_size, settings.max_length)
     if settings.lora_rank:
         add_adapters(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
     model.checkpoint_activations = settings.checkpoint_activations

@@ -13,7 +13,7 @@ from errors import InputError
 from files import write_whole
 from model.config import PRESETS, ModelConfig
 from model.transformer import Transformer
-from model.weights import load_model, read_json
+from model.weights import load_model, read_json, require_folder
 from training.settings import SAMPLE
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
@@ -35,7 +35,7 @@ def load_model_and_tokenizer(
     """
     model = load_model(folder, device, model_class).eval().requires_grad_(False)
     tokenizer = ChatTokenizer(Path(folder) / "tokenizer.json")
-    model.config.admit(tokenizer.vocab_size)
+    model.config.check_fits(tokenizer.vocab_size)
     return model, tokenizer
 
 
@@ -81,8 +81,9 @@ def print_note(text: str) -> None:
 def run_settings(folder: str | Path) -> dict:
     """The settings of the run that wrote a model folder; {} for a folder from Hugging Face.
 
-    Raises `InputError` if the folder has no readable config.json.
+    Raises `InputError` if the folder is missing or has no readable config.json.
     """
+    require_folder(Path(folder))
     settings = read_json(Path(folder) / "config.json").get("settings")
     return settings if isinstance(settings, dict) else {}
 
@@ -95,7 +96,7 @@ def length_limit(asked: int, folder: str | Path, config: ModelConfig) -> int:
     length = asked or run_settings(folder).get("max_length")
     if not isinstance(length, int) or length < 1:
         length = min(LONGEST, config.max_position_embeddings, config.sliding_window or LONGEST)
-    config.admit(length=length)
+    config.check_fits(length=length)
     return length
 
 

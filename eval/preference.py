@@ -82,7 +82,7 @@ def measure(settings: Settings, world: World) -> dict[str, float]:
     reference_folder = settings.reference or starting_model(settings.model, "--reference")
     policy, reference, tokenizer = load_policy_and_reference(settings.model, reference_folder, world.device)
     length = length_limit(settings.max_length, settings.model, policy.config)
-    reference.config.admit(length=length)
+    reference.config.check_fits(length=length)
     precision = Precision(settings.precision, world.device)
     if world.is_main:
         models = {settings.model: policy, reference_folder: reference}

@@ -133,12 +133,12 @@ def test_incomplete_requests_are_refused(flags, reason):
 def test_a_language_model_cannot_score(tokenizer, ragged, tmp_path):
     save_model(tmp_path / "language", make_model(tokenizer.vocab_size).float())
     tokenizer.save(tmp_path / "language")
-    with pytest.raises(InputError, match="holds a language model, not a reward model"):
+    with pytest.raises(InputError, match="contains a language model, not a reward model"):
         run_score(tmp_path / "language", ragged, tmp_path / "out.jsonl")
 
 
 @pytest.mark.parametrize("config, length, reason", [
-    ({"sliding_window": 64}, 65, "65 tokens do not fit into this model's sliding window of 64"),
+    ({"sliding_window": 64}, 65, "65 tokens do not fit into the model's sliding window of 64"),
     ({"sliding_window": 64}, 64, ""),
     ({}, 65, ""),
 ])  # fmt: skip
