@@ -31,7 +31,7 @@ def renderer(source: str, specials: dict[str, str], conversations: list[list[Mes
     eos_token, …, which the template may use. The function raises `InputError` where the template fails.
     """
     if importlib.util.find_spec("jinja2") is None:
-        raise InputError("chat templates need jinja2, of the extra `hf`: pip install jinja2")
+        raise InputError("chat templates need jinja2: pip install jinja2")
     turns = [[{"role": m.role, "content": m.content} for m in messages] for messages in conversations]
     results = iter(_render_elsewhere(json.dumps([source, specials, turns, SECONDS])))
     texts = {tuple(messages): next(results) for messages in conversations}

@@ -142,9 +142,9 @@ def test_folders_tell_what_they_hold(tmp_path, tokenizer):
     save_model(tmp_path / "reward", reward)
     again = load_model(tmp_path / "reward", model_class=RewardModel)
     assert all(torch.equal(again.state_dict()[name], value) for name, value in reward.state_dict().items())
-    with pytest.raises(InputError, match="reward holds a reward model, not a language model"):
+    with pytest.raises(InputError, match="reward contains a reward model, not a language model"):
         load_model(tmp_path / "reward")
-    with pytest.raises(InputError, match="language holds a language model, not a reward model"):
+    with pytest.raises(InputError, match="language contains a language model, not a reward model"):
         load_model(tmp_path / "language", model_class=RewardModel)
     # Folders that were written before there were reward models hold language models.
     config = json.loads((tmp_path / "language" / "config.json").read_text())

@@ -191,7 +191,7 @@ def test_a_system_text_that_moves_is_not_guessed():
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert read_template(CHATML.source, {}, CONTROLS) is CHATML  # A run of ours needs no Jinja.
-    with pytest.raises(InputError, match="of the extra `hf`: pip install jinja2"):
+    with pytest.raises(InputError, match="need jinja2: pip install jinja2"):
         read_template(QWEN, {}, CONTROLS)
 
 

@@ -350,8 +350,8 @@ MUTANTS = [
         "ignore_index=0 is a habit; 0 is a token like any other, and its log-prob is lost.",
         "model.transformer",
         "token_logps",
-        'F.cross_entropy(logits, targets, reduction="none")',
-        'F.cross_entropy(logits, targets, reduction="none", ignore_index=0)',
+        'F.cross_entropy(at_least_float32(logits), targets, reduction="none")',
+        'F.cross_entropy(at_least_float32(logits), targets, reduction="none", ignore_index=0)',
         MODEL + "test_token_logps_are_finite_at_the_extremes",
     ),
     Mutant(

@@ -3,6 +3,7 @@
 from tests.planted.mutant import Mutant
 
 REWARD = "tests/test_reward.py::"
+SCORE = "tests/test_score.py::"
 RESUME = "tests/test_resume.py::"
 
 MUTANTS = [
@@ -48,7 +49,7 @@ MUTANTS = [
         "Autocast rounds the head's product to bf16, and close answers tie.",
         "model.reward",
         "RewardModel.forward",
-        "(hidden.to(torch.promote_types(hidden.dtype, torch.float32)) * self.score.weight).sum(dim=-1)",
+        "(at_least_float32(hidden) * self.score.weight).sum(dim=-1)",
         "self.score(hidden)[:, 0].float()",
         REWARD + "test_rewards_are_float32_under_autocast",
     ),
