@@ -24,12 +24,20 @@ from dataset.store import open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import run_script
 from model.lora import WithoutAdapters, add_adapters, trained_part
+from model.moe import router_loss
 from model.transformer import compile_layers
-from model.weights import load_model, save_model, weights_hash
-from training.distributed import exchange_gradients, first_device, gather, join, wrap
+from model.weights import load_model, weights_hash
+from training.distributed import exchange_gradients, first_device, join, wrap
 from training.evaluate import evaluate
 from training.metrics import Meter, MetricsLog
-from training.objective import Objective, ObjectiveSettings, Pairs, no_reference, pair_metrics
+from training.objective import (
+    Objective,
+    ObjectiveSettings,
+    Pairs,
+    no_reference,
+    pair_metrics,
+    wpo_pair_weights,
+)
 from training.precision import Precision
 from training.reference import REFERENCES, cache_reference, cached_reference, check_reference
 from training.run import RunFolder
@@ -60,8 +68,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def train(settings: Settings, world, run) -> None:
-    if run.is_finished():
-        return
     objective = Objective(settings)  # what is minimised: DPO's loss, unless other flags say otherwise
     check_reference(settings.reference, objective)
 
@@ -82,7 +88,6 @@ def train(settings: Settings, world, run) -> None:
     else:
         reference = wrap(copy.deepcopy(model).eval().requires_grad_(False), world, settings.shard)
     model.checkpoint_activations = settings.checkpoint_activations
-    model.count_collisions = settings.wpo
     policy = wrap(model, world, settings.shard)
     if settings.compile:
         compile_layers(model, reference)
@@ -114,6 +119,8 @@ def train(settings: Settings, world, run) -> None:
     if objective.moves_reference:
         state["reference"] = reference  # TR-DPO's is no longer the model of --model.
     first_step = run.begin(state, weights_hash(model), pairs.fingerprint, tokenizer.fingerprint)
+    if first_step is None:  # --resume finds the run finished
+        return
     log = MetricsLog(Path(settings.out), world, first_step, total_steps, unit="pairs")
 
     def evaluate_now(step: int) -> None:
@@ -135,17 +142,18 @@ def train(settings: Settings, world, run) -> None:
             stream = build_stream(pairs, rows, settings.layout).to(world.device)
             with exchange_gradients(policy, when=number == len(micro_batches)):
                 with precision.autocast():
-                    policy_logps = policy(stream)  # (N,) log pi(y_t | x, y_<t)
-                    aux_loss = model.aux_loss()  # how unevenly the policy loads its experts; 0 if it has none
-                    collisions = model.collisions  # (N,) log sum over v of pi(v | x, y_<t)^2, for WPO alone
+                    balances: list[torch.Tensor] = []  # one for each layer of experts
+                    policy_logps = policy(stream, balances)  # (N,) log pi(y_t | x, y_<t)
+                    pair_weights = wpo_pair_weights(model, stream, policy_logps) if settings.wpo else None
                     with torch.no_grad():
                         reference_logps = reference(stream)  # (N,)
 
                 # A response's log-prob is the sum over its tokens: (N,) to (B,) for each side and model. DPO:
                 # -log sigmoid(beta [(policy - reference)(chosen) - (policy - reference)(rejected)])
                 labels = pairs.score_margins[rows]  # (B,), which only --loss soft looks at
-                batch = Pairs.of(stream, policy_logps, reference_logps, labels, collisions)
+                batch = Pairs.of(stream, policy_logps, reference_logps, labels, pair_weights)
                 losses = objective(batch, training=True)  # (B,)
+                aux_loss = torch.as_tensor(router_loss(balances), device=world.device)
                 # A mean over the window, however it was dealt: each pair carries the balance of its stream.
                 # Ranks' gradients are averaged, hence `ranks`.
                 total = (losses + model.config.router_aux_loss_coef * aux_loss).sum()
@@ -169,12 +177,8 @@ def train(settings: Settings, world, run) -> None:
             evaluate_now(done)
         run.save_when_due(done)
 
-    gather(model, world)  # if it was split
-    if world.is_main:
-        tokenizer.save(Path(settings.out))
-        save_model(Path(settings.out), model, settings=settings.to_dict())
     log.close()
-    run.finish()
+    run.finish(model, tokenizer)
 
 
 if __name__ == "__main__":

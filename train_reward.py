@@ -33,11 +33,12 @@ from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script
 from files import write_whole
 from losses import bradley_terry_loss, reward_metrics
+from model.moe import router_loss
 from model.reward import RewardModel
 from model.stream import sides
 from model.transformer import compile_layers
-from model.weights import load_model, save_model, weights_hash
-from training.distributed import World, exchange_gradients, first_device, gather, join, wrap
+from model.weights import load_model, weights_hash
+from training.distributed import World, exchange_gradients, first_device, join, wrap
 from training.metrics import Meter, MetricsLog
 from training.precision import Precision
 from training.run import RunFolder
@@ -77,9 +78,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def train(settings: Settings, world: World, run: RunFolder) -> None:
-    if run.is_finished():
-        return
-
     # ---- the model: what the language model knows, and a head that knows nothing yet
     language_model = load_model(settings.model, first_device(world, settings.shard))
     model = RewardModel.from_language_model(language_model)
@@ -105,6 +103,8 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     # ---- what a checkpoint holds, and where an interrupted run goes on
     state = {"model": model, "optimizer": optimizer, "precision": precision, "meter": meter}
     first_step = run.begin(state, weights_hash(model), pairs.fingerprint, tokenizer.fingerprint)
+    if first_step is None:  # --resume finds the run finished
+        return
     log = MetricsLog(Path(settings.out), world, first_step, total_steps, unit="pairs")
 
     def evaluate_now(step: int) -> None:
@@ -125,8 +125,9 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
             stream = build_stream(pairs, rows, settings.layout).to(world.device)
             with exchange_gradients(reward, when=number == len(micro_batches)):
                 with precision.autocast():
-                    chosen_rewards, rejected_rewards = sides(reward(stream))  # r(x, y), twice (B,)
-                aux_loss = model.aux_loss()  # how unevenly the experts are loaded; 0 for a dense model
+                    balances: list[Tensor] = []  # one for each layer of experts
+                    chosen_rewards, rejected_rewards = sides(reward(stream, balances))  # r(x, y), twice (B,)
+                aux_loss = torch.as_tensor(router_loss(balances), device=world.device)
                 losses = bradley_terry_loss(chosen_rewards, rejected_rewards)
                 # A mean over the window, however it was dealt: each pair carries the balance of its stream.
                 # Ranks' gradients are averaged, hence `ranks`.
@@ -150,12 +151,8 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
             evaluate_now(done)
         run.save_when_due(done)
 
-    gather(model, world)  # if it was split
-    if world.is_main:
-        tokenizer.save(Path(settings.out))
-        save_model(Path(settings.out), model, settings=settings.to_dict())
     log.close()
-    run.finish()
+    run.finish(model, tokenizer)
 
 
 def open_pairs(path: str, tokenizer: ChatTokenizer, settings: Settings, world: World) -> TokenStore:

@@ -18,9 +18,10 @@ from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script
 from model.config import PRESETS, ModelConfig
 from model.lora import add_adapters, trained_part
+from model.moe import router_loss
 from model.transformer import Transformer, compile_layers
-from model.weights import load_model, save_model, weights_hash
-from training.distributed import exchange_gradients, first_device, gather, join, wrap
+from model.weights import load_model, weights_hash
+from training.distributed import exchange_gradients, first_device, join, wrap
 from training.metrics import Meter, MetricsLog
 from training.precision import Precision
 from training.run import RunFolder
@@ -50,9 +51,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def train(settings: Settings, world, run) -> None:
-    if run.is_finished():
-        return
-
     # ---- the model
     model, tokenizer = start_model(settings, first_device(world, settings.shard))
     model.config.admit(tokenizer.vocab_size, settings.max_length)
@@ -84,6 +82,8 @@ def train(settings: Settings, world, run) -> None:
     # ---- what a checkpoint holds, and where an interrupted run goes on
     state = {"model": trained_part(model), "optimizer": optimizer, "precision": precision, "meter": meter}
     first_step = run.begin(state, weights_hash(model), conversations.fingerprint, tokenizer.fingerprint)
+    if first_step is None:  # --resume finds the run finished
+        return
     log = MetricsLog(Path(settings.out), world, first_step, total_steps, unit="conversations")
 
     for step in range(first_step, total_steps):
@@ -100,8 +100,9 @@ def train(settings: Settings, world, run) -> None:
             stream = build_stream(conversations, rows).to(world.device)
             with exchange_gradients(policy, when=number == len(micro_batches)):
                 with precision.autocast():
-                    losses = -policy(stream)  # (N,) -log pi(y_t | x, y_<t)
-                aux_loss = model.aux_loss()  # how unevenly the experts are loaded; 0 for a dense model
+                    balances: list[torch.Tensor] = []  # one for each layer of experts
+                    losses = -policy(stream, balances)  # (N,) -log pi(y_t | x, y_<t)
+                aux_loss = torch.as_tensor(router_loss(balances), device=world.device)
                 # A mean over the window's tokens, however they were dealt: a mean of micro-batch means would
                 # weigh the tokens of short batches more. Each token carries the balance of its stream, too.
                 # Ranks' gradients are averaged, hence `ranks`.
@@ -125,12 +126,8 @@ def train(settings: Settings, world, run) -> None:
             log.write(done, {"eval_loss": loss})
         run.save_when_due(done)
 
-    gather(model, world)  # if it was split
-    if world.is_main:
-        tokenizer.save(Path(settings.out))
-        save_model(Path(settings.out), model, settings=settings.to_dict())
     log.close()
-    run.finish()
+    run.finish(model, tokenizer)
 
 
 def start_model(settings: Settings, device: torch.device) -> tuple[Transformer, ChatTokenizer]:

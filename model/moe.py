@@ -14,8 +14,7 @@ class MixtureOfExperts(nn.Module):
 
         y = sum over chosen e of w_e FFN_e(x),  w = softmax(W x) of the chosen, divided by their sum if asked
 
-    With a shared expert every token also gets sigmoid(v x) FFN_shared(x) (Qwen2-MoE). `balance` is the
-    load-balancing loss of the last forward.
+    With a shared expert every token also gets sigmoid(v x) FFN_shared(x) (Qwen2-MoE).
     """
 
     def __init__(self, config, feed_forward: type[nn.Module]):
@@ -28,9 +27,9 @@ class MixtureOfExperts(nn.Module):
         )
         self.shared_expert = feed_forward(config.hidden_size, shared_size) if shared_size else None
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if shared_size else None
-        self.balance: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, d) to (T, d), and the layer's load-balancing loss, a scalar."""
         logits = self.gate(x)  # (T, E)
         # At least float32 whatever the autocast, as in Mixtral: the balance sums over thousands of these.
         probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
@@ -38,7 +37,6 @@ class MixtureOfExperts(nn.Module):
         if self.normalized:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         counts = chosen.flatten().bincount(minlength=len(self.experts))  # (E,)
-        self.balance = load_balance(probabilities, counts)
 
         # The T k choices, expert by expert; every expert is called, also without a token: its gradient is
         # then zeros and not None, for which other ranks would wait.
@@ -51,7 +49,12 @@ class MixtureOfExperts(nn.Module):
         y = (weights[..., None] * outputs).sum(dim=1)  # (T, d)
         if self.shared_expert is not None:
             y = y + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
-        return y
+        return y, load_balance(probabilities, counts)
+
+
+def router_loss(balances: list[Tensor]) -> Tensor | float:
+    """The mean of the layers' load-balancing losses; 0.0 for a dense model, whose list is empty."""
+    return torch.stack(balances).mean() if balances else 0.0
 
 
 def load_balance(probabilities: Tensor, counts: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ class RewardModel(Transformer):
         reward.load_state_dict({**weights, "score.weight": reward.score.weight}, strict=True)
         return reward
 
-    def forward(self, stream: TokenStream) -> Tensor:
+    def forward(self, stream: TokenStream, balances: list[Tensor] | None = None) -> Tensor:
         """r(x, y), read at the last token of each response, which has seen it all: (R,), at least float32."""
-        hidden = self.hidden_of(stream)[stream.last_tokens()]  # (R, d)
+        hidden = self.hidden_of(stream, balances)[stream.last_tokens()]  # (R, d)
         # A dot product written out: autocast would round a matrix product to bf16, and close rewards tie.
         return (hidden.to(torch.promote_types(hidden.dtype, torch.float32)) * self.score.weight).sum(dim=-1)

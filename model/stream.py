@@ -30,13 +30,14 @@ class TokenStream:
     targets: Tensor  # (N,) the supervised token's id
     owners: Tensor  # (N,) which response it belongs to: 2 * pair + (0 chosen, 1 rejected)
     responses: int  # R, so that a response keeps its place in a sum even when a rank holds none
-    reference_logps: Tensor | None = None  # (N,) of the targets, where the reference was asked beforehand
+    reference_logps: Tensor | None = None  # (N,) log pi_ref of the targets, if computed before training
+    score_margins: Tensor | None = None  # (B,) score_chosen - score_rejected; NaN for a pair without scores
 
     def to(self, device) -> "TokenStream":
-        """The same stream on another device. `segments` drive a Python loop, so they never leave the CPU."""
+        """The same stream on another device. `segments` drive a Python loop, so they stay on the CPU."""
         names = [f.name for f in fields(self) if f.name not in ("segments", "responses")]
         here = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return replace(self, **{name: x.to(device, non_blocking=True) for name, x in here.items()})
+        return replace(self, **{name: move(x, torch.device(device)) for name, x in here.items()})
 
     def sum_by_response(self, token_logps: Tensor) -> Tensor:
         """log pi(y | x) = sum over t of log pi(y_t | x, y_<t): (N,) token log-probs to (R,) sums."""
@@ -124,6 +125,17 @@ class TokenStream:
             else:
                 runs.append(tree)
         return runs
+
+
+def move(x: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; the copy is asynchronous only to CUDA.
+
+    CUDA reads a CPU tensor from pinned memory: an unpinned one would be copied while the program waits. On
+    other devices an asynchronous copy may read memory that is already freed (Apple's MPS).
+    """
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def sides(values: Tensor) -> tuple[Tensor, Tensor]:

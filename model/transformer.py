@@ -6,6 +6,7 @@ between them is a bug. Modules are named as in Hugging Face's Llama, so that che
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from model.config import ModelConfig
 from model.moe import MixtureOfExperts
 from model.stream import TokenStream
 
-LOGITS = 2**25  # scores held at once, 128 MB of float32: of 5,200 positions at 6,400 tokens, 220 at 152,000
+MAX_LOGITS = 2**25  # scores in one chunk, 128 MB of float32: 5,200 positions of 6,400 tokens, 220 of 152,000
 
 
 class Transformer(nn.Module):
@@ -30,10 +31,8 @@ class Transformer(nn.Module):
         self.config = config
         self.checkpoint_activations = False  # keep only what enters a layer, and compute it again in backward
         self.fused_attention = False  # one call for the whole stream: see fuse_attention()
-        self.count_collisions = False  # keep `collision_logps` of each forward, which WPO asks for
-        self.collisions: Tensor | None = None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -60,44 +59,52 @@ class Transformer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, stream: TokenStream) -> Tensor:
+    def forward(self, stream: TokenStream, balances: list[Tensor] | None = None) -> Tensor:
         """log pi(y_t | x, y_<t) of every supervised token, (N,), float32 (float64 for a float64 model).
 
-        What else a loss may ask of the same forward stays on the model until the next one: `aux_loss()` and,
-        with `count_collisions`, `collisions`.
+        Each layer of experts appends its load-balancing loss, a scalar, to `balances`.
         """
-        # Only the positions that predict a supervised token meet the vocabulary matrix.
-        hidden, targets = self.hidden_of(stream)[stream.predictors], stream.targets  # (N, d), (N,)
-        positions = max(1, LOGITS // self.config.vocab_size)
+        # Only the positions that predict a supervised token are multiplied by the vocabulary matrix.
+        hidden, targets = self.hidden_of(stream, balances)[stream.predictors], stream.targets  # (N, d), (N,)
+        positions = self.positions_at_once()
         if len(targets) <= positions:
-            found = self.predict(hidden, targets)
-        else:
-            # Chunk by chunk, and again in backward: no (N, V) tensor is ever there.
-            parts = zip(hidden.split(positions), targets.split(positions), strict=True)
-            chunks = [again_in_backward(self.predict, *part) for part in parts]
-            found = [torch.cat(values) for values in zip(*chunks, strict=True)]
-        self.collisions = found[1] if self.count_collisions else None  # (N,)
-        return found[0]
+            return self.predict(hidden, targets)
+        # Each chunk is computed again in backward, so a tensor of shape (N, V) never exists.
+        parts = zip(hidden.split(positions), targets.split(positions), strict=True)
+        return torch.cat([recompute_in_backward(self.predict, *part) for part in parts])
 
-    def predict(self, hidden: Tensor, targets: Tensor) -> list[Tensor]:
-        """log pi of the targets, (N,), from the states before them, (N, d); and the collisions' if asked."""
-        logits = self.logits(hidden)  # (N, V)
-        logps = token_logps(logits, targets)
-        return [logps, collision_logps(logits)] if self.count_collisions else [logps]
+    def predict(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """log pi of the targets, (N,), from the hidden states that predict them, (N, d)."""
+        return token_logps(self.logits(hidden), targets)
 
-    def hidden_of(self, stream: TokenStream) -> Tensor:
+    def log_distributions(self, stream: TokenStream) -> Iterator[Tensor]:
+        """log pi(. | x, y_<t) at each predictor, at least float32, in chunks of (<= MAX_LOGITS / V, V)."""
+        for hidden in self.hidden_of(stream)[stream.predictors].split(self.positions_at_once()):
+            logits = self.logits(hidden)
+            yield logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+
+    def positions_at_once(self) -> int:
+        """How many positions have at most MAX_LOGITS scores together."""
+        return max(1, MAX_LOGITS // self.config.vocab_size)
+
+    def hidden_of(self, stream: TokenStream, balances: list[Tensor] | None = None) -> Tensor:
         """Final hidden states of a stream, (T, d)."""
-        return self.hidden(stream.tokens, stream.positions, stream.fused if self.fused_attention else stream)
+        context = stream.fused if self.fused_attention else stream
+        return self.hidden(stream.tokens, stream.positions, context, balances)
 
-    def hidden(self, tokens: Tensor, positions: Tensor, context) -> Tensor:
-        """Final hidden states, (T, d). `context.attend` decides who sees whom: a stream or a KV cache."""
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, context, balances: list[Tensor] | None = None
+    ) -> Tensor:
+        """Final hidden states, (T, d). `context.attend` computes attention: a stream or a KV cache."""
         x = self.embed_tokens(tokens)  # (T, d)
         rotation = rotary(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         for layer in self.layers:
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = again_in_backward(layer, x, rotation, context)
+                x, balance = recompute_in_backward(layer, x, rotation, context)
             else:
-                x = layer(x, rotation, context)
+                x, balance = layer(x, rotation, context)
+            if balances is not None and balance is not None:
+                balances.append(balance)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -112,27 +119,27 @@ class Transformer(nn.Module):
             raise InputError("--fused-attention: FlexAttention has no backward but on CUDA")
         self.fused_attention = True
 
-    def aux_loss(self) -> Tensor:
-        """The load-balancing loss of the last forward, a scalar: mean over layers, 0 for a dense model."""
-        if not self.config.num_experts:
-            return torch.zeros((), device=self.norm.weight.device)
-        return torch.stack([layer.mlp.balance for layer in self.layers]).mean()
 
-
-class Block(nn.Module):
+class Layer(nn.Module):
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.self_attn = Attention(config, index)
-        if config.num_experts:
+        self.has_experts = config.num_experts > 0
+        if self.has_experts:
             self.mlp = MixtureOfExperts(config, FeedForward)
         else:
             self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], context) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], context) -> tuple[Tensor, Tensor | None]:
+        """(T, d) to (T, d), and the load-balancing loss of the experts: a scalar, None in a dense layer."""
+        # Returned rather than appended to a list: a recomputed layer would append it twice, and FSDP copies
+        # the lists that are passed to a layer.
         x = x + self.self_attn(self.input_layernorm(x), rotation, context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        h = self.post_attention_layernorm(x)
+        y, balance = self.mlp(h) if self.has_experts else (self.mlp(h), None)
+        return x + y, balance
 
 
 class Attention(nn.Module):
@@ -187,7 +194,7 @@ def compile_layers(*models) -> None:
                 layer.compile(dynamic=True)
 
 
-def again_in_backward(function, *arguments):
+def recompute_in_backward(function, *arguments):
     """The same values and gradients, for a second forward instead of the memory of what lies between."""
     # There is no dropout, so no state of a random generator is worth keeping.
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -232,10 +239,3 @@ def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return -F.cross_entropy(logits, targets, reduction="none")
-
-
-@torch.no_grad()
-def collision_logps(logits: Tensor) -> Tensor:
-    """log sum over v of pi(v)^2, the log-prob that two draws are one token: (N, V) to (N,), no gradient."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (2 * logits).logsumexp(dim=-1) - 2 * logits.logsumexp(dim=-1)

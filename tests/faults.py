@@ -28,7 +28,7 @@ from training.settings import parse
 class Keeping(RunFolder):
     """A run folder that keeps the checkpoints of a finished run, to be looked at."""
 
-    def finish(self) -> None:
+    def remove_checkpoints(self) -> None:
         pass
 
 

@@ -82,7 +82,7 @@ def weigh(module, held: dict[str, int], live: LiveBytes) -> None:
 def run(job: dict, world: World) -> None:
     """Train as a job says: its script, its arguments, where it says what it held, and scores held at once."""
     module = importlib.reload(importlib.import_module(job["script"]))
-    model.transformer.LOGITS = job.get("logits", 2**25)
+    model.transformer.MAX_LOGITS = job.get("logits", 2**25)
     held: dict[str, int] = {}
     with LiveBytes() as live:
         weigh(module, held, live)

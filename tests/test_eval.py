@@ -21,10 +21,10 @@ from eval import chat, demo, judge, preference, report
 from eval.common import load_speaker
 from eval.judge import Reply, compare, win_interval
 from eval.verdict import Verdict
+from model import transformer
 from model.weights import save_model
 from tests.conftest import RAGGED, TEXTS, as_record, make_model, plain_ids, plain_logits
 from tests.loops import ROOT, torchrun
-from training import evaluate as evaluation
 from training.distributed import World
 from training.evaluate import evaluate, evaluate_kl
 from training.objective import Objective, ObjectiveSettings
@@ -143,7 +143,7 @@ def test_kl_is_that_of_a_plain_loop(pairs, tokenizer, layout):
 def test_kl_does_not_depend_on_how_the_vocabulary_is_met(pairs, tokenizer, monkeypatch):
     policy, reference = (make_model(tokenizer.vocab_size, seed=seed) for seed in (1, 2))
     whole = evaluate_kl(policy, reference, pairs(7), ALONE, FP32)
-    monkeypatch.setattr(evaluation, "CHUNK", 5)
+    monkeypatch.setattr(transformer, "MAX_LOGITS", 5 * tokenizer.vocab_size)
     assert evaluate_kl(policy, reference, pairs(7), ALONE, FP32) == pytest.approx(whole, rel=1e-6)
 
 

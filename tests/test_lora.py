@@ -23,6 +23,7 @@ from model.lora import (
     merged_weights,
     trained_part,
 )
+from model.moe import router_loss
 from model.transformer import Transformer
 from model.weights import load_model, save_model
 from tests.conftest import make_model
@@ -221,18 +222,18 @@ def test_experts_balance_is_the_policys(ragged, tmp_path, tokenizer, monkeypatch
     base = make_model(tokenizer.vocab_size, torch.float32, num_experts=3, router_aux_loss_coef=1.0)
     save_model(tmp_path / "experts", base)
     tokenizer.save(tmp_path / "experts")
-    balances, aux_loss = [], Transformer.aux_loss
+    seen = []
 
-    def watched(model):
-        balances.append(aux_loss(model))
-        return balances[-1]
+    def watched(balances):
+        seen.append(router_loss(balances))
+        return seen[-1]
 
-    monkeypatch.setattr(Transformer, "aux_loss", watched)
+    monkeypatch.setattr(train_dpo, "router_loss", watched)
     train_dpo.main(
         ["--model", str(tmp_path / "experts"), "--data", str(ragged), "--out", str(tmp_path / "dpo"),
          "--eval-data", "", "--lora-targets", "q_proj,up_proj", *OPTIONS]
     )  # fmt: skip
-    assert balances and all(balance.requires_grad for balance in balances)
+    assert seen and all(balance.requires_grad for balance in seen)
 
 
 def test_a_moving_reference_has_no_adapters(folder, ragged, tmp_path):

@@ -17,13 +17,20 @@ from dataset.packing import build_stream
 from dataset.store import open_store
 from errors import InputError
 from losses import DIVERGENCES, LOSSES
-from model.transformer import collision_logps
 from model.weights import load_model, save_model
 from tests.conftest import RAGGED, as_record, make_model, plain_ids, plain_logits
 from tests.loops import metrics, record_gradients, torchrun
 from training.distributed import World
 from training.evaluate import evaluate
-from training.objective import Objective, ObjectiveSettings, Pairs, no_reference, pair_metrics, wpo_weights
+from training.objective import (
+    Objective,
+    ObjectiveSettings,
+    Pairs,
+    no_reference,
+    pair_metrics,
+    wpo_pair_weights,
+    wpo_weights,
+)
 from training.precision import Precision
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -574,10 +581,9 @@ def test_pairs_of_a_stream_are_those_of_single_sequences(layout, stored, tokeniz
     """Sums, lengths, what lies beyond the shorter answer, and how surprising the tokens are."""
     model, reference = (make_model(tokenizer.vocab_size, seed=seed) for seed in (1, 2))
     stream = build_stream(stored, range(7), layout)
-    model.count_collisions = True
     policy_logps = model(stream)
-    assert not model.collisions.requires_grad
-    found = Pairs.of(stream, policy_logps, reference(stream), None, model.collisions)
+    weights = wpo_pair_weights(model, stream, policy_logps)
+    found = Pairs.of(stream, policy_logps, reference(stream), None, weights)
     expected = {name: [] for name in vars(found) if name != "score_margins"}
     for w, x in by_hand(model, reference, tokenizer):
         shorter, surprise = min(len(w["p"]), len(x["p"])), 0
@@ -595,9 +601,7 @@ def test_pairs_of_a_stream_are_those_of_single_sequences(layout, stored, tokeniz
 
 def test_collisions_of_two_tokens_by_hand():
     """pi = (0.9, 0.1): two draws agree with probability 0.82. A likely pair would weigh 1.2; it weighs 1."""
-    logits = torch.tensor([[0.9, 0.1]], dtype=torch.float64).log() + 3
-    collisions = collision_logps(logits)
-    torch.testing.assert_close(collisions, float64([math.log(0.82)]))
+    collisions = float64([math.log(0.82)])
     likely = float64([math.log(0.9)]) - collisions
     assert (2 * likely).exp().item() == pytest.approx(1.2046, abs=1e-4)
     one, unlikely = float64([1.0]), float64([math.log(0.1)]) - collisions
@@ -805,13 +809,13 @@ def test_every_objective_trains_and_evaluates(flags, run_dpo, tokenizer, stored,
     rows = metrics(folder)
     made = Objective(train_dpo.parse(train_dpo.Settings, "", flags))
     model = load_model(folder.parent / "start")
-    model.count_collisions = made.settings.wpo
     data = open_store(folder.parent / "labelled.jsonl", "preferences", tokenizer, 512)
     stream = build_stream(data, range(7))
     with torch.no_grad():
         logps = model(stream)
         reference = logps if made.needs_reference else no_reference(stream)
-        batch = Pairs.of(stream, logps, reference, data.score_margins, model.collisions)
+        weights = wpo_pair_weights(model, stream, logps) if made.settings.wpo else None
+        batch = Pairs.of(stream, logps, reference, data.score_margins, weights)
         expected = made(batch).mean().item()
     assert next(row["loss"] for row in rows if "loss" in row) == pytest.approx(expected, rel=1e-5)
     assert rows[0]["eval_loss"] == pytest.approx(expected, rel=1e-5)

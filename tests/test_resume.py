@@ -6,6 +6,7 @@ python -m pytest tests/test_resume.py
 import json
 import math
 import random
+import re
 import shutil
 
 import numpy as np
@@ -155,7 +156,7 @@ def test_no_random_number_is_drawn_while_training(script, flags, tmp_path):
             self.before = states()
             return super().begin(*arguments, **fingerprints)
 
-        def finish(self):
+        def finish(self, *arguments):
             assert states() == self.before
             self.watched = True
 
@@ -248,6 +249,31 @@ def test_resuming_a_finished_run_does_nothing(flags, tmp_path, capsys):
     assert "the run is finished" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"has finished with other settings: lr 0\.001, now 0\.002"):
         train_dpo.main([*arguments, "--resume", "--lr", "0.002"])
+
+
+def test_another_model_or_data_is_not_a_finished_run(flags, tmp_path, start, tokenizer):
+    """A pipeline that runs again on new data must not get the model of the old data, with status 0."""
+    arguments = [*flags("train_dpo", max_steps=1), "--out", str(tmp_path / "run"), "--resume"]
+    train_dpo.main(arguments)
+    before = (tmp_path / "run" / "model.pt").read_bytes()
+    data = tmp_path / "pairs.jsonl"
+    original = data.read_bytes()
+    data.write_bytes(original.replace(b"No 0", b"No 9"))
+    with pytest.raises(InputError, match=r"has finished with other settings: data [0-9a-f]{12}, now "):
+        train_dpo.main(arguments)
+    data.write_bytes(original)
+    save_model(start, make_model(tokenizer.vocab_size, torch.float32, seed=1))
+    with pytest.raises(InputError, match=r"has finished with other settings: model [0-9a-f]{12}, now "):
+        train_dpo.main(arguments)
+    assert (tmp_path / "run" / "model.pt").read_bytes() == before
+
+
+def test_config_json_keeps_what_identifies_the_run(flags, tmp_path):
+    """The digests, and the values that `auto` took."""
+    train_sft.main([*flags("train_sft", max_steps=1, device="auto"), "--out", str(tmp_path / "run")])
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["run"]["device"] == "cpu" and config["settings"]["device"] == "auto"
+    assert all(re.fullmatch("[0-9a-f]{64}", config["run"][name]) for name in ("model", "data", "tokenizer"))
 
 
 def test_a_run_that_was_stopped_after_its_last_step_only_ends(flags, tmp_path):

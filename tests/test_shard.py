@@ -127,7 +127,7 @@ def test_a_split_model_trains_like_copies_and_like_one_process(case, together, f
     or too seldom; a rank that runs fewer forwards than another waits for ever.
     """
     script, changes = CASES[case]
-    monkeypatch.setattr(model.transformer, "LOGITS", LOGITS.get(case, 2**25))
+    monkeypatch.setattr(model.transformer, "MAX_LOGITS", LOGITS.get(case, 2**25))
     train(SCRIPTS[script], flags(tmp_path, script, **changes), ALONE)
     split = together / f"{case}-split"
     for other in (together / f"{case}-copies", tmp_path):

@@ -19,6 +19,7 @@ from dataset.packing import build_stream
 from dataset.store import open_store
 from errors import InputError
 from model import transformer
+from model.moe import router_loss
 from model.transformer import compile_layers
 from model.weights import load_model, save_model
 from tests.conftest import MODEL_OPTIONS, ROOT, make_model
@@ -34,14 +35,18 @@ def stream(ragged, tokenizer):
     return build_stream(open_store(ragged, "preferences", tokenizer, 512), range(7))
 
 
-def outcome(model, stream, collisions=False) -> tuple[list, dict]:
+def outcome(model, stream, distributions=False) -> tuple[list, dict]:
     """What a forward returns, the experts' balance, and the gradients of a weighted sum over tokens."""
     model.zero_grad()
-    model.count_collisions = collisions
-    found = [model(stream), *([model.collisions] if collisions else [])]
-    balance = model.aux_loss()
+    balances = []
+    found = [model(stream, balances)]
+    balance = torch.as_tensor(router_loss(balances))
     weight = torch.linspace(-1, 2, len(stream.targets), dtype=found[0].dtype)
     (found[0] @ weight + 0.3 * balance).backward()
+    assert len(balances) == (model.config.num_hidden_layers if model.config.num_experts else 0)
+    if distributions:
+        with torch.no_grad():
+            found.append(torch.cat([logps.square().sum(-1) for logps in model.log_distributions(stream)]))
     return [*found, balance.detach()], {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -84,12 +89,12 @@ def kept_bytes(run) -> int:
 
 @pytest.mark.parametrize("options", MODEL_OPTIONS.values(), ids=MODEL_OPTIONS)
 def test_chunks_are_exact(stream, tokenizer, options, monkeypatch):
-    """Log-probs, collisions, balance and every gradient to 1e-11, in chunks of 1, 7, nearly all and all."""
+    """Log-probs, distributions, balance and every gradient to 1e-11: chunks of 1, 7, nearly all and all."""
     model = make_model(tokenizer.vocab_size, **options)
-    whole, positions = outcome(model, stream, collisions=True), len(stream.targets)
+    whole, positions = outcome(model, stream, distributions=True), len(stream.targets)
     for chunk in (1, 7, positions - 1, positions):
-        monkeypatch.setattr(transformer, "LOGITS", chunk * tokenizer.vocab_size)
-        assert_same(outcome(model, stream, collisions=True), whole)
+        monkeypatch.setattr(transformer, "MAX_LOGITS", chunk * tokenizer.vocab_size)
+        assert_same(outcome(model, stream, distributions=True), whole)
         assert_same(outcome(model, stream), ([whole[0][0], whole[0][2]], whole[1]))
 
 
@@ -98,7 +103,7 @@ def test_chunks_add_up_in_float32(stream, tokenizer, monkeypatch):
     model = make_model(tokenizer.vocab_size, torch.float32, tie_word_embeddings=False)
 
     def gradient(chunk: int) -> torch.Tensor:
-        monkeypatch.setattr(transformer, "LOGITS", chunk * tokenizer.vocab_size)
+        monkeypatch.setattr(transformer, "MAX_LOGITS", chunk * tokenizer.vocab_size)
         model.zero_grad()
         with Precision("bf16", torch.device("cpu")).autocast():
             logps = model(stream)
@@ -111,12 +116,12 @@ def test_chunks_add_up_in_float32(stream, tokenizer, monkeypatch):
 
 
 def test_no_tensor_is_positions_times_vocabulary(stream, monkeypatch):
-    """Whatever the vocabulary, no operation of forward or backward gives more than LOGITS scores."""
-    monkeypatch.setattr(transformer, "LOGITS", 2**18)
+    """Whatever the vocabulary, no operation of forward or backward gives more than MAX_LOGITS scores."""
+    monkeypatch.setattr(transformer, "MAX_LOGITS", 2**18)
     for vocabulary in (4000, 8000, 16000):
         model = make_model(vocabulary, torch.float32, hidden_size=8, intermediate_size=12)
         with Largest() as largest:
-            outcome(model, stream, collisions=True)
+            outcome(model, stream, distributions=True)
         matrix = vocabulary * 8  # The weights and their gradient are as large as they are.
         assert largest.shape.numel() <= max(2**18, matrix), largest.shape
         assert len(stream.targets) * vocabulary > max(2**18, 4 * matrix)
@@ -124,7 +129,7 @@ def test_no_tensor_is_positions_times_vocabulary(stream, monkeypatch):
 
 def test_what_is_kept_does_not_grow_with_the_vocabulary(stream, monkeypatch):
     """Between forward and backward: the weights, and nothing else that a larger vocabulary makes larger."""
-    monkeypatch.setattr(transformer, "LOGITS", 2**13)
+    monkeypatch.setattr(transformer, "MAX_LOGITS", 2**13)
     kept = []
     for vocabulary in (1000, 4000):
         model = make_model(vocabulary, torch.float32)
@@ -196,7 +201,7 @@ def test_twenty_steps_are_the_same(flags, ragged, tokenizer, tmp_path, monkeypat
     ]
     train_dpo.main([*common, "--out", str(tmp_path / "plain")])
     if flags == "chunks":
-        monkeypatch.setattr(transformer, "LOGITS", 11 * tokenizer.vocab_size)
+        monkeypatch.setattr(transformer, "MAX_LOGITS", 11 * tokenizer.vocab_size)
     others = flags.split() if flags != "chunks" else []
     train_dpo.main([*common, *others, "--out", str(tmp_path / "other")])
     plain, other = weights(tmp_path / "plain"), weights(tmp_path / "other")

@@ -4,6 +4,8 @@ Most bugs of preference training leave the loss curve as it should be. What find
 numbers once more in another way, so the first tests here are the most important ones of the project.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -298,6 +300,34 @@ def test_segments_stay_on_the_cpu():
     assert moved.segments.device.type == "cpu" and moved.responses == 4
     for name in ("tokens", "positions", "predictors", "targets", "owners"):
         assert getattr(moved, name).device.type == "meta", name
+
+
+@pytest.mark.parametrize("device, asynchronous", [("mps", False), ("cuda", True), ("cpu", False)])
+def test_only_pinned_memory_is_copied_asynchronously(device, asynchronous, monkeypatch):
+    """An asynchronous copy from memory that is freed at once delivers other tensors' bytes on a Mac."""
+    copies = []
+
+    def to(x, device, non_blocking=False):
+        copies.append((str(device), non_blocking, getattr(x, "pinned", False)))
+        return x
+
+    def pin_memory(x):
+        pinned = x.clone()
+        pinned.pinned = True
+        return pinned
+
+    stream = build_stream(HAND, [0, 1])
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    stream.to(device)
+    assert copies == [(device, asynchronous, asynchronous)] * 5
+
+
+def test_optional_fields_move_along():
+    """Left behind, the reference's log-probs would meet the policy's on another device."""
+    extra = {"reference_logps": torch.zeros(6), "score_margins": torch.zeros(2)}
+    moved = replace(build_stream(HAND, [0, 1]), **extra).to("meta")
+    assert moved.reference_logps.device.type == moved.score_margins.device.type == "meta"
 
 
 # ---- Forked and twin, any order, any split

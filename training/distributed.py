@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -188,6 +188,21 @@ def exchange_gradients(model: nn.Module, when: bool) -> AbstractContextManager:
     Where weights are split, every micro-batch exchanges: to wait would be to keep whole gradients meanwhile.
     """
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not when else nullcontext()
+
+
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Within, the embeddings, the last norm and the head of a split model are whole on every rank.
+
+    A method of the model other than forward needs this. The layers gather their own weights when called.
+    """
+    if isinstance(model, FSDPModule):
+        model.unshard()
+    try:
+        yield
+    finally:
+        if isinstance(model, FSDPModule):
+            model.reshard()
 
 
 @torch.no_grad()

@@ -9,10 +9,8 @@ from model.stream import TokenStream
 from model.transformer import Transformer
 from training.distributed import World
 from training.metrics import Meter
-from training.objective import Objective, Pairs, pair_metrics
+from training.objective import Objective, Pairs, pair_metrics, wpo_pair_weights
 from training.precision import Precision
-
-CHUNK = 1024  # Positions that meet the vocabulary at once: with 150,000 tokens a row is 0.6 MB of float32.
 
 
 @torch.no_grad()
@@ -32,15 +30,14 @@ def evaluate(
     pairs of a batch depend on one another there.
     """
     meter, settings = Meter(world), objective.settings
-    policy.count_collisions = settings.wpo
     for rows in share(len(pairs), world.rank, world.ranks, batch_size):
         stream = build_stream(pairs, rows, layout).to(world.device)
         with precision.autocast():
             policy_logps = policy(stream)
-            collisions = policy.collisions  # before the reference is asked: it may be the same model
+            pair_weights = wpo_pair_weights(policy, stream, policy_logps) if settings.wpo else None
             reference_logps = reference(stream)
         labels = pairs.score_margins[rows]
-        batch = Pairs.of(stream, policy_logps, reference_logps, labels, collisions)
+        batch = Pairs.of(stream, policy_logps, reference_logps, labels, pair_weights)
         losses = objective(batch)
         meter.add(len(losses), pair_metrics(losses, batch, settings.beta))
     return meter.mean()
@@ -68,13 +65,5 @@ def evaluate_kl(
 
 def next_token_kl(policy: Transformer, reference: Transformer, stream: TokenStream) -> Tensor:
     """KL(pi || pi_ref) = sum over v of pi(v) [log pi(v) - log pi_ref(v)] at each predictor, (N,), in nats."""
-
-    def log_distributions(model: Transformer):
-        """log pi(. | x, y_<t), at least float32, in chunks of (≤ CHUNK, V)."""
-        hidden = model.hidden_of(stream)[stream.predictors]  # (N, d)
-        for chunk in hidden.split(CHUNK):
-            logits = model.logits(chunk)
-            yield logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
-
-    both = zip(log_distributions(policy), log_distributions(reference), strict=True)
+    both = zip(policy.log_distributions(stream), reference.log_distributions(stream), strict=True)
     return torch.cat([(log_p.exp() * (log_p - log_q)).sum(dim=-1) for log_p, log_q in both])

@@ -21,6 +21,8 @@ from dataset.store import TokenStore
 from errors import InputError
 from losses import DIVERGENCES, LOSSES, reward_metrics
 from model.stream import TokenStream
+from model.transformer import Transformer
+from training.distributed import unsharded
 from training.settings import flag
 
 SORTING = ("aot", "aot_unpaired")  # Their losses belong to quantiles, not to pairs.
@@ -84,17 +86,13 @@ class Pairs:
         policy_logps: Tensor,
         reference_logps: Tensor,
         score_margins: np.ndarray | None = None,
-        collision_logps: Tensor | None = None,
+        pair_weights: Tensor | None = None,
     ) -> "Pairs":
         """Add up the log-probs of a stream's tokens, (N,), by answer."""
         lengths = stream.sum_by_side(torch.ones_like(policy_logps))
         tails = (policy_logps - reference_logps) * stream.beyond_the_shorter()
         if score_margins is not None:
             score_margins = policy_logps.new_tensor(score_margins)
-        pair_weights = None
-        if collision_logps is not None:
-            surprise = stream.sum_by_side(policy_logps.detach() - collision_logps)
-            pair_weights = wpo_weights(*surprise, *lengths)
         sums = stream.sum_by_side(policy_logps), stream.sum_by_side(reference_logps)
         return cls(*sums[0], *sums[1], *lengths, *stream.sum_by_side(tails), score_margins, pair_weights)
 
@@ -105,6 +103,16 @@ class Pairs:
     @property
     def rejected_logratios(self) -> Tensor:
         return self.policy_rejected_logps - self.reference_rejected_logps
+
+
+@torch.no_grad()
+def wpo_pair_weights(model: Transformer, stream: TokenStream, policy_logps: Tensor) -> Tensor:
+    """WPO's weights of a stream's pairs, (B,). One more forward computes sum over v of pi(v)^2."""
+    with unsharded(model):
+        # log sum over v of pi(v)^2 at each predictor, (N,)
+        collisions = torch.cat([(2 * logps).logsumexp(-1) for logps in model.log_distributions(stream)])
+    surprise = stream.sum_by_side(policy_logps - collisions)
+    return wpo_weights(*surprise, *stream.sum_by_side(torch.ones_like(policy_logps)))
 
 
 def wpo_weights(

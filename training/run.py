@@ -3,11 +3,12 @@
     with join(settings.device) as world, RunFolder(settings, world) as run:
         ...
         first_step = run.begin({"model": model, "optimizer": optimizer, ...}, digests...)
+        if first_step is None:
+            return  # --resume found the run finished
         for step in range(first_step, total_steps):
             ...
             run.save_when_due(step + 1)
-        ...
-        run.finish()
+        run.finish(model, tokenizer)
 
 While a run is unfinished its folder has ``checkpoints`` and no ``model.pt``; afterwards it is the other way.
 """
@@ -21,8 +22,11 @@ from pathlib import Path
 
 import torch
 
+from dataset.tokenizer import ChatTokenizer
 from errors import InputError
 from files import sync
+from model.transformer import Transformer
+from model.weights import save_model
 from training.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -33,7 +37,7 @@ from training.checkpoint import (
     step_of,
     tensors,
 )
-from training.distributed import World
+from training.distributed import World, gather
 from training.settings import TrainSettings
 from training.sharded import settle
 
@@ -66,15 +70,12 @@ class RunFolder:
         """Whether ranks hold a part each of weights and moments."""
         return self.settings.shard and self.world.ranks > 1
 
-    def is_finished(self) -> bool:
-        """Whether --resume finds the run at its end, so that there is nothing to do."""
-        return self.settings.resume and self.world.from_main(self._look_whether_finished)
+    def begin(self, things: dict, model: str, data: str, tokenizer: str, **identity) -> int | None:
+        """Take the folder; return the first step: 0 for a fresh run, None if --resume finds it finished.
 
-    def begin(self, things: dict, model: str, data: str, tokenizer: str) -> int:
-        """Take the folder; return the step to go on with, to which `things` are then set: 0 for a fresh run.
-
-        `things` have state_dict() and load_state_dict(); `model`, `data` and `tokenizer` are digests of what
-        the run starts from.
+        The values of `things` have state_dict() and load_state_dict(), and are set to the checkpoint that
+        --resume finds. `model`, `data` and `tokenizer` are digests of what the run starts from. `identity`
+        is what else must be the same when the run is resumed; its values are JSON.
         """
         self.things = things
         self.identity = {
@@ -87,17 +88,22 @@ class RunFolder:
             "model": model,
             "data": data,
             "tokenizer": tokenizer,
+            **identity,
         }
         state = None  # of the checkpoint to go on from
 
-        def prepare() -> tuple[str, dict]:
+        def prepare() -> tuple[str | None, dict]:
             nonlocal state
+            if self.settings.resume and self._is_finished():
+                return None, self.identity
             path, state = self._prepare()
             return str(path or ""), self.identity
 
         path, identity = self.world.from_main(prepare)
         if other := differences(identity, self.identity):
             raise InputError(f"rank {self.world.rank} is not in the run of rank 0: {listed(other)}")
+        if path is None:
+            return None
         if path:
             mesh = self.world.mesh if self.is_split else None
             state = state or load_checkpoint(Path(path), check_parts=False)  # The main rank has done that.
@@ -118,8 +124,15 @@ class RunFolder:
             self.world.print(f"{signal.Signals(number).name}: saved after step {step}; --resume goes on")
             raise SystemExit(128 + number)
 
-    def finish(self) -> None:
-        """The model is saved; the way to it is no longer needed."""
+    def finish(self, model: Transformer, tokenizer: ChatTokenizer) -> None:
+        """Write the tokenizer, the config and the weights; then remove the checkpoints. All ranks call it."""
+        gather(model, self.world)  # if it was split
+        if self.world.is_main:
+            tokenizer.save(self.folder)
+            save_model(self.folder, model, settings=self.settings.to_dict(), run=self.identity)
+        self.remove_checkpoints()
+
+    def remove_checkpoints(self) -> None:
         if self.world.is_main:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
 
@@ -145,13 +158,17 @@ class RunFolder:
 
     # ---- what the main rank does before a run
 
-    def _look_whether_finished(self) -> bool:
+    def _is_finished(self) -> bool:
+        """Whether the folder contains this run's model. Raises `InputError` for the model of another run.
+
+        The machine may differ: device, precision, ranks and version of torch are not compared.
+        """
         if not (self.folder / "model.pt").exists():
             return False
-        then = json.loads((self.folder / "config.json").read_text("utf-8")).get("settings", {})
-        now = self.settings.to_dict()
-        compared = [name for name in now if name not in (*FREE, *BY_CONTENT, "device", "precision")]
-        if other := differences(*({name: side.get(name) for name in compared} for side in (then, now))):
+        config = json.loads((self.folder / "config.json").read_text("utf-8"))
+        then = {**config.get("settings", {}), **config.get("run", {})}
+        names = {*self.settings.to_dict(), *BY_CONTENT} - {*FREE, "device", "precision"}
+        if other := differences(*({name: run.get(name) for name in names} for run in (then, self.identity))):
             raise InputError(f"--resume: {self.folder} has finished with other settings: {listed(other)}")
         print(f"{self.folder}: the run is finished, there is nothing to resume")
         return True

@@ -24,7 +24,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from dataset.packing import build_stream
 from model.transformer import Transformer
 from tests.conftest import make_model
-from training.objective import Objective, ObjectiveSettings, Pairs
+from training.objective import Objective, ObjectiveSettings, Pairs, wpo_pair_weights
 
 disable_progress_bars()
 V, END, BETA = 24, 1, 0.1
@@ -120,11 +120,11 @@ def our(loss: str, pairs: Rows = PAIRS, shift=(0.0, 0.0), delta=0.0, **options) 
     objective = Objective(ObjectiveSettings(**{"beta": BETA, "loss": loss, **options}))
     objective.load_state_dict({"reward_sum": delta, "reward_count": 1.0})
     stream = build_stream(pairs, range(len(pairs)))
-    policy().count_collisions = True
     policy_logps = policy()(stream)
+    weights = wpo_pair_weights(policy(), stream, policy_logps)
     with torch.no_grad():
         reference_logps = reference()(stream)
-    batch = Pairs.of(stream, policy_logps, reference_logps, None, policy().collisions)
+    batch = Pairs.of(stream, policy_logps, reference_logps, None, weights)
     chosen, rejected = batch.reference_chosen_logps + shift[0], batch.reference_rejected_logps + shift[1]
     batch = replace(batch, reference_chosen_logps=chosen, reference_rejected_logps=rejected)
     value = objective(batch).mean()

@@ -182,8 +182,8 @@ def likeliest_pair() -> tuple[list[int], list[int], list[int]]:
     pairs = Rows(([x], [END], [y, END]) for x in range(2, V) for y in range(2, V))
     stream = build_stream(pairs, range(len(pairs)))
     with torch.no_grad():
-        policy().count_collisions = True
-        logps, collisions = policy()(stream), policy().collisions
+        logps = policy()(stream)
+        collisions = torch.cat([(2 * p).logsumexp(-1) for p in policy().log_distributions(stream)])
     chosen, rejected = stream.sum_by_side(logps - collisions)
     return pairs[(chosen + rejected / 2).argmax()]
 
