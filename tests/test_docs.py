@@ -213,21 +213,25 @@ ROOMS = ("model/", "dataset/", "training/", "eval/", "bench/")
 def test_the_file_map_is_the_project(name):
     """Each Python file is named, or its folder if that is not a room; and what is named exists.
 
-    A file is named by its path, or after its room, as in `model/  stream · transformer (the model) · moe`.
+    A file is named by its path, or in a list after its room: `model/  stream (the batch) · transformer · moe`.
     """
     block = next(block for _, block in code_blocks(page(name)) if re.search(r"^losses\.py", block, re.M))
-    named, room = set(), ""
-    for line in block.splitlines():
-        paths = re.findall(r"(?<!\S)(?:[\w.-]+/)*[\w-]+(?:\.(?:py|md|sh)|/)(?!\S)|Makefile", line)
-        named.update(paths)
-        if not line.startswith(" "):
-            room = next((path for path in paths if path in ROOMS), "")
-        parts = [part.split() for part in line.split(" · ")]
-        if room and len(parts) > 1:
-            named |= {f"{room}{word}.py" for word in (parts[0][-1], *(part[0] for part in parts[1:]))}
+    named = set(re.findall(r"(?<!\S)(?:[\w.-]+/)*[\w-]+(?:\.(?:py|md|sh)|/)(?!\S)", block))
+    for entry in re.sub(r"\n +", " ", block).splitlines():
+        room, _, names = entry.partition(" ")
+        if room in ROOMS and "·" in names:
+            named |= {f"{room}{re.match(r' *([a-z_]+)', part)[1]}.py" for part in names.split("·")}
     for path in named:
-        assert (ROOT / path).exists(), f"{name} names {path}"
+        assert (ROOT / path).exists(), f"the file map of {name} names {path}"
     for file in python_files():
         folders = {f"{parent}/" for parent in (ROOT / file).relative_to(ROOT).parents}
         known = file in named or (folders & named).difference(ROOMS) or file.endswith("__init__.py")
         assert known, f"the file map of {name} lacks {file}"
+
+
+def test_the_architecture_page_names_all_of_training():
+    """It groups these files by what they are about; one that it lacks is about nothing."""
+    block = next(block for _, block in code_blocks(page(ARCHITECTURE)) if "the objective:" in block)
+    named = re.findall(r"[a-z]+", " ".join(re.findall(r"the \w+: +(.*)", block)))
+    files = [file.split("/")[1] for file in python_files() if file.startswith("training/")]
+    assert sorted(named) == sorted(file.removesuffix(".py") for file in files if file != "__init__.py")
