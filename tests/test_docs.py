@@ -213,7 +213,7 @@ ROOMS = ("model/", "dataset/", "training/", "eval/", "bench/")
 def test_the_file_map_is_the_project(name):
     """Each Python file is named, or its folder if that is not a room; and what is named exists.
 
-    A file is named by its path, or in a list after its room: `model/  stream (the batch) · transformer · moe`.
+    A file is named by its path, or after its room: `model/  stream (the batch) · transformer · moe`.
     """
     block = next(block for _, block in code_blocks(page(name)) if re.search(r"^losses\.py", block, re.M))
     named = set(re.findall(r"(?<!\S)(?:[\w.-]+/)*[\w-]+(?:\.(?:py|md|sh)|/)(?!\S)", block))
