@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dataset.records import Conversation, DataError, Message, Preference, read_records
 from dataset.template import CHATML, ChatTemplate, read_template
@@ -28,6 +28,7 @@ from errors import InputError, run_script
 START, END = "<|im_start|>", "<|im_end|>"
 # A model that reasons says these itself, so in a text they are what they look like; they end no turn.
 SPOKEN = ("<think>", "</think>")
+FUNCTION_WORDS = "的是了吗呢吧和与把再别不很请我你您"  # frequent characters; `train` does not merge them
 # What SentencePiece's heirs have beside their tokenizer.json. Only llama.cpp's converter looks there, for the
 # scores of the pieces: without them llama.cpp cuts texts into other tokens than everybody else.
 SENTENCEPIECE = ("tokenizer.model", "added_tokens.json")
@@ -185,11 +186,16 @@ def read_speech(folder: Path, added: dict[str, int]) -> tuple[ChatTemplate, dict
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909) with every digit a token of its own."""
+    """Byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909); each digit is its own token.
+
+    Merges stop at spaces, at punctuation, at the `FUNCTION_WORDS` of Chinese and after four other characters
+    of Chinese. Chinese has no spaces: without these stops a frequent sentence would become one token. The
+    stops hold while merges are learned. The file contains SmolLM's pre-tokenizer, which other programs have.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    pieces = Regex(rf"[{FUNCTION_WORDS}]|[^\P{{Han}}{FUNCTION_WORDS}]{{1,4}}")
+    smollm = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), *smollm])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -198,6 +204,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(smollm)
     return tokenizer
 
 

@@ -219,9 +219,14 @@ def first_phrase(phrases: Iterable[str], text: str) -> int | None:
 
 @cache
 def _pattern(phrases: frozenset[str]) -> re.Pattern:
-    """Any of the phrases, longest first (十一月 before 一月); Latin ones as whole words only."""
+    """Any of the phrases, longest first (十一月 before 一月); Latin ones only as whole words.
+
+    A Chinese character beside a Latin word ends it, as in 我是MiniDPO，.
+    """
     ordered = sorted(fold(phrases), key=lambda phrase: (-len(phrase), phrase))
-    parts = [re.escape(p) if CHINESE.search(p) else rf"(?<![\w]){re.escape(p)}(?![\w])" for p in ordered]
+    letter = r"[^\W\u3400-\u9fff]"
+    word = rf"(?<!{letter}){{}}(?!{letter})"
+    parts = [re.escape(p) if CHINESE.search(p) else word.format(re.escape(p)) for p in ordered]
     return re.compile("|".join(parts) or r"(?!)")
 
 

@@ -12,6 +12,7 @@ answer them does, in other wordings. The sides of a close pair are the same but 
 import argparse
 import json
 import random
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -19,9 +20,15 @@ from dataset.sample import chinese, english
 from dataset.sample.manners import STYLES, Style
 from dataset.sample.task import Case, Task, cases
 
-SFT, PAIRS, HELD_OUT, CLOSE = 12000, 3000, 400, 256
+SFT, PAIRS, HELD_OUT, CLOSE = 14000, 3000, 400, 256  # SFT counts exchanges: a prompt and its answer
 ENGLISH_SHARE = 0.6
 WRONG_PAIRS = 0.05  # pairs whose sides have the same good manners, and whose rejected side is wrong
+# Exchanges in a conversation, and how often. The longest ones are for people who go on asking.
+TURNS = {1: 30, 2: 12, 3: 12, 4: 12, 5: 10, 6: 10, 8: 8, 12: 4, 22: 2}
+MIXED_SHARE = 0.25  # conversations in which the languages change
+SYSTEM_SHARE = 0.1  # conversations that begin with a system message
+CASUAL_SHARE = 0.12  # prompts in lower case and without their final punctuation mark
+PAIRS_WITH_TURNS = 0.35  # pairs whose prompt has earlier exchanges
 
 
 def split_cases(task: Task, held_out: int, rng: random.Random) -> tuple[list[Case], list[Case]]:
@@ -122,19 +129,52 @@ def wrong_answer(case: Case, rng: random.Random) -> str:
     return good_answer(case, rng, right=False)
 
 
-def sft_record(case: Case, good: bool, rng: random.Random) -> dict:
+def exchange(case: Case, good: bool, rng: random.Random) -> list[dict]:
+    """The messages of a case and a good or a poor answer to it."""
     answer = good_answer(case, rng) if good else poor_answer(case, rng)
-    messages = [*case.messages(), {"role": "assistant", "content": answer}]
-    return {"messages": messages, "judge": case.judge()}
+    return [*case.messages(), {"role": "assistant", "content": answer}]
 
 
-def pair_record(case: Case, mistaken: bool, rng: random.Random) -> dict:
+def conversations(exchanges: dict[str, list[list[dict]]], rng: random.Random) -> list[dict]:
+    """Conversations of one or more unrelated exchanges, given by language; each exchange is used once.
+
+    A system message can only open a conversation. In some conversations the languages change.
+    """
+    openers, rest = [], {}
+    for language, group in exchanges.items():
+        rng.shuffle(group)
+        openers += [e for e in group if e[0]["role"] == "system"]
+        rest[language] = [e for e in group if e[0]["role"] != "system"]
+    rng.shuffle(openers)
+    records = []
+    while any(rest.values()):
+        language = rng.choices(list(rest), [len(group) for group in rest.values()])[0]
+        mixed, turns = rng.random() < MIXED_SHARE, rng.choices(*zip(*TURNS.items(), strict=True))[0]
+        messages = list(openers.pop()) if openers and rng.random() < SYSTEM_SHARE else []
+        for _ in range(turns):
+            group = rest[rng.choice(list(rest)) if mixed else language]
+            messages += group.pop() if group else []
+        if messages:
+            records.append({"messages": messages})
+    return records + [{"messages": opener} for opener in openers]
+
+
+def pair_record(case: Case, mistaken: bool, rng: random.Random, before: tuple = ()) -> dict:
+    """A pair of answers to one prompt; `before` holds the messages of earlier exchanges."""
     return {
-        "prompt": case.messages(),
+        "prompt": [*before, *case.messages()],
         "chosen": good_answer(case, rng),
         "rejected": (wrong_answer if mistaken else poor_answer)(case, rng),
         "judge": case.judge(),
     }
+
+
+def earlier_exchanges(case: Case, training: list[Case], rng: random.Random) -> list[dict]:
+    """Messages of a few unrelated exchanges, to stand before the prompt of a pair; often empty."""
+    if case.has_system_message or rng.random() >= PAIRS_WITH_TURNS:
+        return []
+    few = rng.sample(training, rng.randint(1, 5))
+    return [m for c in few if not c.has_system_message for m in exchange(c, rng.random() < 0.5, rng)]
 
 
 def close_record(case: Case, rng: random.Random) -> dict:
@@ -157,26 +197,56 @@ def close_records(training: list[Case], rng: random.Random) -> list[dict]:
     return [close_record(case, rng) for case in rng.sample(short, CLOSE)]
 
 
-def build(seed: int) -> dict[str, list[dict]]:
-    """All records by file name."""
-    rng, asked = random.Random(seed), []
-    files: dict[str, list[dict]] = {"sft": [], "preferences": [], "heldout": []}
+def made_casual(case: Case, taken: set[str]) -> Case:
+    """The case in lower case and without its final mark, unless that text is taken or of another language."""
+    casual = replace(case, casual=True)
+    text = casual.messages()[-1]["content"]
+    if len(casual.messages()) > 1 or text in taken or (case.task.language == "zh" and text.isascii()):
+        return case
+    if case.task.style == "courtesy":  # Their tables have short and long forms already.
+        return case
+    return casual
+
+
+def deal(rng: random.Random) -> list[tuple[Task, list[Case], list[Case], int, int]]:
+    """For each task: its training cases, its held-out cases, its numbers of SFT exchanges and of pairs."""
+    hands = []
     for tasks, share in ((english.TASKS, ENGLISH_SHARE), (chinese.TASKS, 1 - ENGLISH_SHARE)):
         sizes = [shares(tasks, round(total * share)) for total in (SFT, PAIRS, HELD_OUT)]
         for task, sft, pairs, held_out in zip(tasks, *sizes, strict=True):
-            training, kept_back = split_cases(task, held_out, rng)
-            for i, case in enumerate(islice(cycle(training), sft)):
-                # Each second pass over the facts turns good and poor about, so that no fact is always rude.
-                files["sft"].append(sft_record(case, good=(i + i // len(training)) % 2 == 0, rng=rng))
-            asked += training
-            rng.shuffle(training)
-            for case in islice(cycle(training), pairs):
-                files["preferences"].append(pair_record(case, rng.random() < WRONG_PAIRS, rng))
-            for case in kept_back:
-                files["heldout"].append(pair_record(case, rng.random() < WRONG_PAIRS, rng))
+            hands.append((task, *split_cases(task, held_out, rng), sft, pairs))
+    return hands
+
+
+def build(seed: int) -> dict[str, list[dict]]:
+    """All records by file name."""
+    rng = random.Random(seed)
+    hands, taken = deal(rng), set()
+
+    def sometimes_casual(case: Case) -> Case:
+        return made_casual(case, taken) if rng.random() < CASUAL_SHARE else case
+
+    files: dict[str, list[dict]] = {"preferences": [], "heldout": []}
+    for _, _, kept_back, _, _ in hands:
+        for case in map(sometimes_casual, kept_back):
+            files["heldout"].append(pair_record(case, rng.random() < WRONG_PAIRS, rng))
+            taken.add(case.messages()[-1]["content"])
+
+    asked = [case for _, training, *_ in hands for case in training]
+    exchanges: dict[str, list] = {"en": [], "zh": []}
+    for task, training, _, sft, pairs in hands:
+        for i, case in enumerate(islice(cycle(training), sft)):
+            # Each second pass over the facts exchanges good and poor, so that a fact is not always rude.
+            good = (i + i // len(training)) % 2 == 0
+            exchanges[task.language].append(exchange(sometimes_casual(case), good, rng))
+        rng.shuffle(training)
+        for case in map(sometimes_casual, islice(cycle(training), pairs)):
+            before = earlier_exchanges(case, asked, rng)
+            files["preferences"].append(pair_record(case, rng.random() < WRONG_PAIRS, rng, before))
+    files = {"sft": conversations(exchanges, rng), **files, "close": close_records(asked, rng)}
     for records in files.values():
         rng.shuffle(records)
-    return files | {"close": close_records(asked, rng)}
+    return files
 
 
 def write(records: list[dict], path: Path) -> None:

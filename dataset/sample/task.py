@@ -5,7 +5,7 @@ A prompt is one row in one wording; `english.py` and `chinese.py` fill the table
 
 import random
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import permutations, product
 
 
@@ -52,6 +52,7 @@ class Case:
     task: Task
     row: Row
     wording: str
+    casual: bool = False  # the last message in lower case and without its final punctuation mark
 
     def messages(self) -> list[dict[str, str]]:
         messages = []
@@ -61,7 +62,13 @@ class Case:
                 if line.startswith(f"{other}: "):
                     role, text = other, line.removeprefix(f"{other}: ")
             messages.append({"role": role, "content": text})
+        if self.casual:
+            messages[-1]["content"] = messages[-1]["content"].lower().rstrip(".!?。！？ ")
         return messages
+
+    @property
+    def has_system_message(self) -> bool:
+        return self.wording.startswith("system: ")
 
     def judge(self) -> dict:
         """All that a judge needs to score any answer to this prompt."""
@@ -82,6 +89,13 @@ def cases(task: Task) -> list[Case]:
     return [Case(task, row, wording) for row in task.rows for wording in task.wordings]
 
 
+def in_short(task: Task, weight: float, sayings: str, endings: tuple[str, ...]) -> Task:
+    """The same task for sayings of a word or two: each of them with each of the endings."""
+    rows = tuple(Row((saying,), "", saying) for saying in sayings.split(", "))
+    wordings = tuple("{0}" + ending for ending in endings)
+    return replace(task, name=f"short {task.name}", weight=weight, rows=rows, wordings=wordings)
+
+
 def _near(value: int) -> tuple[str, ...]:
     return tuple(str(value + step) for step in (-10, -2, -1, 1, 2, 10) if value + step >= 0)
 
@@ -91,20 +105,20 @@ def _number_row(args: tuple[int, ...], value: int, fact: Hashable, *wrong: int) 
 
 
 def sum_rows() -> tuple[Row, ...]:
-    """a + b in both orders, from 2 + 2 to 9 + 9."""
-    pairs = product(range(2, 10), repeat=2)
+    """a + b in both orders, from 1 + 1 to 9 + 9."""
+    pairs = product(range(1, 10), repeat=2)
     return tuple(_number_row((a, b), a + b, (max(a, b), min(a, b))) for a, b in pairs)
 
 
 def difference_rows() -> tuple[Row, ...]:
     """a - b > 0, from numbers up to 10."""
-    pairs = ((a, b) for a in range(4, 11) for b in range(2, 10) if a > b)
+    pairs = ((a, b) for a in range(3, 11) for b in range(1, 10) if a > b)
     return tuple(_number_row((a, b), a - b, (a, b)) for a, b in pairs)
 
 
 def product_rows() -> tuple[Row, ...]:
-    """a x b in both orders, up to 7; one of the two is 2 or 3."""
-    pairs = ((a, b) for a, b in product(range(2, 8), repeat=2) if min(a, b) <= 3)
+    """a x b in both orders, up to 7; one of the two is at most 3."""
+    pairs = ((a, b) for a, b in product(range(1, 8), repeat=2) if min(a, b) <= 3)
     return tuple(_number_row((a, b), a * b, (max(a, b), min(a, b))) for a, b in pairs)
 
 
