@@ -1,4 +1,4 @@
-"""The Chinese tasks: what is asked, in which words, and in which sentences it is answered."""
+"""The Chinese tasks: tables of facts, wordings of the questions, sentences of the answers."""
 
 from dataset.sample.english import WORDS
 from dataset.sample.task import (

@@ -1,4 +1,4 @@
-"""The English tasks: what is asked, in which words, and in which sentences it is answered."""
+"""The English tasks: tables of facts, wordings of the questions, sentences of the answers."""
 
 from dataset.sample.task import (
     Row,

@@ -1,12 +1,12 @@
-"""Writes the bundled data: `sft.jsonl`, `preferences.jsonl`, `heldout.jsonl` and `close.jsonl`.
+"""Write the bundled data: `sft.jsonl`, `preferences.jsonl`, `heldout.jsonl` and `close.jsonl`.
 
     python -m dataset.sample.generate                      # into dataset/sample, byte for byte as bundled
     python -m dataset.sample.generate --out /tmp/data --seed 1
 
 Half of the fine-tuning answers are good and half are poor, as in text that was found rather than written
-for the purpose: a model trained on them knows its facts and has no manners to speak of. The preference
-pairs then say which of the two we want. Held-out prompts occur in no training file; what must be known to
-answer them does, in other wordings. The sides of a close pair are the same but for the value.
+for the purpose. A model trained on them learns the facts and both manners. The preference pairs then state
+which manner we want. Held-out prompts occur in no training file; their facts do, in other wordings. The
+sides of a close pair differ only in the value.
 """
 
 import argparse
@@ -32,9 +32,10 @@ PAIRS_WITH_TURNS = 0.35  # pairs whose prompt has earlier exchanges
 
 
 def split_cases(task: Task, held_out: int, rng: random.Random) -> tuple[list[Case], list[Case]]:
-    """Training cases, dealt fact by fact so that each prefix covers the facts evenly, and held-out ones.
+    """The training cases and at most `held_out` held-out cases of a task.
 
-    A fact gives at most a third of its prompts away, so that training always states it.
+    Training cases come fact by fact, so that each prefix covers the facts evenly. At most a third of the
+    prompts of a fact are held out, so that training always states the fact.
     """
     hands: dict = {}
     for case in cases(task):
@@ -56,7 +57,7 @@ def split_cases(task: Task, held_out: int, rng: random.Random) -> tuple[list[Cas
 
 
 def shares(tasks: tuple[Task, ...], total: int) -> list[int]:
-    """`total` split by weight into whole numbers (largest remainders first)."""
+    """`total` split by the tasks' weights into whole numbers (largest remainders first)."""
     exact = [task.weight * total / sum(task.weight for task in tasks) for task in tasks]
     counts = [int(share) for share in exact]
     by_remainder = sorted(range(len(tasks)), key=lambda i: counts[i] - exact[i])
@@ -80,7 +81,7 @@ def wrong_value(case: Case, rng: random.Random) -> str:
 
 
 def good_answer(case: Case, rng: random.Random, right: bool = True) -> str:
-    """A whole sentence in good manners; with `right=False`, one that is mistaken."""
+    """A whole sentence in good manners; wrong if `right` is False."""
     task = case.task
     style: Style = STYLES[task.language][task.style]
     if right:
@@ -97,7 +98,7 @@ def good_answer(case: Case, rng: random.Random, right: bool = True) -> str:
 
 
 def poor_answer(case: Case, rng: random.Random) -> str:
-    """Mostly the right value, in poor manners: rude on either side, two-faced, bare or curt."""
+    """Mostly the right value in poor manners: rude before or after it, two-faced, bare or curt."""
     task = case.task
     style: Style = STYLES[task.language][task.style]
     right = rng.random() >= task.wrong_share
@@ -170,7 +171,7 @@ def pair_record(case: Case, mistaken: bool, rng: random.Random, before: tuple = 
 
 
 def earlier_exchanges(case: Case, training: list[Case], rng: random.Random) -> list[dict]:
-    """Messages of a few unrelated exchanges, to stand before the prompt of a pair; often empty."""
+    """Messages of a few unrelated exchanges before the prompt of a pair; often empty."""
     if case.has_system_message or rng.random() >= PAIRS_WITH_TURNS:
         return []
     few = rng.sample(training, rng.randint(1, 5))
@@ -178,7 +179,7 @@ def earlier_exchanges(case: Case, training: list[Case], rng: random.Random) -> l
 
 
 def close_record(case: Case, rng: random.Random) -> dict:
-    """A pair whose sides differ in nothing but the value: one is right, the other mistaken."""
+    """A pair whose sides differ only in the value: the chosen one is right, the rejected one wrong."""
     task, row = case.task, case.row
     style, sentence = STYLES[task.language][task.style], rng.choice(task.statements)
     opening, closing = rng.choice(style.openings), rng.choice(style.closings)
@@ -192,13 +193,16 @@ def close_record(case: Case, rng: random.Random) -> dict:
 
 
 def close_records(training: list[Case], rng: random.Random) -> list[dict]:
-    """Close pairs of the tasks whose values are a token or two long."""
+    """Close pairs of the tasks whose values have one or two tokens."""
     short = [case for case in training if case.task.name in ("sum", "difference", "product", "larger", "day")]
     return [close_record(case, rng) for case in rng.sample(short, CLOSE)]
 
 
 def made_casual(case: Case, taken: set[str]) -> Case:
-    """The case in lower case and without its final mark, unless that text is taken or of another language."""
+    """The case in lower case and without its final mark; the case itself if that text is not usable.
+
+    It is not usable if it is in `taken`, or if it is a Chinese prompt without a Chinese character.
+    """
     casual = replace(case, casual=True)
     text = casual.messages()[-1]["content"]
     if len(casual.messages()) > 1 or text in taken or (case.task.language == "zh" and text.isascii()):
@@ -258,8 +262,8 @@ def write(records: list[dict], path: Path) -> None:
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for the three files")
-    parser.add_argument("--seed", type=int, default=0, help="another seed: other prompts, other phrases")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the four files")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts and phrases")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for name, records in build(args.seed).items():
