@@ -298,14 +298,14 @@ def test_damaged_settings_are_an_error_not_a_traceback(damage, folders, tmp_path
 @pytest.mark.parametrize(
     "main, arguments, reason",
     [
-        (preference.main, ["--model", "/nowhere"], "/nowhere: there is no such model folder"),
+        (preference.main, ["--model", "/nowhere"], "/nowhere: there is no such"),
         (preference.main, ["--beta", "0"], "--beta must be positive, not 0.0"),
         (preference.main, ["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
         (preference.main, ["--max-length", "-1"], "--max-length must not be negative, not -1"),
-        (judge.main, ["--versus", "/nowhere", "--model", "/nowhere"], "/nowhere: there is no such model folder"),
+        (judge.main, ["--versus", "/nowhere", "--model", "/nowhere"], "/nowhere: there is no such"),
         (judge.main, ["--samples", "0"], "--samples must be at least 1, not 0"),
         (judge.main, ["--temperature", "nan"], "--temperature must be positive, not nan"),
-        (chat.main, ["--model", "/nowhere"], "/nowhere: there is no such model folder"),
+        (chat.main, ["--model", "/nowhere"], "/nowhere: there is no such"),
         (chat.main, ["--top-p", "0"], "--top-p must be above 0 and at most 1, not 0.0"),
         (report.main, ["/nowhere"], "/nowhere/metrics.jsonl: cannot be read"),
         (report.main, [], "the following arguments are required: run"),
