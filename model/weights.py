@@ -168,7 +168,7 @@ def read_ours(folder: Path, name: str, config: dict, on_meta: bool = False) -> d
         )
     try:
         device = "meta" if on_meta else "cpu"
-        weights = torch.load(path, map_location=device, weights_only=True, mmap=not on_meta)
+        weights = torch.load(path, map_location=device, mmap=not on_meta, weights_only=True)
     except Exception as error:  # torch.load raises many types for a damaged or hostile file.
         reason = str(error).partition("\n")[0]
         if "Weights only load failed" in reason:
