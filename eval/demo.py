@@ -14,7 +14,7 @@ from pathlib import Path
 
 import train_dpo
 import train_sft
-from dataset.inspect import printable
+from dataset.jsonl import printable
 from errors import InputError, run_script
 from eval import preference, report
 from eval.chat import column_width, side_by_side

@@ -28,6 +28,7 @@ from tests.faults import plant, states, timeless, train
 from tests.loops import ROOT, metrics, torchrun, weights
 from tests.ranks import forked
 from tests.test_loops import CHATS, PAIRS, command_line
+from training import setup
 from training.distributed import World
 from training.folder import take_lock
 
@@ -46,7 +47,7 @@ def flags(tmp_path_factory, tokenizer):
     def of(out, data="pairs", **changes) -> list[str]:
         settings = {
             "model": folder / "start", "data": folder / data, "eval_data": folder / data, "batch_size": 4,
-            "micro_batch_size": 1, "epochs": 2, "lr": 1e-3, "warmup_steps": 2, "log_every": 2,
+            "micro_batch_tokens": 1, "epochs": 2, "lr": 1e-3, "warmup_steps": 2, "log_every": 2,
             "eval_every": 3, "save_every": 1, "keep_checkpoints": 9, "device": "cpu", "precision": "fp32",
             **changes,
         }  # fmt: skip
@@ -139,13 +140,13 @@ def test_a_signal_while_evaluating_or_saving(place, flags, whole, tmp_path, monk
 
 def test_a_signal_before_the_first_step_leaves_at_once(flags, tmp_path, monkeypatch):
     """While the data is read there is nothing to save, so the process stops without waiting."""
-    open_store = train_dpo.open_store
+    open_store = setup.open_store
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
         return open_store(*arguments)
 
-    monkeypatch.setattr(train_dpo, "open_store", interrupted)
+    monkeypatch.setattr(setup, "open_store", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(train_dpo, flags(tmp_path), ALONE)
 

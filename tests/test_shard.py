@@ -55,8 +55,9 @@ def flags(tmp_path_factory, tokenizer):
     def of(out, script="train_dpo", start="start", **changes) -> list[str]:
         data = folder / ("chats" if script == "train_sft" else "pairs")
         settings = {
-            "model": folder / start, "data": data, "eval_data": data, "batch_size": 3, "micro_batch_size": 1,
-            "epochs": 1, "lr": 1e-3, "warmup_steps": 2, "log_every": 1, "eval_every": 2, "device": "cpu",
+            "model": folder / start, "data": data, "eval_data": data, "batch_size": 3,
+            "micro_batch_tokens": 1, "epochs": 1,
+            "lr": 1e-3, "warmup_steps": 2, "log_every": 1, "eval_every": 2, "device": "cpu",
             "precision": "fp32", **changes,
         }  # fmt: skip
         if script == "train_sft":
@@ -75,7 +76,7 @@ CASES = {
     "fresh": ("train_sft", {"model": "tiny"}),
     "reward": ("train_reward", {}),
     "untied-again-in-backward": ("train_dpo", {"start": "untied", "checkpoint_activations": True}),
-    "vocabulary-in-chunks-wpo": ("train_dpo", {"wpo": True, "micro_batch_size": 3}),
+    "vocabulary-in-chunks-wpo": ("train_dpo", {"wpo": True, "micro_batch_tokens": 150}),
     "experts": ("train_dpo", {"start": "experts"}),
     "adapters": ("train_dpo", {"lora_rank": 2}),
     "moving-reference": ("train_dpo", {"tr_alpha": 0.3, "loss": "sigmoid,bco_pair"}),
@@ -88,12 +89,12 @@ LOGITS = {"vocabulary-in-chunks-wpo": 2000}  # six positions of 320 tokens at on
 
 @pytest.fixture(scope="module")
 def together(request, flags, tmp_path_factory):
-    """Those cases that this run of pytest asks for, on two ranks, with copies and split."""
+    """The cases that this run of pytest has collected, on two ranks, with copies and split."""
     folder = tmp_path_factory.mktemp("together")
-    specs = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    asked = {params.get("case") for params in specs}
+    items = [item for item in request.session.items if item.module is request.module]
+    specs = [item.callspec.params if hasattr(item, "callspec") else {} for item in items]
     jobs = []
-    for case in (asked & CASES.keys()) | {"dpo"}:
+    for case in {params.get("case", "dpo") for params in specs}:
         script, changes = CASES[case]
         for kind, split in (("copies", {}), ("split", {"shard": True})):
             out = folder / f"{case}-{kind}"
