@@ -258,7 +258,7 @@ def test_matmul_precision_reaches_torch(script, ragged, tokenizer, tmp_path, mon
         data.write_text('{"prompt": "2 + 2?", "response": "4"}\n')
     flags = f"--model {tmp_path / 'start'} --data {data} --max-steps 1 --device cpu --out {tmp_path / 'out'}"
     module.main([*flags.split(), "--eval-data", "", "--matmul-precision", "medium"])
-    module.main([*flags.split(), "--eval-data", ""])
+    module.main([*flags.split(), "--eval-data", "", "--overwrite"])
     assert set(seen[: len(seen) // 2]) == {"medium"} and set(seen[len(seen) // 2 :]) == {"highest"}
 
 
