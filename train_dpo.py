@@ -97,7 +97,7 @@ def train(settings: Settings, world, run) -> None:
     # ---- the data: pairs, and which of them each optimizer step sees
     def open_pairs(path):
         how = max_length, settings.shape, settings.skip_bad
-        store = world.main_first(lambda: open_store(path, "preferences", tokenizer, *how))
+        store = world.node_first(lambda: open_store(path, "preferences", tokenizer, *how))
         objective.check_data(store, path)
         return store
 

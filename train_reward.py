@@ -144,7 +144,7 @@ def open_pairs(
     path: str, tokenizer: ChatTokenizer, max_length: int, settings: Settings, world: World
 ) -> TokenStore:
     how = max_length, settings.shape, settings.skip_bad
-    pairs = world.main_first(lambda: open_store(path, "preferences", tokenizer, *how))
+    pairs = world.node_first(lambda: open_store(path, "preferences", tokenizer, *how))
     world.print(f"{path}: {pairs.report}")
     return pairs
 

@@ -68,7 +68,7 @@ def train(settings: Settings, world, run) -> None:
     # ---- the data: conversations, and which of them each optimizer step sees
     def open_conversations(path):
         how = max_length, settings.shape, settings.skip_bad
-        return world.main_first(lambda: open_store(path, "conversations", tokenizer, *how))
+        return world.node_first(lambda: open_store(path, "conversations", tokenizer, *how))
 
     conversations = open_conversations(settings.data)
     eval_conversations = open_conversations(settings.eval_data) if settings.eval_data else None

@@ -96,7 +96,7 @@ def measure(settings: Settings, world: World) -> dict[str, float]:
         print_start(models, world.device, reason)
     data = settings.data or held_out_pairs(settings.model, run)
     read = length, settings.shape, settings.skip_bad
-    pairs = world.main_first(lambda: open_store(data, "preferences", tokenizer, *read))
+    pairs = world.node_first(lambda: open_store(data, "preferences", tokenizer, *read))
     objective = choose_objective(settings, run, pairs, data)
     if world.is_main:
         used = objective.settings

@@ -58,14 +58,15 @@ def cache_reference(
     products = precision.name, torch.get_float32_matmul_precision(), world.device.type
     key = [store.fingerprint, weights_hash(model), model.config.to_dict(), layout, *products]
     path = store.folder / f"reference-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.bin"
-    # Ranks compute together or not at all, even if another run is writing the file just now.
-    if world.sum(torch.tensor(float(not path.exists()), device=world.device)).item():
+    # Ranks compute together or not at all. The first rank of each node looks for the file and writes it: a
+    # node may have a disk of its own, and another run may write the same file now.
+    if world.largest(int(world.is_node_main and not path.exists())):
         world.print(f"asking the reference about {len(store)} pairs")
         chunks = token_logps(model, store, world, precision, layout, max_tokens)
-        if world.is_main:
+        if world.is_node_main:
             write_whole(path, lambda file: file.writelines(chunks))
         else:
-            deque(chunks, maxlen=0)  # Every rank does its share of each chunk.
+            deque(chunks, maxlen=0)  # Every rank computes its part of each chunk.
         world.wait()
     store.reference_logps = np.memmap(path, dtype, "r")
 
