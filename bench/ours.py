@@ -4,6 +4,7 @@ from pathlib import Path
 
 import train_dpo
 from bench.work import BETA, Case, now
+from dataset.packing import stream_lengths
 from dataset.store import TokenStore
 from training.reference import cache_reference
 
@@ -35,7 +36,14 @@ def train(case: Case, folder: Path, store: TokenStore, how: str, device: str, pr
     train_dpo.main([
         *("--model", str(folder / "model"), "--data", "synthetic", "--eval-data", ""),
         *("--out", str(folder / "run"), "--beta", str(BETA), "--layout", layout, "--reference", reference),
-        *("--batch-size", str(case.pairs), "--micro-batch-size", str(case.micro_batch)),
+        *("--batch-size", str(case.pairs), "--micro-batch-tokens", str(forward_tokens(case, store, layout))),
         *("--max-length", str(case.max_length), "--precision", precision, "--device", device, *others),
     ])  # fmt: skip
     return times[-1] - times[0]
+
+
+def forward_tokens(case: Case, store: TokenStore, layout: str) -> int:
+    """The bound of a forward with which `deal` makes the case's number of forwards of every window."""
+    lengths = stream_lengths(store, layout)
+    heaviest = max(int(lengths[window].sum()) for window in case.windows)
+    return heaviest * case.micro_batch // case.pairs + int(lengths.max())

@@ -14,13 +14,12 @@ from files import write_whole
 from model.config import PRESETS, ModelConfig
 from model.transformer import Transformer
 from model.weights import load_model, read_json, require_folder
-from training.settings import SAMPLE
+from training.settings import SAMPLE, default_length
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 DEVICE_WHY = "auto takes CUDA, then Apple's MPS, then the CPU"
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 TASKS_SHOWN = 10
-LONGEST = 4096  # tokens, if neither a flag nor a run gives a limit
 
 
 # ---- Models
@@ -95,7 +94,7 @@ def length_limit(asked: int, folder: str | Path, config: ModelConfig) -> int:
     """
     length = asked or run_settings(folder).get("max_length")
     if not isinstance(length, int) or length < 1:
-        length = min(LONGEST, config.max_position_embeddings, config.sliding_window or LONGEST)
+        length = default_length(config)
     config.check_fits(length=length)
     return length
 

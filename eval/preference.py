@@ -50,7 +50,7 @@ class Settings:
     json: str = flag("", "also write the figures to this file")
     beta: float | None = flag(None, "KL strength in rewards and loss; default: the run's, or 0.1")
     loss: str = flag("", "loss or losses (see losses.py); default: the run's with its options, or sigmoid")
-    batch_size: int = flag(32, "pairs per forward per rank; changes the speed, not the figures")
+    micro_batch_tokens: int = flag(8192, "most tokens in a forward; changes the speed, not the figures")
     max_length: int = flag(
         0, "maximum tokens of prompt and response, longer pairs are dropped; 0: as in training"
     )
@@ -62,7 +62,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         require(self.beta is None or self.beta > 0, "--beta", self.beta, "must be positive")
-        require(self.batch_size >= 1, "--batch-size", self.batch_size, "must be at least 1")
+        tokens = self.micro_batch_tokens
+        require(tokens >= 1, "--micro-batch-tokens", tokens, "must be at least 1")
         require(self.max_length >= 0, "--max-length", self.max_length, "must not be negative")
 
 
@@ -98,11 +99,11 @@ def measure(settings: Settings, world: World) -> dict[str, float]:
         used = objective.settings
         print_note(f"{data}: {pairs.report}{f'; {share:.0%} of its prompts are held out' if share else ''}")
         print_note(f"loss {used.loss}, beta {used.beta:g}, reference {reference_folder}")
-    options = {"layout": settings.layout, "batch_size": settings.batch_size}
+    options = {"layout": settings.layout, "max_tokens": settings.micro_batch_tokens}
     return {
         "pairs": len(pairs),
         **evaluate(policy, reference, pairs, world, precision, objective, **options),
-        **evaluate_kl(policy, reference, pairs, world, precision, **options),
+        **evaluate_kl(policy, reference, pairs, world, **options),
     }
 
 
@@ -138,7 +139,7 @@ def choose_objective(settings: Settings, run: dict, pairs: TokenStore, data: str
         objective = Objective(ObjectiveSettings(**options))
     except (TypeError, AttributeError, KeyError) as error:
         raise InputError(f"{settings.model}: the settings in its config.json are damaged ({error})") from None
-    unlabelled = "score_margins" in objective.looks_at and np.isnan(pairs.score_margins).any()
+    unlabelled = "score_margins" in objective.inputs and np.isnan(pairs.score_margins).any()
     if unlabelled and not settings.loss:
         print_note(f"{data} has no scores for --loss {objective.settings.loss}, so the loss is sigmoid")
         return Objective(ObjectiveSettings(beta=objective.settings.beta))

@@ -31,8 +31,8 @@ from eval.common import (
     write_file,
 )
 from model.reward import RewardModel
-from train_reward import mean_metrics, score_pairs
 from training.distributed import World, join
+from training.evaluate import evaluate_rewards, score_pairs
 from training.precision import Precision
 from training.settings import flag, parse
 
@@ -42,7 +42,7 @@ class Settings:
     model: str = flag("runs/reward", "reward model folder")
     data: str = flag("", "preference pairs to score: .jsonl or .json, also .gz")
     out: str = flag("", ".jsonl file for the scored pairs; may be --data itself")
-    batch_size: int = flag(32, "pairs per forward per rank; changes the speed, not the scores")
+    micro_batch_tokens: int = flag(8192, "most tokens in a forward; changes the speed, not the scores")
     max_length: int = flag(
         0, "maximum tokens of prompt and response, longer pairs are dropped; 0: as in training"
     )
@@ -57,7 +57,8 @@ class Settings:
             raise InputError("give --data, the pairs to score, and --out, the file for the scored pairs")
         if not self.out.endswith(".jsonl"):
             raise InputError(f"--out {self.out}: the name must end in .jsonl, the format of scored pairs")
-        require(self.batch_size >= 1, "--batch-size", self.batch_size, "must be at least 1")
+        tokens = self.micro_batch_tokens
+        require(tokens >= 1, "--micro-batch-tokens", tokens, "must be at least 1")
         require(self.max_length >= 0, "--max-length", self.max_length, "must not be negative")
 
 
@@ -77,13 +78,13 @@ def score(settings: Settings, world: World) -> None:
         print_start({settings.model: model}, world.device, reason)
     read = length, settings.shape, settings.skip_bad
     pairs = world.main_first(lambda: open_store(settings.data, "preferences", tokenizer, *read))
-    rewards = score_pairs(model, pairs, world, precision, settings.layout, settings.batch_size)
+    rewards = score_pairs(model, pairs, world, precision, settings.layout, settings.micro_batch_tokens)
     if not world.is_main:
         return
     print_note(f"{settings.data}: {pairs.report}")
     if removed := write_scored(Path(settings.out), settings.data, pairs, rewards):
         print_note(f"removed win_probability from {removed} records: training would prefer it to the scores")
-    figures = mean_metrics(rewards)
+    figures = evaluate_rewards(rewards)
     print_note(
         f"{settings.out}: {len(pairs)} pairs; the chosen answer has the higher score in "
         f"{figures['rewards/accuracies']:.1%}, by {figures['rewards/margins']:.3g} on average"

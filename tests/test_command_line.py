@@ -21,6 +21,7 @@ from tests.loops import ROOT
 from training.settings import parse
 
 README = ROOT / "README.md"
+FLAGS = ROOT / "docs" / "FLAGS.md"
 SCRIPTS = {"train_sft.py": train_sft, "train_dpo.py": train_dpo, "train_reward.py": train_reward}
 
 
@@ -101,7 +102,7 @@ def rows_of(settings_class, names) -> list[str]:
 
 
 def flag_tables() -> dict[str, str]:
-    """The README's tables: flags that mean the same in all scripts, then what each has of its own."""
+    """The tables of docs/FLAGS.md: flags that mean the same in all scripts, then what each has of its own."""
     described = {
         name: {f.name: (f.default, f.metadata["why"]) for f in fields(script.Settings)}
         for name, script in SCRIPTS.items()
@@ -117,10 +118,10 @@ def flag_tables() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("table", ["all", *SCRIPTS])
-def test_readme_lists_every_flag_as_it_is(table):
+def test_the_tables_of_flags_are_those_of_the_settings(table):
     """A table kept by hand drifts from the parser. When this fails, paste what it prints."""
     wanted = flag_tables()[table]
-    assert wanted in README.read_text("utf-8"), f"the README lacks:\n{wanted}"
+    assert wanted in FLAGS.read_text("utf-8"), f"docs/FLAGS.md lacks:\n{wanted}"
 
 
 def test_readme_commands_are_accepted_by_their_parsers():

@@ -109,10 +109,10 @@ def test_each_pair_counts_once_on_any_number_of_ranks(pairs, tokenizer, n):
     store = pairs(n)
     policy, reference = (make_model(tokenizer.vocab_size, torch.float32, seed=s) for s in (1, 2))
     for measure in (evaluate, evaluate_kl):
-        options = {"objective": DPO} if measure is evaluate else {}
+        options = {"precision": FP32, "objective": DPO} if measure is evaluate else {}
 
-        def call(world, size=n, measure=measure, options=options):
-            return measure(policy, reference, store, world, FP32, **options, batch_size=size)
+        def call(world, size=4096, measure=measure, options=options):
+            return measure(policy, reference, store, world, **options, max_tokens=size)
 
         expected = call(ALONE)
         items = n if options else sum(store.target_counts.tolist())
@@ -120,7 +120,7 @@ def test_each_pair_counts_once_on_any_number_of_ranks(pairs, tokenizer, n):
             found, weight = on_ranks(ranks, call)
             assert weight == items
             assert found == pytest.approx(expected, rel=1e-5)
-        for size in (1, 2, 3):
+        for size in (1, 60, 130):
             assert call(ALONE, size) == pytest.approx(expected, rel=1e-5)
 
 
@@ -131,7 +131,7 @@ def test_a_policy_that_is_its_reference_has_loss_ln_2_and_accuracy_a_half(pairs,
     assert figures["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert figures["rewards/accuracies"] == 0.5
     assert figures["rewards/margins"] == figures["rewards/chosen"] == figures["rewards/rejected"] == 0
-    assert evaluate_kl(model, model, pairs(7), ALONE, FP32) == {"kl_per_token": 0}
+    assert evaluate_kl(model, model, pairs(7), ALONE) == {"kl_per_token": 0}
 
 
 @pytest.mark.parametrize("layout", ["forked", "twin"])
@@ -149,16 +149,16 @@ def test_kl_is_that_of_a_plain_loop(pairs, tokenizer, layout):
                     math.exp(a) * (a - b) for a, b in zip(p[at].tolist(), q[at].tolist(), strict=True)
                 )
                 count += 1
-    found = evaluate_kl(policy, reference, pairs(7), ALONE, FP32, layout, batch_size=3)
+    found = evaluate_kl(policy, reference, pairs(7), ALONE, layout, max_tokens=130)
     assert found["kl_per_token"] == pytest.approx(total / count, rel=1e-6)
     assert total / count > 0.1
 
 
 def test_kl_does_not_depend_on_the_chunks_of_the_vocabulary(pairs, tokenizer, monkeypatch):
     policy, reference = (make_model(tokenizer.vocab_size, seed=seed) for seed in (1, 2))
-    whole = evaluate_kl(policy, reference, pairs(7), ALONE, FP32)
+    whole = evaluate_kl(policy, reference, pairs(7), ALONE)
     monkeypatch.setattr(transformer, "MAX_LOGITS", 5 * tokenizer.vocab_size)
-    assert evaluate_kl(policy, reference, pairs(7), ALONE, FP32) == pytest.approx(whole, rel=1e-6)
+    assert evaluate_kl(policy, reference, pairs(7), ALONE) == pytest.approx(whole, rel=1e-6)
 
 
 def test_two_ranks_print_the_figures_of_one(folders, ragged, tmp_path, capsys):
@@ -327,7 +327,7 @@ def test_damaged_settings_are_an_error_not_a_traceback(damage, folders, tmp_path
     [
         (preference.main, ["--model", "/nowhere"], "/nowhere: there is no such model folder"),
         (preference.main, ["--beta", "0"], "--beta must be positive, not 0.0"),
-        (preference.main, ["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
+        (preference.main, ["--micro-batch-tokens", "0"], "--micro-batch-tokens must be at least 1, not 0"),
         (preference.main, ["--max-length", "-1"], "--max-length must not be negative, not -1"),
         (judge.main, ["--model", "/nowhere"], "/nowhere: there is no such model folder"),
         (judge.main, ["--samples", "0"], "--samples must be at least 1, not 0"),

@@ -47,7 +47,7 @@ def flags(tmp_path_factory, tokenizer):
     def of(out, data="pairs", **changes) -> list[str]:
         settings = {
             "model": folder / "start", "data": folder / data, "eval_data": folder / data, "batch_size": 4,
-            "micro_batch_size": 1, "epochs": 2, "lr": 1e-3, "warmup_steps": 2, "log_every": 2,
+            "micro_batch_tokens": 1, "epochs": 2, "lr": 1e-3, "warmup_steps": 2, "log_every": 2,
             "eval_every": 3, "save_every": 1, "keep_checkpoints": 9, "device": "cpu", "precision": "fp32",
             **changes,
         }  # fmt: skip

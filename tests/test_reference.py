@@ -44,7 +44,7 @@ def flags(tmp_path, tokenizer, write_jsonl):
     def made(out: str, *others: str) -> list[str]:
         return [
             *("--model", str(tmp_path / "start"), "--data", str(data), "--eval-data", str(data)),
-            *("--batch-size", "4", "--micro-batch-size", "3", "--lr", "1e-3", "--warmup-steps", "2"),
+            *("--batch-size", "4", "--micro-batch-tokens", "200", "--lr", "1e-3", "--warmup-steps", "2"),
             *("--epochs", "4", "--max-steps", "20", "--log-every", "1", "--eval-every", "10"),
             *("--device", "cpu", "--precision", "fp32", "--out", str(tmp_path / out), *others),
         ]
@@ -83,7 +83,7 @@ def test_each_token_has_its_own(flags, tmp_path, tokenizer):
     model = make_model(tokenizer.vocab_size)
     store = open_store(tmp_path / "pairs.jsonl", "preferences", tokenizer, 512)
     for layout in ("forked", "twin"):
-        reference.cache_reference(model, store, ALONE, FP32, layout, batch_size=4)
+        reference.cache_reference(model, store, ALONE, FP32, layout, max_tokens=250)
         assert store.reference_logps.dtype == np.float64
         stream = build_stream(store, [5, 0, 3], layout)
         assert (reference.cached_reference(stream) - model(stream)).abs().max() < 1e-11
@@ -99,7 +99,7 @@ def test_the_first_loss_is_ln_2(flags, tmp_path):
 
 def test_no_copy_of_the_model_is_made(flags, monkeypatch):
     """What it saves is the second model in memory and its forward at every step."""
-    monkeypatch.setattr(train_dpo, "copy", SimpleNamespace(deepcopy=lambda model: pytest.fail("a copy")))
+    monkeypatch.setattr(reference, "copy", SimpleNamespace(deepcopy=lambda model: pytest.fail("a copy")))
     train_dpo.main(flags("cached", "--reference", "cached", "--max-steps", "2"))
 
 
@@ -116,7 +116,8 @@ def test_what_changes_a_log_prob_changes_the_file(flags, tmp_path, tokenizer):
 
     def file(model, layout="forked", precision="fp32", max_length=512, matmul="highest"):
         store = open_store(data, "preferences", tokenizer, max_length)
-        reference.cache_reference(model, store, ALONE, Precision(precision, ALONE.device, matmul), layout, 4)
+        how = Precision(precision, ALONE.device, matmul)
+        reference.cache_reference(model, store, ALONE, how, layout, 250)
         return store.reference_logps.filename
 
     model = make_model(tokenizer.vocab_size, torch.float32)
@@ -135,7 +136,7 @@ def test_what_changes_a_log_prob_changes_the_file(flags, tmp_path, tokenizer):
 
 def test_two_ranks_ask_as_one(flags, tmp_path):
     """Each rank asks about its rows; another order would leave holes. The last window is of one pair."""
-    train = ["--reference", "cached", "--max-steps", "7", "--micro-batch-size", "2"]
+    train = ["--reference", "cached", "--max-steps", "7", "--micro-batch-tokens", "130"]
     alone = record_gradients(train_dpo, lambda: train_dpo.main(flags("one", *train)))
     [kept] = (tmp_path / "cache").glob("*/reference-*.bin")
     first = np.fromfile(kept, np.float32)
@@ -160,7 +161,7 @@ def test_an_interrupted_file_is_no_file(flags, tmp_path, tokenizer, monkeypatch)
 
     monkeypatch.setattr(reference, "token_logps", stops)
     with pytest.raises(KeyboardInterrupt):
-        reference.cache_reference(model, store, ALONE, FP32, "forked", 4)
+        reference.cache_reference(model, store, ALONE, FP32, "forked", 250)
     assert not [*store.folder.glob("reference-*"), *store.folder.glob("*.tmp")]
 
 

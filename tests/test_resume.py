@@ -55,7 +55,7 @@ def flags(start, write_jsonl):
     def of(script: str, **changes) -> list[str]:
         settings = {
             "model": start, "data": data[script], "eval_data": data[script], "batch_size": 4, "epochs": 2,
-            "micro_batch_size": 3, "lr": 1e-3, "warmup_steps": 2, "log_every": 2, "eval_every": 3,
+            "micro_batch_tokens": 130, "lr": 1e-3, "warmup_steps": 2, "log_every": 2, "eval_every": 3,
             "device": "cpu", "precision": "fp32", **changes,
         }  # fmt: skip
         return command_line(**settings)
@@ -90,7 +90,7 @@ def test_what_an_objective_remembers_is_resumed(options, flags, tmp_path):
 @pytest.mark.parametrize("script", MODULES)
 def test_resuming_at_any_step_changes_no_bit_on_two_ranks(script, flags, tmp_path):
     """Running means that were summed over the ranks too early round otherwise; here each rank has its own."""
-    arguments = flags(script, batch_size=3, micro_batch_size=1, epochs=1)
+    arguments = flags(script, batch_size=3, micro_batch_tokens=1, epochs=1)
     where = tmp_path / "verdict", tmp_path / "r"
     result = forked("tests.faults", "resume", script, *where, *arguments, ranks=2)
     assert result.returncode == 0, result.stderr
@@ -341,7 +341,7 @@ CHANGES = {
     "lr": {"lr": 2e-3},
     "beta": {"beta": 0.5},
     "batch_size": {"batch_size": 5},
-    "micro_batch_size": {"micro_batch_size": 2},
+    "micro_batch_tokens": {"micro_batch_tokens": 90},
     "seed": {"seed": 7},
     "epochs": {"epochs": 3},
     "max_length": {"max_length": 300},

@@ -76,7 +76,7 @@ def test_last_tokens_are_end_tokens(layout, tokenizer, pairs):
         assert place == stream.predictors[stream.owners == response].max() + 1
 
     class OnePair:
-        reference_logps = None
+        reference_logps = score_margins = None
 
         def row(self, index):
             prompt, yes = np.array([5, 6, 7]), np.ones(1, bool)
@@ -258,13 +258,13 @@ def steps_of(flags) -> list:
     return record_gradients(train_reward, lambda: train_reward.main(flags))
 
 
-@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("micro", [1, 200])
 def test_accumulation_equals_one_big_batch(micro, arguments):
-    """Windows of 5 and 2 pairs, whole or dealt 3 + 2, or pair by pair."""
+    """Windows of 5 and 2 pairs, whole, in forwards of 200 tokens, or pair by pair."""
     flags = ["--batch-size", 5, "--epochs", 2, "--lr", 1e-3, "--warmup-steps", 0]
-    whole = steps_of(arguments(*flags, "--micro-batch-size", 5))
+    whole = steps_of(arguments(*flags, "--micro-batch-tokens", 500))
     assert len(whole) == 4
-    assert_close(steps_of(arguments(*flags, "--micro-batch-size", micro)), whole, tolerance=2e-4)
+    assert_close(steps_of(arguments(*flags, "--micro-batch-tokens", micro)), whole, tolerance=2e-4)
 
 
 def test_a_step_is_the_mean_over_its_window(trained, start, arguments, tokenizer, pairs):
@@ -280,7 +280,7 @@ def test_a_step_is_the_mean_over_its_window(trained, start, arguments, tokenizer
 
 def test_two_ranks_equal_one_process(start, arguments):
     """Windows of 3 over 2 ranks are uneven, the last one holds a single pair; no weight is left idle."""
-    flags = arguments("--batch-size", 3, "--micro-batch-size", 1, "--epochs", 2, "--warmup-steps", 1)
+    flags = arguments("--batch-size", 3, "--micro-batch-tokens", 1, "--epochs", 2, "--warmup-steps", 1)
     flags += ["--eval-data", flags[flags.index("--data") + 1]]
     alone, two = steps_of(flags), start.parent / "two"
     target = start.parent / "two.pt"
@@ -339,7 +339,7 @@ def test_every_pair_is_scored_once_on_any_ranks(count, ranks, tokenizer, write_j
     cpu = torch.device("cpu")
     precision = Precision("fp32", cpu)
     worlds = [OneOfMany(rank, ranks, cpu) for rank in range(ranks)]
-    parts = [train_reward.score_pairs(model, store, world, precision, "forked", 2) for world in worlds]
+    parts = [train_reward.score_pairs(model, store, world, precision, "forked", 100) for world in worlds]
     parts = torch.stack(parts)
     assert (parts != 0).sum(dim=0).eq(1).all()
     with torch.no_grad():

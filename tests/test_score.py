@@ -123,7 +123,7 @@ def test_a_failed_write_leaves_the_old_file(reward_folder, ragged, tmp_path, mon
     (["--data", "x.jsonl"], "give --data, the pairs to score, and --out"),
     (["--out", "x.jsonl"], "give --data, the pairs to score, and --out"),
     (["--data", "x.jsonl", "--out", "x.json"], r"--out x\.json: the name must end in \.jsonl"),
-    (["--data", "x.jsonl", "--out", "y.jsonl", "--batch-size", "0"], "--batch-size must be at least 1"),
+    (["--data", "x.jsonl", "--out", "y.jsonl", "--micro-batch-tokens", "0"], "--micro-batch-tokens must"),
 ])  # fmt: skip
 def test_incomplete_requests_are_refused(flags, reason):
     with pytest.raises(InputError, match=reason):

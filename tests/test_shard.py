@@ -55,8 +55,9 @@ def flags(tmp_path_factory, tokenizer):
     def of(out, script="train_dpo", start="start", **changes) -> list[str]:
         data = folder / ("chats" if script == "train_sft" else "pairs")
         settings = {
-            "model": folder / start, "data": data, "eval_data": data, "batch_size": 3, "micro_batch_size": 1,
-            "epochs": 1, "lr": 1e-3, "warmup_steps": 2, "log_every": 1, "eval_every": 2, "device": "cpu",
+            "model": folder / start, "data": data, "eval_data": data, "batch_size": 3,
+            "micro_batch_tokens": 1, "epochs": 1,
+            "lr": 1e-3, "warmup_steps": 2, "log_every": 1, "eval_every": 2, "device": "cpu",
             "precision": "fp32", **changes,
         }  # fmt: skip
         if script == "train_sft":
@@ -75,7 +76,7 @@ CASES = {
     "fresh": ("train_sft", {"model": "tiny"}),
     "reward": ("train_reward", {}),
     "untied-again-in-backward": ("train_dpo", {"start": "untied", "checkpoint_activations": True}),
-    "vocabulary-in-chunks-wpo": ("train_dpo", {"wpo": True, "micro_batch_size": 3}),
+    "vocabulary-in-chunks-wpo": ("train_dpo", {"wpo": True, "micro_batch_tokens": 150}),
     "experts": ("train_dpo", {"start": "experts"}),
     "adapters": ("train_dpo", {"lora_rank": 2}),
     "moving-reference": ("train_dpo", {"tr_alpha": 0.3, "loss": "sigmoid,bco_pair"}),

@@ -213,8 +213,8 @@ def test_experts_are_not_compiled():
 
 @pytest.mark.parametrize(
     "flags",
-    ["--layout twin", "--checkpoint-activations", "--reference cached", "chunks", "--micro-batch-size 3",
-     pytest.param("--compile --micro-batch-size 3", marks=[pytest.mark.slow, COMPILER])],
+    ["--layout twin", "--checkpoint-activations", "--reference cached", "chunks", "--micro-batch-tokens 200",
+     pytest.param("--compile --micro-batch-tokens 200", marks=[pytest.mark.slow, COMPILER])],
 )  # fmt: skip
 def test_twenty_steps_are_the_same(flags, ragged, tokenizer, tmp_path, monkeypatch):
     """Layouts, chunks, recomputation, cached reference, micro-batches: weights to 1e-9 in float64."""

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dataset import store as module
-from dataset.packing import Windows, build_stream, deal, share
+from dataset.packing import Windows, build_stream, deal, share, stream_lengths
 from dataset.records import DataError
 from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
@@ -394,46 +395,75 @@ def test_windows_are_a_function_of_seed_and_step():
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("micro", [1, 2, 5, 8])
+@pytest.mark.parametrize("most", [1, 300, 700, 6000])
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 13, 32])
-def test_deal_gives_every_row_to_one_micro_batch(count, micro, ranks):
-    """A row lost or dealt twice, or ranks with unequal numbers of micro-batches: the last ones wait for ever.
+def test_deal_gives_every_row_to_one_micro_batch(count, most, ranks):
+    """A row lost or dealt twice; a batch with too many tokens; or ranks that wait for one another for ever.
 
-    The longest go first, to the lightest hand that has room, so two hands differ by one long row at most.
+    One row of 5,000 tokens is longer than most of the bounds.
     """
-    draw = np.random.default_rng([count, micro, ranks])
+    draw = np.random.default_rng([count, most, ranks])
     lengths = np.concatenate([draw.integers(1, 300, 50), [5000]])
-    window = draw.permutation(51)[:count]
-    dealt = deal(window, lengths, ranks, micro)
+    window = np.concatenate([[50], draw.permutation(50)])[:count]
+    dealt = deal(window, lengths, ranks, most)
     assert len(dealt) == ranks
-    assert len({len(hands) for hands in dealt}) == 1
-    hands = [hand for rank in dealt for hand in rank]
-    assert sorted(row for hand in hands for row in hand.tolist()) == sorted(window.tolist())
-    assert max(map(len, hands)) <= micro
-    assert len(hands) - ranks < count / micro <= len(hands)  # And no more of them than are needed.
-    weights = [int(lengths[hand].sum()) for hand in hands]
-    assert max(weights) - min(weights) <= lengths[window].max()
+    assert len({len(batches) for batches in dealt}) == 1
+    batches = [batch for rank in dealt for batch in rank]
+    assert sorted(row for batch in batches for row in batch.tolist()) == sorted(window.tolist())
+    assert all(len(batch) <= 1 or lengths[batch].sum() <= most for batch in batches)
+    assert any(batch.tolist() == [50] for batch in batches) or most == 6000
+    # Not many more than are needed: with a round less, a half of the batches would be full to a half.
+    needed = np.minimum(lengths[window], most).sum() / most
+    assert len(batches) - ranks < 2 * needed + ranks
+
+
+@pytest.mark.parametrize("ranks, batches", [(1, 2), (2, 1), (4, 1)])
+def test_deal_makes_no_more_forwards_than_it_must(ranks, batches):
+    """Eight rows of 10 tokens, at most 40 in a forward: 4 + 4, or 2 on each of four ranks."""
+    dealt = deal(np.arange(8), np.full(8, 10), ranks, 40)
+    assert [len(rows) for rank in dealt for rows in rank] == [8 // ranks // batches] * ranks * batches
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("rows", [0, 1, 5, 6, 7, 13])
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 13])
 def test_shares_of_an_evaluation_are_as_many_batches_on_every_rank(rows, ranks):
-    """Where weights are split a forward is an exchange: who makes fewer of them leaves the others waiting."""
-    shares = [share(rows, rank, ranks, 2) for rank in range(ranks)]
+    """Where weights are split a forward is an exchange: a rank with fewer of them makes the others wait."""
+    lengths = np.array([3, 9, 30, 4, 1, 9, 9, 2, 8, 8, 5, 1, 60])[:rows]
+    shares = [share(lengths, rank, ranks, 12) for rank in range(ranks)]
     assert len({len(batches) for batches in shares}) == 1 <= len(shares[0])
     assert sorted(row for batches in shares for batch in batches for row in batch) == [*range(rows)]
-    assert all(len(batch) <= 2 for batches in shares for batch in batches)
+    assert all(len(batch) <= 1 or lengths[batch].sum() <= 12 for batches in shares for batch in batches)
 
 
 def test_deal_balances_tokens_not_rows():
     """Two long rows must not meet while there is another micro-batch: the longest one takes the memory."""
-    (first, second), = deal(np.arange(8), np.array([900, 10, 10, 10, 900, 10, 10, 10]), 1, 4)
-    assert len(first) == len(second) == 4
+    (first, second), = deal(np.arange(8), np.array([900, 10, 10, 10, 900, 10, 10, 10]), 1, 1000)
     assert {0, 4} & set(first.tolist()) and {0, 4} & set(second.tolist())
+    (first,), (second,) = deal(np.arange(8), np.array([900, 10, 10, 10, 900, 10, 10, 10]), 2, 4000)
+    assert len(first) == len(second) == 4
+
+
+@pytest.mark.parametrize("layout", ["forked", "twin"])
+def test_lengths_are_those_of_streams(layout, ragged, tokenizer):
+    """A pair has a second copy of its prompt in twin; counted once, its forwards would be too long."""
+    store = open_store(ragged, "preferences", tokenizer, max_length=512)
+    made = [len(build_stream(store, [row], layout).tokens) for row in range(len(store))]
+    assert stream_lengths(store, layout).tolist() == made
+
+
+def test_streams_carry_the_labels_of_their_rows(write_jsonl, tokenizer):
+    """(B,) beside the pairs, in the order of the rows."""
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    rows = [pair, {**pair, "score_chosen": 3, "score_rejected": 1.5}, {**pair, "win_probability": 0.5}]
+    store = open_store(write_jsonl("pairs.jsonl", rows), "preferences", tokenizer, 64)
+    margins = build_stream(store, [2, 0, 1]).score_margins
+    assert margins.dtype == torch.float32
+    torch.testing.assert_close(margins, torch.tensor([0, math.nan, 1.5]), equal_nan=True)
+    assert build_stream(store, []).score_margins.shape == (0,)
 
 
 def test_a_window_smaller_than_the_ranks_is_dealt():
     """Some ranks get an empty micro-batch, and with it a part in the exchange of gradients."""
-    dealt = deal(np.array([5]), np.arange(10), 3, 4)
+    dealt = deal(np.array([5]), np.arange(10), 3, 40)
     assert sorted(len(hand) for hands in dealt for hand in hands) == [0, 0, 1]
     assert all(hand.dtype.kind == "i" for hands in dealt for hand in hands)

@@ -227,7 +227,7 @@ def test_every_model_option_equals_brute_force(option, layout, tokenizer, ragged
 class Rows:
     """A store of rows given as lists of ids: a prompt and its branches, which are supervised whole."""
 
-    reference_logps = None
+    reference_logps = score_margins = None
 
     def __init__(self, *rows):
         self.rows = rows

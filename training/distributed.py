@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -35,6 +35,8 @@ class World:
     device: torch.device
     store: dist.Store | None = None  # where ranks leave messages for one another
     messages: Iterator[int] = field(default_factory=itertools.count)
+    local_rank: int = 0  # this process among the ranks of its machine
+    local_ranks: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -99,6 +101,8 @@ class World:
 def join(device: str):
     """Join the process group that torchrun set up, if it did, and leave it in the end. Yields a `World`."""
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     here = pick_device(device)
     if here.type == "cpu":
         keep_freed_memory()
@@ -113,7 +117,7 @@ def join(device: str):
     backend = "nccl" if here.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
     try:
-        yield World(rank, ranks, here, store)
+        yield World(rank, ranks, here, store, local_rank=local_rank, local_ranks=local_ranks)
     finally:
         dist.destroy_process_group()
 
@@ -182,12 +186,14 @@ def wrap(model: nn.Module, world: World, shard: bool = False) -> nn.Module:
     return model
 
 
-def exchange_gradients(model: nn.Module, when: bool) -> AbstractContextManager:
-    """Let ranks exchange gradients in this forward and backward, or wait for a later micro-batch.
+def exchange_gradients(model: nn.Module, when: bool) -> None:
+    """Average the gradients of the next backward over the ranks, or leave that to a later micro-batch.
 
-    Where weights are split, every micro-batch exchanges: to wait would be to keep whole gradients meanwhile.
+    Call it before the forward, which prepares the exchange. Split weights (--shard) are exchanged in every
+    micro-batch: to wait would be to keep whole gradients meanwhile.
     """
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not when else nullcontext()
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = when
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The number format of the forward pass, and the loss scaling that fp16 needs."""
 
 import torch
+from torch import Tensor
 
 
 def cpu_multiplies_bf16() -> bool:
@@ -27,6 +28,7 @@ class Precision:
             elif device.type == "cpu" and cpu_multiplies_bf16():
                 name = "bf16"
         self.name = name
+        self.reason = name
         self.device_type = device.type
         # Only fp16 can underflow; for the others the scaler passes everything through.
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
@@ -43,8 +45,17 @@ class Precision:
         self.skipped += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
-    def figures(self) -> dict[str, int]:
-        """For the log: how many steps were skipped so far; nothing where none can be."""
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of the loss to those of the parameters; under fp16 the loss is scaled first."""
+        self.scaler.scale(loss).backward()
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the optimizer step. Under fp16 a step with an overflow is skipped and lowers the scale."""
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def metrics(self) -> dict[str, int]:
+        """Under fp16 the number of steps skipped so far, for the log; else nothing."""
         return {"skipped_steps": self.skipped} if self.scaler.is_enabled() else {}
 
     def state_dict(self) -> dict:

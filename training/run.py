@@ -100,6 +100,7 @@ class RunFolder:
             return str(path or ""), self.identity
 
         path, identity = self.world.from_main(prepare)
+        self._keep_micro_batch_tokens(identity)
         if other := differences(identity, self.identity):
             raise InputError(f"rank {self.world.rank} is not in the run of rank 0: {listed(other)}")
         if path is None:
@@ -167,6 +168,7 @@ class RunFolder:
             return False
         config = json.loads((self.folder / "config.json").read_text("utf-8"))
         then = {**config.get("settings", {}), **config.get("run", {})}
+        self._keep_micro_batch_tokens(then)
         names = {*self.settings.to_dict(), *BY_CONTENT} - {*FREE, "device", "precision"}
         if other := differences(*({name: run.get(name) for name in names} for run in (then, self.identity))):
             raise InputError(f"--resume: {self.folder} has finished with other settings: {listed(other)}")
@@ -222,12 +224,19 @@ class RunFolder:
         if unknown := allowed - then.keys() - self.identity.keys():
             known = ", ".join(sorted(self.identity))
             raise InputError(f"--override {','.join(sorted(unknown))}: no such setting; there are {known}")
+        self._keep_micro_batch_tokens(then)
         other = differences(then, self.identity)
         if other.keys() - allowed:
             raise InputError(
                 f"--resume: the run in {self.folder} was started otherwise: {listed(other)}; start it as "
                 f"before, or accept the change with --override {','.join(sorted(allowed | other.keys()))}"
             )
+
+    def _keep_micro_batch_tokens(self, then: dict) -> None:
+        """With --micro-batch-tokens auto, take the number of `then`: other streams would round otherwise."""
+        name = "micro_batch_tokens"
+        if self.settings.micro_batch_tokens == "auto":
+            self.identity[name] = then.get(name, self.identity[name])
 
     def _clear(self) -> None:
         """Make room for a fresh run. A finished one is replaced, a stopped one is not thrown away."""

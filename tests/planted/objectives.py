@@ -539,8 +539,8 @@ MUTANTS = [
         "The held-out loss is DPO's while another one is trained.",
         "train_dpo",
         "train.evaluate_now",
-        "objective, settings.layout, settings.micro_batch_size",
-        "Objective(ObjectiveSettings(beta=settings.beta)), settings.layout, settings.micro_batch_size",
+        "objective, settings.layout, max_tokens",
+        "Objective(ObjectiveSettings(beta=settings.beta)), settings.layout, max_tokens",
         OBJECTIVES + "test_every_objective_trains_and_evaluates[ipo]",
     ),
     Mutant(
@@ -555,10 +555,10 @@ MUTANTS = [
     Mutant(
         "labels-of-other-rows",
         "The first labels of the file instead of those of the micro-batch.",
-        "train_dpo",
-        "train",
-        "pairs.score_margins[rows]",
-        "pairs.score_margins[: len(rows)]",
+        "dataset.packing",
+        "build_stream",
+        "store.score_margins[np.asarray(rows, int)]",
+        "store.score_margins[: len(rows)]",
         OBJECTIVES + "test_soft_reads_the_labels_of_the_data",
     ),
     Mutant(

@@ -70,8 +70,8 @@ MUTANTS = [
         "train_reward",
         "train",
         "total * world.ranks / len(window)",
-        "total / len(rows) * world.ranks / len(micro_batches)",
-        REWARD + "test_accumulation_equals_one_big_batch[3]",
+        "total / len(losses) * world.ranks / len([*micro_batches(pairs, window, world, max_tokens)])",
+        REWARD + "test_accumulation_equals_one_big_batch[200]",
     ),
     Mutant(
         "reward-ranks-average-away",

@@ -210,7 +210,7 @@ MUTANTS = [
         "train",
         "(losses + model.config.router_aux_loss_coef * aux_loss).sum()",
         "losses.sum() + model.config.router_aux_loss_coef * aux_loss * len(window)",
-        MOE + "test_each_window_counts_the_balance_once[dpo-2]",
+        MOE + "test_each_window_counts_the_balance_once[dpo-150]",
     ),
     Mutant(
         "balance-of-the-reference",
@@ -219,7 +219,7 @@ MUTANTS = [
         "train",
         "reference_logps = reference(stream)",
         "reference_logps = reference(stream, balances.clear() or balances)",
-        MOE + "test_each_window_counts_the_balance_once[dpo-5]",
+        MOE + "test_each_window_counts_the_balance_once[dpo-500]",
     ),
     Mutant(
         "balance-without-its-coefficient",
