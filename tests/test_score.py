@@ -11,6 +11,7 @@ import pytest
 import torch.nn.functional as F
 
 import files
+import train_reward
 from dataset.records import read_preferences
 from errors import InputError, run_script
 from eval import score
@@ -170,3 +171,9 @@ def test_help_is_complete_and_bad_usage_is_one_line(capsys):
         run_script(lambda: score.main(["--model", "/nowhere", "--data", "x.jsonl", "--out", "y.jsonl"]))
     printed = capsys.readouterr()
     assert stopped.value.code == 2 and printed.err.count("\n") == 1 and "/nowhere" in printed.err
+
+
+def test_the_old_flag_names_the_new_command():
+    """Scoring was a flag of train_reward.py."""
+    with pytest.raises(InputError, match=r"--score was replaced by python -m eval\.score"):
+        train_reward.main(["--model", "runs/reward", "--score", "pairs.jsonl", "--to", "scored.jsonl"])
