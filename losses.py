@@ -102,7 +102,8 @@ def discopop(margins: Tensor, beta: float, discopop_tau: float = 0.05) -> Tensor
 
         (1 − m) (−log σ(h)) + m e^−h,    h = β (a − b),    m = σ(h / τ)
 
-    Logistic for lost pairs, exponential for won pairs. m e^−h is one exponential, since 0 · inf is NaN.
+    Logistic for lost pairs, exponential for won pairs. It is not convex: near h = 0, where training starts, a
+    gradient step lowers the margin. m e^−h is computed as one exponential, since 0 · inf is NaN.
     """
     h = beta * margins
     logistic = torch.sigmoid(-h / discopop_tau) * -F.logsigmoid(h)

@@ -7,7 +7,6 @@ Trains OUT/sft and OUT/dpo with the scripts' own defaults, then measures both on
 accuracy, and sampled answers that a judge with the right solutions scores. OUT/results.json has the figures.
 """
 
-import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,9 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     (out / "results.json").unlink(
         missing_ok=True
     )  # Figures of an earlier run would outlive a failure of this.
-    for run in (sft, dpo):
-        shutil.rmtree(Path(run) / "checkpoints", ignore_errors=True)  # A demo that was stopped begins anew.
-    same = ["--seed", str(settings.seed), "--max-steps", str(settings.max_steps)]
+    same = ["--overwrite", "--seed", str(settings.seed), "--max-steps", str(settings.max_steps)]
 
     with stage("1. Supervised fine-tuning: learn to answer", "sft", seconds):
         train_sft.main(["--out", sft, *same])

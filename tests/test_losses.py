@@ -128,6 +128,9 @@ def test_metrics_are_sums_and_a_tie_is_half():
         "rewards/rejected": 10.0,
         "rewards/accuracies": 1.5,
         "rewards/margins": 5.0,
+        "logratios/chosen": 30.0,
+        "logratios/rejected": 20.0,
+        "logratios/margins": 10.0,
         "logps/chosen": -6.0,
         "logps/rejected": -15.0,
     }

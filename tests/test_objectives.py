@@ -319,8 +319,10 @@ def test_a_gradient_step_widens_the_margin(name):
     for a, b in ((0.0, 0.0), (-2.0, 1.0)):
         pairs = make_pairs([a] * 6, [b] * 6, score_margins=float64([2.0] * 6))
         chosen, rejected = gradients(objective(name)(pairs), pairs)
-        assert (rejected - chosen > 0).all(), "a step against the gradient widens chosen - rejected"
-        assert (chosen <= 0).all() or name == "apo_down"
+        # DiscoPOP as published is not convex: near h = 0 its slope has the other sign.
+        narrows = name == "discopop" and a == b
+        assert ((rejected - chosen > 0) != narrows).all(), "a step against the gradient widens the margin"
+        assert (chosen <= 0).all() or narrows or name == "apo_down"
 
 
 @pytest.mark.parametrize("name", ["soft", "ipo", "ipo_norm", "sppo_hard"])
@@ -519,7 +521,7 @@ REFUSED = [
     (dict(beta=0.0), "--beta must be above 0, not 0.0"),
     (dict(beta=math.nan), "--beta must be above 0, not nan"),
     (dict(label_smoothing=0.5), "--label-smoothing must be at least 0 and below 0.5, not 0.5"),
-    (dict(loss="hinge", label_smoothing=0.1), "--label-smoothing has no effect on --loss hinge; it is an option of sigmo"),
+    (dict(loss="hinge", label_smoothing=0.1), "--label-smoothing has no effect on --loss hinge; it is an"),
     (dict(loss="soft", label_smoothing=0.1), "--label-smoothing has no effect on --loss soft"),
     (dict(loss="exo_pair", label_smoothing=0.0), "exo_pair takes the logarithm of --label-smoothing"),
     (dict(loss="robust"), "--loss robust needs --label-smoothing, the share of flipped labels"),

@@ -1,4 +1,4 @@
-"""Records: what each shape means, and that nothing wrong is read as right.
+"""Records: the meaning of each format, and an error for every bad record.
 
     python -m pytest tests/test_records.py
 """
@@ -214,7 +214,7 @@ def test_what_is_wrong_is_named_with_its_line(write, name):
     assert len(found) == 1
     assert str(found[0]) == f"{path}:{line}: {found[0].reason}"
     assert found[0].line == line and found[0].path == str(path)
-    found[0].reason.encode()  # A message that cannot be printed is no message.
+    found[0].reason.encode()  # It can be printed.
     assert re.search(reason, found[0].reason), found[0].reason
 
 
@@ -263,8 +263,8 @@ EXPECTED = [((user(f"{i}?"),), "yes", "no") for i in range(3)]
     ("a.json", b"\n\n " + json.dumps(ROWS).encode() + b"\n", [3, 3, 3]),
     ("a.json.gz", b"\xef\xbb\xbf" + json.dumps(ROWS, indent=0).encode(), [2, 7, 12]),
     ("a.json", b"\n".join(map(dumps, ROWS)), [1, 2, 3]),
-    ("zipped_without_saying_so", gzip.compress(json.dumps(ROWS).encode()), [1, 1, 1]),
-], ids=["jsonl", "jsonl.gz", "json", "one line", "json.gz", "lines in json", "gzip unsaid"])  # fmt: skip
+    ("gzip_without_a_suffix", gzip.compress(json.dumps(ROWS).encode()), [1, 1, 1]),
+], ids=["jsonl", "jsonl.gz", "json", "one line", "json.gz", "lines in json", "no suffix"])  # fmt: skip
 def test_every_kind_of_file_reads_the_same(write, name, data, lines):
     records = list(read_preferences(write(data, name)))
     assert [(record.prompt, record.chosen, record.rejected) for record in records] == EXPECTED
@@ -362,7 +362,7 @@ def test_a_csv_file_is_refused_with_a_command_that_converts_it(tmp_path):
 def test_a_parquet_file_is_refused_with_a_command(tmp_path):
     path = tmp_path / "pairs.parquet"
     path.write_bytes(b"PAR1")
-    with pytest.raises(InputError, match=r"it is Parquet; write it as JSON lines: python .*pyarrow") as caught:
+    with pytest.raises(InputError, match=r"Parquet; write it as JSON lines: python .*pyarrow") as caught:
         list(read_preferences(path))
     compile(shlex.split(str(caught.value).split("JSON lines: ")[1])[2], "command", "exec")
 
@@ -485,7 +485,7 @@ def test_reading_streams(write, tmp_path):
 # ---- Shapes of preferences, each with what it must become
 
 U, A, B = role("user", "Hi!"), role("assistant", "yes"), role("assistant", " no\n")
-ASKED = (user("Hi!"),)
+PROMPT = (user("Hi!"),)
 S, SYSTEM = role("system", "Be brief."), Message("system", "Be brief.")
 BLANK = role("system", " ")
 YES_NO = {"chosen": "yes", "rejected": " no\n"}
@@ -493,7 +493,7 @@ LONG = (user("Hi!"), assistant("Hello."), user("And?\n"))
 HISTORY = [U, role("assistant", "Hello."), role("user", "And?\n")]
 
 
-def said(name: str, value: str) -> dict:
+def sharegpt(name: str, value: str) -> dict:
     return {"from": name, "value": value}
 
 
@@ -506,64 +506,64 @@ def shaped(shape, record, prompt, chosen="yes", rejected=" no\n"):
 
 
 @pytest.mark.parametrize("shape, record, expected", [
-    shaped("text", {"prompt": "Hi!", **YES_NO}, ASKED),
+    shaped("text", {"prompt": "Hi!", **YES_NO}, PROMPT),
     shaped("text", {"prompt": " Hi! ", **YES_NO, "system": "Be brief."}, [SYSTEM, user(" Hi! ")]),
-    shaped("text", {"prompt": "Hi!", **YES_NO, "system": ""}, ASKED),
+    shaped("text", {"prompt": "Hi!", **YES_NO, "system": ""}, PROMPT),
     shaped("text", {"prompt": "</s>", "chosen": "{{x}}", "rejected": "\0"}, [user("</s>")], "{{x}}", "\0"),
-    # A response may begin with the words of the prompt; only messages can be said to repeat it.
-    shaped("text", {"prompt": "Hi!", "chosen": "Hi! yes", "rejected": " no\n"}, ASKED, "Hi! yes"),
-    shaped("question", {"system": "Be brief.", "question": "Hi!", **YES_NO}, [SYSTEM, *ASKED]),
-    shaped("ultrafeedback", {"prompt": "Hi!", "chosen": [U, A], "rejected": [U, B]}, ASKED),
-    shaped("ultrafeedback", {"prompt": "Hi!\n", "chosen": [U, A], "rejected": [U, B]}, ASKED),
-    shaped("ultrafeedback", {"prompt": "Hi!", "chosen": [S, U, A], "rejected": [S, U, B]}, [SYSTEM, *ASKED]),
+    # A response may begin with the words of the prompt; only messages can repeat it.
+    shaped("text", {"prompt": "Hi!", "chosen": "Hi! yes", "rejected": " no\n"}, PROMPT, "Hi! yes"),
+    shaped("question", {"system": "Be brief.", "question": "Hi!", **YES_NO}, [SYSTEM, *PROMPT]),
+    shaped("ultrafeedback", {"prompt": "Hi!", "chosen": [U, A], "rejected": [U, B]}, PROMPT),
+    shaped("ultrafeedback", {"prompt": "Hi!\n", "chosen": [U, A], "rejected": [U, B]}, PROMPT),
+    shaped("ultrafeedback", {"prompt": "Hi!", "chosen": [S, U, A], "rejected": [S, U, B]}, [SYSTEM, *PROMPT]),
     shaped("ultrafeedback", {"prompt": "Hi!", "chosen": [*HISTORY, A], "rejected": [*HISTORY, B]}, LONG),
-    shaped("ultrafeedback", {"prompt": "Hi!", "chosen": [U, A], "rejected": [U, B], "messages": []}, ASKED),
-    shaped("ultrafeedback", {"prompt": "Hi!", "chosen": [A], "rejected": B}, ASKED),
+    shaped("ultrafeedback", {"prompt": "Hi!", "chosen": [U, A], "rejected": [U, B], "messages": []}, PROMPT),
+    shaped("ultrafeedback", {"prompt": "Hi!", "chosen": [A], "rejected": B}, PROMPT),
     shaped("chat", {"prompt": [S, *HISTORY], **YES_NO}, [SYSTEM, *LONG]),
-    shaped("chat", {"prompt": [U], "chosen": A, "rejected": B}, ASKED),
-    shaped("chat", {"prompt": [U], "chosen": [A], "rejected": [B]}, ASKED),
+    shaped("chat", {"prompt": [U], "chosen": A, "rejected": B}, PROMPT),
+    shaped("chat", {"prompt": [U], "chosen": [A], "rejected": [B]}, PROMPT),
     shaped("chat", {"prompt": HISTORY, "chosen": [*HISTORY, A], "rejected": [*HISTORY, B]}, LONG),
     # A side of several turns: all but the last belong to the prompt, if they are shared.
     shaped("chat", {"prompt": [U], "chosen": [*HISTORY[1:], A], "rejected": [*HISTORY[1:], B]}, LONG),
-    shaped("chat-implicit", {"chosen": [U, A], "rejected": [U, B]}, ASKED),
+    shaped("chat-implicit", {"chosen": [U, A], "rejected": [U, B]}, PROMPT),
     shaped("chat-implicit", {"chosen": [S, *HISTORY, A], "rejected": [S, *HISTORY, B]}, [SYSTEM, *LONG]),
-    shaped("chat-implicit", {"chosen": [BLANK, U, A], "rejected": [BLANK, U, B]}, ASKED),
+    shaped("chat-implicit", {"chosen": [BLANK, U, A], "rejected": [BLANK, U, B]}, PROMPT),
     shaped("chosen_messages", {"chosen_messages": [*HISTORY, A], "rejected_messages": [*HISTORY, B]}, LONG),
     shaped("chosen_messages", {
         "chosen_messages": [role("user", [part("Hi", "value"), part("!", "text")]), A],
         "rejected_messages": [role("user", [part("Hi!", "text")]), B],
-    }, ASKED),
+    }, PROMPT),
     shaped("sharegpt", {
-        "conversations": [said("human", "Hi!"), said("gpt", "Hello."), said("human", "And?\n")],
-        "chosen": said("gpt", "yes"), "rejected": said("gpt", " no\n"), "system": "Be brief.",
+        "conversations": [sharegpt("human", "Hi!"), sharegpt("gpt", "Hello."), sharegpt("human", "And?\n")],
+        "chosen": sharegpt("gpt", "yes"), "rejected": sharegpt("gpt", " no\n"), "system": "Be brief.",
     }, [SYSTEM, *LONG]),
     shaped("sharegpt", {
-        "conversations": [said("system", "Be brief."), said("user", "Hi!")],
-        "chosen": said("assistant", "yes"), "rejected": said("gpt", " no\n"),
-    }, [SYSTEM, *ASKED]),
-    shaped("alpaca", {"instruction": "Hi!", "input": "", "output": "?", **YES_NO}, ASKED),
+        "conversations": [sharegpt("system", "Be brief."), sharegpt("user", "Hi!")],
+        "chosen": sharegpt("assistant", "yes"), "rejected": sharegpt("gpt", " no\n"),
+    }, [SYSTEM, *PROMPT]),
+    shaped("alpaca", {"instruction": "Hi!", "input": "", "output": "?", **YES_NO}, PROMPT),
     shaped("alpaca", {"instruction": "Add:", "input": "1 + 1", **YES_NO}, [user("Add:\n1 + 1")]),
     shaped("alpaca", {
         "instruction": "And?\n", "input": None, **YES_NO,
         "history": [["Hi!", "Hello."]], "system": "Be brief.",
     }, [SYSTEM, *LONG]),
-    shaped("ranked", {"instruction": "Hi!", "input": "", "output": ["yes", "well", " no\n"]}, ASKED),
+    shaped("ranked", {"instruction": "Hi!", "input": "", "output": ["yes", "well", " no\n"]}, PROMPT),
     shaped("ranked", {
         "instruction": "And?\n", "input": "", "output": ["yes", " no\n"], "history": [["Hi!", "Hello."]],
     }, LONG),
     shaped("hh", {
         "chosen": "\n\nHuman: Hi!\n\nAssistant: yes",
         "rejected": "\n\nHuman: Hi!\n\nAssistant:  no\n",
-    }, ASKED),
+    }, PROMPT),
     shaped("hh", {
         "chosen": "Human: Hi!\n\nAssistant:yes",
         "rejected": "\nHuman: Hi!\n\nAssistant:  no\n",
-    }, ASKED),
+    }, PROMPT),
     shaped("hh", {
         "chosen": "\n\nHuman: Hi!\n\nAssistant: Hello.\n\nHuman: And?\n\n\nAssistant: yes",
         "rejected": "\n\nHuman: Hi!\n\nAssistant: Hello.\n\nHuman: And?\n\n\nAssistant:  no\n",
     }, LONG),
-    # A tag inside a line is text, and so is a paragraph's that does not change the speaker.
+    # A tag inside a line is text, and so is one that repeats the role.
     shaped("hh", {
         "chosen": "\n\nHuman: Hi! Human: you?\nAssistant: me\n\nHuman: ah\n\nAssistant: Human: yes",
         "rejected": "\n\nHuman: Hi! Human: you?\nAssistant: me\n\nHuman: ah\n\nAssistant:  no\n",
@@ -575,8 +575,8 @@ def test_every_shape_of_preferences(write, shape, record, expected, name):
     data = dumps([record]) if ".json" in name and ".jsonl" not in name else dumps(record) + b"\n"
     path = write(data, name)
     assert detect_format(record) == shape
-    for wanted in ("auto", shape):
-        (found,) = read_preferences(path, wanted)
+    for name in ("auto", shape):
+        (found,) = read_preferences(path, name)
         assert found == Preference(*expected, 1) and found.format == shape
 
 
@@ -642,31 +642,31 @@ def test_a_long_shared_beginning_is_fast(write):
 
 # ---- Shapes of conversations
 
-SPOKEN = (user("Hi!"), assistant("yes"))
+TURNS = (user("Hi!"), assistant("yes"))
 THREE = (SYSTEM, *LONG, assistant("yes"))
 
 
 @pytest.mark.parametrize("shape, record, expected", [
-    ("messages", {"messages": [U, A]}, SPOKEN),
+    ("messages", {"messages": [U, A]}, TURNS),
     ("messages", {"prompt": "Hi!", "messages": [S, *HISTORY, A]}, THREE),
-    ("sharegpt", {"conversations": [said("human", "Hi!"), said("gpt", "yes")]}, SPOKEN),
+    ("sharegpt", {"conversations": [sharegpt("human", "Hi!"), sharegpt("gpt", "yes")]}, TURNS),
     ("sharegpt", {"conversations": [*HISTORY, A], "system": "Be brief."}, THREE),
-    ("alpaca", {"instruction": "Hi!", "input": "", "output": "yes"}, SPOKEN),
+    ("alpaca", {"instruction": "Hi!", "input": "", "output": "yes"}, TURNS),
     ("alpaca", {"instruction": "Add:", "input": "1", "output": "2"}, (user("Add:\n1"), assistant("2"))),
     ("alpaca", {
         "instruction": "And?\n", "output": "yes", "history": [["Hi!", "Hello."]], "system": "Be brief.",
     }, THREE),
-    ("response", {"prompt": "Hi!", "response": "yes"}, SPOKEN),
-    ("completion", {"prompt": "Hi!", "completion": "yes"}, SPOKEN),
+    ("response", {"prompt": "Hi!", "response": "yes"}, TURNS),
+    ("completion", {"prompt": "Hi!", "completion": "yes"}, TURNS),
     ("completion", {"prompt": [S, *HISTORY], "completion": [A]}, THREE),
-    ("question", {"question": "Hi!", "answer": "yes"}, SPOKEN),
+    ("question", {"question": "Hi!", "answer": "yes"}, TURNS),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz"])
 def test_every_shape_of_conversations(write, shape, record, expected, name):
     data = dumps([record]) if ".jsonl" not in name else dumps(record) + b"\n"
     path = write(data, name)
-    for wanted in ("auto", shape):
-        (found,) = read_conversations(path, wanted)
+    for name in ("auto", shape):
+        (found,) = read_conversations(path, name)
         assert found == Conversation(expected, 1) and found.format == shape
 
 
@@ -685,7 +685,7 @@ def test_every_shape_of_conversations(write, shape, record, expected, name):
 def test_a_conversation_that_is_wrong(write, change, reason):
     path = write(dumps({"messages": [U, A]}) + b"\n" + dumps(change) + b"\n")
     good, error = read_conversations(path)
-    assert good == Conversation(SPOKEN, 1)
+    assert good == Conversation(TURNS, 1)
     assert error.line == 2 and re.search(reason, error.reason), error.reason
 
 
@@ -704,6 +704,14 @@ def test_the_examples_of_the_tables_are_true(write):
                 assert record.messages[-1].content == "4"
 
 
+def test_the_page_of_data_formats_lists_each_as_it_is():
+    """docs/DATA.md: a format that is read but not listed is never found."""
+    page = (ROOT / "docs" / "DATA.md").read_text("utf-8")
+    for formats in (PREFERENCE_FORMATS, SFT_FORMATS):
+        rows = [f"| `{name}`: {f.description} | `{json.dumps(f.example)}` |" for name, f in formats.items()]
+        assert "\n".join(rows) in page
+
+
 REFUSED = [
     (read_preferences, {"prompt": "a", "completion": "b", "label": True}, "found unpaired feedback"),
     (read_preferences, {"messages": [U, A], "label": False}, "found unpaired feedback"),
@@ -714,7 +722,7 @@ REFUSED = [
     (read_preferences, {"messages": [U, A]}, r"found conversations without a rejected side \(format mess"),
     (read_conversations, {"chosen": [U, A], "rejected": [U, B]}, r"found preferences \(format chat-implicit"),
     (read_preferences, {"prompt": "a", "chosen": None}, r"found \{'prompt': text, 'chosen': null\}"),
-    # The prompt stands under a key that is not known: to look for it inside the texts would lose it.
+    # The prompt has an unknown key; cut out of the texts, it would be lost.
     (read_preferences, {"query": "a", "chosen": "The b", "rejected": "The c"}, r"found \{'query': text"),
 ]
 
@@ -786,7 +794,7 @@ def test_a_shape_can_be_forced(write):
     path = write(dumps({"instruction": "Hi!", "output": "yes", "chosen": "yes", "rejected": "no"}))
     with pytest.raises(DataError, match="found preferences"):
         list(read_conversations(path))
-    assert list(read_conversations(path, "alpaca")) == [Conversation(SPOKEN, 1)]
+    assert list(read_conversations(path, "alpaca")) == [Conversation(TURNS, 1)]
     (error,) = read_preferences(path, "text")
     assert error.reason == "missing key 'prompt'"
     with pytest.raises(InputError, match="unknown format 'alpacca'; accepted preferences: text"):
@@ -853,8 +861,8 @@ def test_real_arrays_and_ranks_against_the_json_itself():
     starts = [number for number, line in enumerate(data.split("\n"), 1) if line == "  {"]
     for record, row, line in zip(read_preferences(path), json.loads(data), starts, strict=True):
         assert record.line == line
-        asked = [said for pair in row["history"] for said in pair] + [row["instruction"]]
-        assert [turn.content for turn in record.prompt] == asked
+        texts = [text for pair in row["history"] for text in pair] + [row["instruction"]]
+        assert [turn.content for turn in record.prompt] == texts
         assert (record.chosen, record.rejected) == (row["output"][0], row["output"][-1])
 
 

@@ -24,6 +24,7 @@ from model.transformer import compile_layers
 from model.weights import load_model, save_model
 from tests.conftest import MODEL_OPTIONS, ROOT, make_model
 from tests.loops import weights
+from training import setup
 from training.precision import Precision
 
 COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler: no g++")
@@ -220,7 +221,7 @@ def test_twenty_steps_are_the_same(flags, ragged, tokenizer, tmp_path, monkeypat
     """Layouts, chunks, recomputation, cached reference, micro-batches: weights to 1e-9 in float64."""
     save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32))
     tokenizer.save(tmp_path / "start")
-    monkeypatch.setattr(train_dpo, "load_model", lambda *arguments: load_model(*arguments).double())
+    monkeypatch.setattr(setup, "load_model", lambda *arguments: load_model(*arguments).double())
     common = [
         *f"--model {tmp_path / 'start'} --data {ragged} --batch-size 7 --epochs 20 --lr 1e-3".split(),
         *("--warmup-steps", "2", "--device", "cpu", "--precision", "fp32", "--eval-data", ""),

@@ -152,10 +152,10 @@ class Objective:
         self.add_rewards(pairs)
         if balances:
             # Each pair carries the balance of its stream, so the mean over a window has one scale however the
-            # window was split.
+            # window was split. Only its gradient is added: the logged loss is the objective's alone.
             aux_loss = router_loss(balances)
             meter.add(0, {"aux_loss": aux_loss * len(losses)})
-            losses = losses + model.config.router_aux_loss_coef * aux_loss
+            losses = losses + model.config.router_aux_loss_coef * (aux_loss - aux_loss.detach())
         return losses
 
     def derivative(self, logratios: Tensor) -> Tensor:

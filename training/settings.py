@@ -87,6 +87,7 @@ class TrainSettings:
     eval_every: int = flag(100, "optimizer steps between evaluations on --eval-data")
     save_every: int = flag(500, "optimizer steps between checkpoints; 0 saves only when a signal stops it")
     keep_checkpoints: int = flag(2, "newest checkpoints to keep: a damaged one falls back to an older one")
+    overwrite: bool = flag(False, "replace the run that --out contains, finished or stopped")
     resume: bool = flag(False, "go on from the newest valid checkpoint in --out; begin if it has none")
     override: str = flag("", "settings in which --resume may differ from the checkpoint, by name: lr,data")
 

@@ -54,7 +54,8 @@ def run(settings: Settings, loss: str, seed: int) -> dict[str, list[float]]:
     folder = Path(settings.out) / f"{loss}-{seed}"
     names = ("model", "data", "epochs", "batch_size", "lr", "beta")
     flags = [f"--{name.replace('_', '-')}={getattr(settings, name)}" for name in names]
-    flags += [f"--loss={loss}", f"--seed={seed}", "--eval-data=", "--log-every=1", f"--out={folder}"]
+    flags += [f"--loss={loss}", f"--seed={seed}", "--eval-data=", "--log-every=1"]
+    flags += ["--overwrite", f"--out={folder}"]
     train_dpo.main(flags)
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]

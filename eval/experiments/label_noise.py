@@ -103,7 +103,7 @@ def compare(settings: Settings, folder: Path, share: float, seed: int) -> dict[s
     Without flips only DPO is trained: its accuracy is the upper limit for the others.
     """
     noisy, held_out = folder / "noisy.jsonl", Path(settings.out) / "heldout.jsonl"
-    common = ["--model", settings.model, f"--seed={seed}"]
+    common = ["--model", settings.model, f"--seed={seed}", "--overwrite"]
     common += [f"--epochs={settings.epochs}", f"--batch-size={settings.batch_size}"]
     accuracies = {}
     for name, (flags, _) in OBJECTIVES.items():

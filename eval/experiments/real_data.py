@@ -79,11 +79,11 @@ def main(arguments: list[str] | None = None) -> None:
     write_instructions(shared / SFT, out / "sft.jsonl", out / "rasbt.heldout.jsonl")
 
     paths = ["--tokenizer", f"{out}/tokenizer.json", "--data", f"{out}/sft.jsonl", "--out", f"{out}/sft"]
-    train_sft.main([*paths, "--epochs", "8"])
+    train_sft.main([*paths, "--epochs", "8", "--overwrite"])
     world = World(0, 1, pick_device("auto"))
     for name, (_, flags) in PAIRS.items():
         data = ["--data", f"{out}/{name}.train.jsonl", "--eval-data", "", "--out", f"{out}/dpo-{name}"]
-        train_dpo.main(["--model", f"{out}/sft", "--batch-size", "16", *data, *flags])
+        train_dpo.main(["--model", f"{out}/sft", "--batch-size", "16", "--overwrite", *data, *flags])
         given = preference.Settings(model=f"{out}/dpo-{name}", data=f"{out}/{name}.heldout.jsonl")
         results["held out"][name] = preference.measure(given, world)
     common.write_json(out / "results.json", results)

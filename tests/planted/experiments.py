@@ -30,8 +30,8 @@ MUTANTS = [
         "Soft labels win because only their reward model has seen the true labels.",
         "eval.experiments.label_noise",
         "compare",
-        '[*common, *data, f"--out={reward}", f"--lr={settings.reward_lr}"]',
-        '[*common, *data, f"--data={settings.data}", f"--out={reward}", f"--lr={settings.reward_lr}"]',
+        "train_reward.main([*common, *data, ...])",
+        'train_reward.main([*common, *data, f"--data={settings.data}", ...])',
         EXPERIMENTS + "test_label_noise",
     ),
     Mutant(

@@ -11,8 +11,8 @@ MUTANTS = [
         "The reference's log-probs are kept under a name that does not know which model they are of.",
         "training.reference",
         "cache_reference",
-        "[weights_hash(model), model.config.to_dict(), layout, *products]",
-        "[model.config.to_dict(), layout, *products]",
+        "[store.fingerprint, weights_hash(model), model.config.to_dict(), layout, *products]",
+        "[store.fingerprint, model.config.to_dict(), layout, *products]",
         CACHED + "test_what_changes_a_log_prob_changes_the_file",
     ),
     Mutant(
@@ -20,8 +20,8 @@ MUTANTS = [
         "Equal weights with another rotation or other heads are another model.",
         "training.reference",
         "cache_reference",
-        "[weights_hash(model), model.config.to_dict(), layout, *products]",
-        "[weights_hash(model), layout, *products]",
+        "[store.fingerprint, weights_hash(model), model.config.to_dict(), layout, *products]",
+        "[store.fingerprint, weights_hash(model), layout, *products]",
         CACHED + "test_what_changes_a_log_prob_changes_the_file",
     ),
     Mutant(
@@ -29,8 +29,8 @@ MUTANTS = [
         "Log-probs of rounded products are read by a run that asked for exact ones.",
         "training.reference",
         "cache_reference",
-        "[weights_hash(model), model.config.to_dict(), layout, *products]",
-        "[weights_hash(model), model.config.to_dict(), layout]",
+        "[store.fingerprint, weights_hash(model), model.config.to_dict(), layout, *products]",
+        "[store.fingerprint, weights_hash(model), model.config.to_dict(), layout]",
         CACHED + "test_what_changes_a_log_prob_changes_the_file",
     ),
     Mutant(
