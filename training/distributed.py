@@ -126,8 +126,6 @@ class World:
         """
         return self.take_turns(0 if self.is_main else 1 if self.is_node_main else 2, 3, function)
 
-    main_first = node_first
-
     def one_by_one(self, function):
         """`function()` on one rank of each node at a time, for a function that needs much of its memory."""
         return self.take_turns(self.local_rank, self.largest(self.local_ranks), function)

@@ -15,7 +15,10 @@ from model.config import ModelConfig
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "dataset" / "sample"
 LONGEST = 4096  # tokens of a record, where --max-length is 0
-REPLACED = {"--micro-batch-size": "--micro-batch-tokens (tokens in a forward, instead of records)"}
+REPLACED = {
+    "--micro-batch-size": "--micro-batch-tokens (tokens in a forward, instead of records)",
+    "--score": "python -m eval.score --model DIR --data FILE --out FILE",
+}
 
 
 def default_length(config: ModelConfig) -> int:
