@@ -1,14 +1,17 @@
-"""Files that are whole or not there: what every room writes that must outlive a crash."""
+"""Files that are complete or absent, whenever the machine stops."""
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 from errors import InputError
 
+UNFINISHED = re.compile(r"(.+)\.\d+\.tmp")  # How `write_whole` names a file until it is complete.
+
 
 class DigestingFile:
-    """A file that is being written, and the SHA-256 of what went into it."""
+    """A binary file that is being written, and the SHA-256 of its content so far."""
 
     def __init__(self, file):
         self.file, self.digest = file, hashlib.sha256()
@@ -26,12 +29,12 @@ class DigestingFile:
 
 
 def write_whole(path: Path, write) -> Path:
-    """Call ``write(file)`` on a file beside `path`, sync it, rename it, sync the folder; return where it is.
+    """Write a file by ``write(file)`` and return its path. A crash leaves the old file or the new one.
 
-    At no moment is there half a file under the final name, and what a power cut leaves is the old file or
-    the new one. ``{sha256}`` in the name becomes the digest of the content.
+    The content goes to a file beside `path`, which is synced and renamed; then the folder is synced. The
+    digest of the content replaces ``{sha256}`` in the name. Raises `InputError` if the disk fails.
     """
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # Another run may be writing the same.
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # Another process may write the same file.
     try:
         with open(unfinished, "wb") as file:
             digesting = DigestingFile(file)
@@ -41,23 +44,23 @@ def write_whole(path: Path, write) -> Path:
         path = path.with_name(path.name.replace("{sha256}", digesting.digest.hexdigest()))
         os.replace(unfinished, path)
         sync(path.parent)
-    except BaseException as error:  # Also Ctrl-C: half a file is of no use to anybody.
+    except BaseException as error:  # Also Ctrl-C: an incomplete file is useless.
         unfinished.unlink(missing_ok=True)
         raise unwritable(path, error) from None
     return path
 
 
 def unwritable(path: Path, error: BaseException) -> BaseException:
-    """The disk's own word on why a file cannot be written; the error itself where it is another's."""
-    # torch.save says only that its position is unexpected; what the disk said is behind it.
+    """An `InputError` with the system's reason why a file cannot be written; other errors unchanged."""
+    # torch.save raises RuntimeError("unexpected pos"); the error of the disk is its context.
     reason = error.__context__ if isinstance(error, RuntimeError) else error
     if not isinstance(reason, OSError):
         return error
-    return InputError(f"{path}: cannot be written ({reason.strerror}); what was there is whole")
+    return InputError(f"{path}: cannot be written ({reason.strerror}); earlier files are intact")
 
 
 def sync(path: Path) -> None:
-    """Make a file's content durable, or the names in a folder: a rename is a change of its folder."""
+    """Make the content of a file durable, or the names in a folder: a rename changes its folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -66,7 +69,7 @@ def sync(path: Path) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content, in memory that does not grow with it."""
+    """The SHA-256 of a file's content, read in blocks of 1 MiB."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):

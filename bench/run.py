@@ -46,8 +46,8 @@ IMPLEMENTATIONS = {
     "ours, forked live --precision auto": "as shipped: bf16 where the hardware multiplies in it",
     "ours, forked cached": "the reference asked once",
     "ours, forked cached --checkpoint-activations": "less memory",
-    "ours, forked cached --micro-batch-size 2": "the same step in more forwards: less memory",
-    "ours, forked cached --micro-batch-size 1 --checkpoint-activations": "least memory",
+    "ours, forked cached --micro-batch-tokens 1024": "the same step in more forwards: less memory",
+    "ours, forked cached --micro-batch-tokens 512 --checkpoint-activations": "least memory",
     "ours, forked cached --matmul-precision medium": "bf16 factors where the hardware gains from it",
     FUSED: "one attention call a layer, on a GPU",
 }

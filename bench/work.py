@@ -149,9 +149,10 @@ def write_store(folder: Path, pairs: list[list[np.ndarray]]) -> TokenStore:
     np.save(folder / "bounds.npy", np.concatenate([ends[:, :1] - lengths[:, :1], ends], axis=1))
     np.save(folder / "lines.npy", np.arange(1, len(pairs) + 1))
     np.save(folder / "records.npy", np.arange(len(pairs)))
-    np.save(folder / "targets.npy", lengths[:, 1:].sum(axis=1))
+    np.save(folder / "target_counts.npy", lengths[:, 1:].sum(axis=1))
     np.save(folder / "score_margins.npy", np.full(len(pairs), np.nan))
-    report = dict(shape="synthetic", kept=len(pairs), dropped={}, longest=int(lengths.sum(axis=1).max()))
+    np.save(folder / "digests.npy", np.arange(len(pairs), dtype=np.uint64))
+    report = dict(format="synthetic", kept=len(pairs), dropped={}, longest=int(lengths.sum(axis=1).max()))
     (folder / "report.json").write_text(json.dumps(report))
     return TokenStore(folder, fingerprint="")
 

@@ -1,8 +1,7 @@
-"""Bytes in, JSON values out, each with its physical line. What a value means is for `records.py` to say.
+"""JSON values of a data file, each with its line number.
 
-A ``.jsonl`` file is streamed, one value a line, so it may be larger than memory. A ``.json`` file that holds
-one array is read whole, because an array has no lines to stop at; turn a large one into ``.jsonl``. A
-``.json`` file that holds one object a line is read as lines. Either may be gzipped.
+A ``.jsonl`` file contains one value a line. A ``.json`` file contains one array, or one value a line. Either
+may be gzipped. Both are read piece by piece, so a file may be larger than memory.
 """
 
 import codecs
@@ -10,15 +9,21 @@ import gzip
 import json
 import math
 import re
+import shlex
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from dataset.other_files import require_data_file
 from errors import InputError
 
-MAX_LINE = 16 * 2**20  # A longer line is no training example; the cap keeps memory bounded.
-MAX_DIGITS = 300  # Longer integers do not fit a float, and Python refuses to parse the longest.
-SPACES = re.compile(r"[ \t\n\r]*")  # JSON's own white space, which is less than Python's.
+MAX_LINE = 16 * 2**20  # bytes or characters of a record; the limit bounds memory
+BLOCK = 2**16  # characters of an array that are read at a time
+MAX_DIGITS = 300  # Longer integers do not fit into a float, and Python refuses the longest.
+SPACES = re.compile(r"[ \t\n\r]*")  # JSON's white space, which is less than Python's
+LONGEST_QUOTE = 40  # characters of data in an error message
 
 
 class DataError(InputError):
@@ -29,24 +34,47 @@ class DataError(InputError):
         self.path, self.line, self.reason = str(path), line, reason
 
 
+# ---- Data in messages
+
+
 def kind(value) -> str:
     """The JSON type of ``value``, in words."""
     names = {type(None): "null", bool: "true or false", str: "text", list: "a list", dict: "an object"}
     return names.get(type(value), "a number")
 
 
-def show(value) -> str:
-    """``value`` as an error message may print it: escaped and short, never a whole record."""
+def show(value, limit: int = LONGEST_QUOTE) -> str:
+    """``value`` for an error message: a number, or text quoted, escaped and cut to ``limit``, or its type."""
     if not isinstance(value, str):
-        return kind(value)
-    shown = repr(value[:40])
-    return shown if len(shown) <= 42 and len(value) <= 40 else f"{shown[:40]}..."
+        return f"{value:g}" if kind(value) == "a number" else kind(value)
+    shown = repr(value[:limit])
+    return shown if len(shown) <= limit + 2 and len(value) <= limit else f"{shown[:limit]}..."
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters escaped and tabs as spaces, safe to print in a terminal.
+
+    Escaped: C0 and C1 controls (an ESC moves the cursor or worse), line and paragraph separators, lone
+    surrogates, and format characters, some of which change the writing direction. Kept: line feeds, and the
+    two joiners that some scripts and emoji need.
+    """
+
+    def escape(c: str) -> str:
+        if c == "\t":
+            return "    "
+        harmless = c in "\n\u200c\u200d" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        return c if harmless else c.encode("unicode_escape").decode()
+
+    return "".join(map(escape, text))
+
+
+# ---- JSON
 
 
 class StrictDecoder(json.JSONDecoder):
-    """JSON and no more. What Python lets pass (NaN, 1e400, the last of two equal keys) is noted in `faults`.
+    """Decodes JSON and notes in `faults` what only Python accepts: NaN, 1e400, the last of two equal keys.
 
-    Noting instead of raising lets the decoder reach the end of a bad value, so an array can be read past it.
+    Noted, not raised: the decoder still reaches the end of a bad value, and the array can be read past it.
     """
 
     def __init__(self):
@@ -74,7 +102,7 @@ class StrictDecoder(json.JSONDecoder):
         return value
 
     def checked(self, value, path, line: int):
-        """``value``, or the `DataError` that stands in its place if the decoding noted a fault."""
+        """``value``, or a `DataError` in its place if the decoder noted a fault."""
         faults, self.faults[:] = self.faults[:], []
         return DataError(path, line, faults[0]) if faults else value
 
@@ -82,13 +110,15 @@ class StrictDecoder(json.JSONDecoder):
 def read_values(path) -> Iterator[tuple[int, object]]:
     """Yield (line, value) for every JSON value; a value that cannot be decoded is a `DataError` in its place.
 
-    What spoils the whole file is raised: it is missing, empty, UTF-16, damaged gzip, or a broken array.
+    Raises `InputError` if the whole file cannot be used: missing, empty, another format, UTF-16, damaged
+    gzip, or a broken array.
     """
+    require_data_file(path)
     line = 0
     try:
         with _opened(path) as stream:
             plain_name = str(path).lower().removesuffix(".gz")
-            # A .jsonl file is lines whatever it begins with: a list on line 1 is then one bad line.
+            # A .jsonl file is read by lines whatever its first byte is: a list on line 1 is one bad line.
             array = not plain_name.endswith(".jsonl") and stream.peek(1).lstrip()[:1] == b"["
             for line, value in (_array if array else _lines)(stream, path):
                 yield line, value
@@ -102,7 +132,7 @@ def read_values(path) -> Iterator[tuple[int, object]]:
 
 @contextmanager
 def _opened(path):
-    """A byte stream of the file's text, unzipped, its encoding checked, and past the byte-order mark."""
+    """A byte stream of the file, unzipped, after the byte-order mark; its first bytes are not UTF-16."""
     with open(path, "rb") as raw:
         zipped = raw.peek(2)[:2] == b"\x1f\x8b"
         if str(path).lower().endswith(".gz") and not zipped:
@@ -117,7 +147,7 @@ def _opened(path):
 
 
 def _lines(stream, path) -> Iterator[tuple[int, object]]:
-    """One value a line. Only b"\\n" ends a line: other marks that look like one may stand inside a string."""
+    """One value a line. Only b"\\n" ends a line: other line separators may stand inside a string."""
     decoder, number = StrictDecoder(), 0
     while line := stream.readline(MAX_LINE + 1):
         number += 1
@@ -131,50 +161,125 @@ def _lines(stream, path) -> Iterator[tuple[int, object]]:
                 value = decoder.checked(value, path, number)
             except (ValueError, RecursionError) as error:
                 decoder.faults.clear()
-                torn = "" if line.endswith(b"\n") else "; no newline ends it, so the file looks truncated"
-                value = DataError(path, number, _explain(error) + torn)
+                value = DataError(path, number, _explain(error) + _advice(line, path))
             yield number, value
 
 
-def _array(stream, path) -> Iterator[tuple[int, object]]:
-    """The elements of one array, walked one by one so that each knows the line on which it starts."""
-    data = stream.read()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(path, data.count(b"\n", 0, error.start) + 1, _explain(error)) from None
-    del data
-    torn = "" if text.rstrip().endswith("]") else "; no ] ends the array, so the file looks truncated"
+def _advice(line: bytes, path) -> str:
+    """What to do about a line that is not JSON, as the end of its message."""
+    if not line.endswith(b"\n"):
+        return "; no newline ends it, so the file looks truncated"
+    if line.strip() == b"{":
+        source, target = shlex.quote(str(path)), shlex.quote(str(Path(path).with_suffix(".one-line.jsonl")))
+        command = f"python -m json.tool --compact {source} {target}"
+        return f"; a record must stand on one line, and this one goes on; for a file of one record: {command}"
+    return "; for a file of one JSON array, a name that ends in .json" if line.strip() == b"[" else ""
 
-    decoder, line, counted = StrictDecoder(), 1, 0
-    at = SPACES.match(text, text.index("[") + 1).end()
-    more = text[at : at + 1] != "]"
-    while more:
-        line, counted = line + text.count("\n", counted, at), at
+
+class _Text:
+    """The text of a stream, read on demand, and the line and column of its next character."""
+
+    def __init__(self, stream, path):
+        self.stream, self.path = stream, path
+        self.decode = codecs.getincrementaldecoder("utf-8")().decode
+        self.text, self.at, self.line, self.column, self.ended = "", 0, 1, 1, False
+
+    def grow(self) -> None:
+        """Forget the characters before `at`, and read as many again as are left."""
+        self.text, self.at = self.text[self.at :], 0
+        data = self.stream.read(max(BLOCK, len(self.text)))
         try:
-            value, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            line = getattr(error, "lineno", line)
-            raise DataError(path, line, _explain(error) + torn) from None
-        yield line, decoder.checked(value, path, line)
-        at = SPACES.match(text, at).end()
-        more = text[at : at + 1] == ","
+            self.text += self.decode(data, not data)
+        except UnicodeDecodeError as error:
+            self.text += error.object[: error.start].decode("utf-8")
+            line, column = self.place(len(self.text))
+            raise DataError(self.path, line, _not_utf8(error, column)) from None
+        self.ended = not data
+
+    def place(self, at: int) -> tuple[int, int]:
+        """Line and column of a character, which is not before `self.at`."""
+        ends = self.text.count("\n", self.at, at)
+        start = self.text.rfind("\n", self.at, at)
+        return self.line + ends, at - start if ends else self.column + at - self.at
+
+    def move(self, to: int) -> None:
+        (self.line, self.column), self.at = self.place(to), to
+
+    def next(self) -> str:
+        """Move to the next character that is not white space, and return it; "" at the end."""
+        while True:
+            self.move(SPACES.match(self.text, self.at).end())
+            if self.at < len(self.text) or self.ended:
+                return self.text[self.at : self.at + 1]
+            self.grow()
+
+    def value(self, decoder: StrictDecoder):
+        """The JSON value that starts here; move behind it. Reads on until the value is whole."""
+        while True:
+            decoder.faults.clear()
+            try:
+                value, end = decoder.raw_decode(self.text, self.at)
+                following = self.text[end : end + 1]
+                # A number before another character may go on; all other values have an end of their own.
+                if self.ended or kind(value) != "a number" or (following and following in " \t\n\r,]"):
+                    self.move(end)
+                    return value
+            except RecursionError as error:
+                raise DataError(self.path, self.line, _explain(error)) from None
+            except json.JSONDecodeError as error:
+                if self.ended:
+                    line, column = self.place(error.pos)
+                    raise DataError(self.path, line, _explain(error, column) + self.torn()) from None
+            if len(self.text) - self.at > MAX_LINE:
+                raise DataError(self.path, self.line, f"record longer than {MAX_LINE // 2**20} MiB")
+            self.grow()
+
+    def torn(self) -> str:
+        torn = self.ended and not self.text.rstrip().endswith("]")
+        return "; no ] ends the array, so the file looks truncated" * torn
+
+
+def _array(stream, path) -> Iterator[tuple[int, object]]:
+    """The elements of one array, each with the line on which it starts; memory holds one at a time."""
+    text, decoder = _Text(stream, path), StrictDecoder()
+    text.next()
+    text.move(text.at + 1)
+    more = text.next() != "]"
+    while more:
+        line = text.line
+        yield line, decoder.checked(text.value(decoder), path, line)
+        more = text.next() == ","
         if more:
-            at = SPACES.match(text, at + 1).end()
-    closed = text[at : at + 1] == "]"
-    stray = SPACES.match(text, at + 1).end() if closed else at
-    if not closed or stray < len(text):
-        found = show(text[stray : stray + 20]) if stray < len(text) else "the end of the file"
-        due = "nothing after the array" if closed else ", or ]"
-        line = text.count("\n", 0, stray) + 1
-        raise DataError(path, line, f"invalid JSON: expected {due}, found {found}{torn}")
+            text.move(text.at + 1)
+            if text.next() == "]":
+                raise DataError(path, text.line, "invalid JSON: a comma before ]; remove the comma")
+    expected = ", or ]"
+    if text.next() == "]":
+        text.move(text.at + 1)
+        expected = "nothing after the array"
+    if expected == ", or ]" or text.next():
+        found = show(text.text[text.at : text.at + 20]) if text.next() else "the end of the file"
+        raise DataError(path, text.line, f"invalid JSON: expected {expected}, found {found}{text.torn()}")
 
 
-def _explain(error: Exception) -> str:
-    """One short reason for what a decoder raised, with the column and without the text around it."""
+def _explain(error: Exception, column: int | None = None) -> str:
+    """One short reason for a decoder's exception, with the column and without the text around it."""
     if isinstance(error, UnicodeDecodeError):
-        column = error.start - error.object.rfind(b"\n", 0, error.start)
-        return f"not UTF-8: byte 0x{error.object[error.start]:02x} at column {column}"
+        return _not_utf8(error, error.start - error.object.rfind(b"\n", 0, error.start))
     if isinstance(error, json.JSONDecodeError):
-        return f"invalid JSON at column {error.colno}: {error.msg}"
+        return f"invalid JSON at column {column or error.colno}: {_comma(error) or error.msg}"
     return "the value is nested too deeply"
+
+
+def _not_utf8(error: UnicodeDecodeError, column: int) -> str:
+    return f"not UTF-8: byte 0x{error.object[error.start]:02x} at column {column}"
+
+
+def _comma(error: json.JSONDecodeError) -> str:
+    """What to do about a comma too many, or "" for other errors. Versions of Python differ in `pos`."""
+    before = error.doc[max(0, error.pos - 100) : error.pos + 1].rstrip("}] \t\r\n")
+    after = error.doc[error.pos : error.pos + 100].lstrip(", \t\r\n")
+    if error.msg == "Extra data" and not after:
+        return "a comma after the record; JSON lines have no commas between them: remove it"
+    trailing = before.endswith(",") and after[:1] in ("}", "]") and after
+    return f"a comma before {after[0]}; remove the comma" if trailing else ""

@@ -1,6 +1,8 @@
 """Rows of a store into token streams: which rows meet in a step, who computes them, and the one shift."""
 
+import heapq
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -29,45 +31,81 @@ class Windows:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.rows)
         return self._order[window * self.batch_size : (window + 1) * self.batch_size]
 
-    def describe(self, total_steps: int, ranks: int, micro_batch_size: int) -> str:
-        """The arithmetic of a run in one line."""
-        rounds = math.ceil(min(self.batch_size, self.rows) / (ranks * micro_batch_size))
+    def describe(self, total_steps: int, ranks: int, max_tokens: int) -> str:
+        """One line about the run: its steps, its ranks, and the bound of a forward."""
         return (
-            f"{total_steps} steps, {self.per_epoch} an epoch, of {self.batch_size} records: "
-            f"{ranks} rank(s) x {rounds} micro-batch(es) of at most {micro_batch_size}"
+            f"{total_steps} steps, {self.per_epoch} per epoch, of {self.batch_size} records; "
+            f"{ranks} rank(s), each with at most {max_tokens:,} tokens in a forward"
         )
+
+
+def stream_lengths(store: TokenStore, layout: str = "forked") -> np.ndarray:
+    """The tokens of each row in a stream, (rows,): in ``twin`` each branch has its own copy of the prompt."""
+    if layout == "forked":
+        return store.lengths
+    branches = store.bounds.shape[1] - 2
+    return store.lengths + (branches - 1) * (store.bounds[:, 1] - store.bounds[:, 0])
 
 
 def deal(
-    window: np.ndarray, lengths: np.ndarray, ranks: int, micro_batch_size: int
+    window: np.ndarray, lengths: np.ndarray, ranks: int, max_tokens: int
 ) -> list[list[np.ndarray]]:
-    """Deal a window's rows to the micro-batches of each rank: ``deal(...)[rank][micro_batch]``.
+    """Deal a window's rows to micro-batches: ``deal(...)[rank][micro_batch]`` is an array of rows.
 
-    Every rank gets the same number of micro-batches, each of at most `micro_batch_size` rows and about as
-    many tokens as the others: the longest row goes first, to the lightest micro-batch that has room. A
-    window smaller than the number of ranks leaves some micro-batches empty, which is fine: an empty stream
-    has a zero loss and takes part in the gradient exchange like any other.
+    A micro-batch has at most `max_tokens` tokens, or a single longer row. Every rank gets the same number of
+    micro-batches, and all have about the same number of tokens: the longest row goes first, to the
+    micro-batch with the fewest tokens so far. A micro-batch without rows is an empty stream: its loss is 0,
+    and its rank takes part in the exchange of gradients.
     """
-    rounds = math.ceil(len(window) / (ranks * micro_batch_size))
-    hands: list[list[int]] = [[] for _ in range(ranks * rounds)]
-    weights = [0] * len(hands)
-    for row in sorted(window.tolist(), key=lambda row: -lengths[row]):
-        hand = min(
-            (h for h in range(len(hands)) if len(hands[h]) < micro_batch_size), key=weights.__getitem__
-        )
-        hands[hand].append(row)
-        weights[hand] += int(lengths[row])
-    return [[np.array(hand, int) for hand in hands[rank::ranks]] for rank in range(ranks)]
+    rows = sorted(window.tolist(), key=lambda row: -lengths[row])
+    # A row longer than `max_tokens` fills one micro-batch, like a row of `max_tokens`.
+    tokens = int(np.minimum(lengths[window], max_tokens).sum())
+    rounds = max(1, math.ceil(tokens / (ranks * max_tokens)))
+    while True:
+        batches: list[list[int]] = [[] for _ in range(ranks * rounds)]
+        smallest_first = [(0, place) for place in range(len(batches))]  # a heap of (tokens, place)
+        for row in rows:
+            total, place = smallest_first[0]
+            if total and total + lengths[row] > max_tokens:
+                break
+            batches[place].append(row)
+            heapq.heapreplace(smallest_first, (total + int(lengths[row]), place))
+        else:
+            return [[np.array(rows, int) for rows in batches[rank::ranks]] for rank in range(ranks)]
+        rounds += 1
 
 
-def share(rows: int, rank: int, ranks: int, batch_size: int) -> list[range]:
-    """One rank's part of an evaluation: every ranks-th row, in batches, of which all ranks get as many.
+def micro_batches(
+    store: TokenStore, window: np.ndarray, world, max_tokens: int, layout: str = "forked"
+) -> Iterator[tuple[TokenStream, bool]]:
+    """This rank's part of a window: streams on its device, and for each whether it is the last one.
 
-    A batch without rows is an empty stream: it has nothing to add, but a place in every sum, and in every
-    exchange of weights where they are split.
+    `world` has the number of this rank, the number of ranks and the device (`training.distributed.World`).
     """
-    mine, most = range(rank, rows, ranks), len(range(0, rows, ranks))
-    return [mine[start : start + batch_size] for start in range(0, max(1, most), batch_size)]
+    dealt = deal(window, stream_lengths(store, layout), world.ranks, max_tokens)[world.rank]
+    for number, rows in enumerate(dealt, start=1):
+        yield build_stream(store, rows, layout).to(world.device), number == len(dealt)
+
+
+def fill(rows: range, lengths: np.ndarray, max_tokens: int) -> list[range]:
+    """Cut `rows` into runs of at most `max_tokens` tokens; a longer row is a run of its own."""
+    runs, start, tokens = [], 0, 0
+    for place, row in enumerate(rows):
+        if tokens and tokens + lengths[row] > max_tokens:
+            runs.append(rows[start:place])
+            start, tokens = place, 0
+        tokens += int(lengths[row])
+    return [*runs, rows[start:]]
+
+
+def share(lengths: np.ndarray, rank: int, ranks: int, max_tokens: int) -> list[range]:
+    """This rank's part of an evaluation: every ranks-th row, in batches of at most `max_tokens` tokens.
+
+    Every rank gets the same number of batches, since split ranks exchange weights in every forward. A batch
+    without rows is an empty stream: it adds nothing to a sum.
+    """
+    parts = [fill(range(each, len(lengths), ranks), lengths, max_tokens) for each in range(ranks)]
+    return parts[rank] + [range(0)] * (max(map(len, parts)) - len(parts[rank]))
 
 
 def build_stream(store: TokenStore, rows, layout: str = "forked") -> TokenStream:
@@ -101,7 +139,7 @@ def build_stream(store: TokenStore, rows, layout: str = "forked") -> TokenStream
         targets.append(ids[where])
         owners.append(np.full(len(where), owner))
 
-    responses, known = 0, store.reference_logps
+    responses, reference_logps = 0, store.reference_logps
     for row in rows:
         (prompt, _), *branches = store.row(row)
         fork = layout == "forked" and len(prompt) > 0
@@ -116,13 +154,16 @@ def build_stream(store: TokenStore, rows, layout: str = "forked") -> TokenStream
                 start = append(np.concatenate([prompt, ids]), 0) + len(prompt)
                 supervise(ids, supervised, start, start - 1, responses)
             responses += 1
-        if known is not None:
+        if reference_logps is not None:
             start, stop = store.target_bounds[row : row + 2]
-            cached.append(known[start:stop])
+            cached.append(reference_logps[start:stop])
 
     def tensor(parts: list[np.ndarray], dtype=np.int64) -> torch.Tensor:
         return torch.from_numpy(np.concatenate([np.zeros(0, dtype), *parts]))
 
+    score_margins = None
+    if store.score_margins is not None:
+        score_margins = torch.from_numpy(store.score_margins[np.asarray(rows, int)]).float()  # (B,)
     return TokenStream(
         tokens=tensor(tokens),
         positions=tensor(positions),
@@ -131,5 +172,6 @@ def build_stream(store: TokenStore, rows, layout: str = "forked") -> TokenStream
         targets=tensor(targets),
         owners=tensor(owners),
         responses=responses,
-        reference_logps=None if known is None else tensor(cached, known.dtype),
+        reference_logps=None if reference_logps is None else tensor(cached, reference_logps.dtype),
+        score_margins=score_margins,
     )

@@ -1,36 +1,48 @@
-"""Tokenised once, read by all: a data file as flat memory-mapped arrays.
+"""A data file as flat memory-mapped arrays of token ids, tokenised once.
 
-The first process to need a file tokenises it, record by record, into a folder named after everything that
-could change the result: the file's bytes, the tokenizer, the template, the length, the way it is read. Every
-rank, every restart and every later run maps the same arrays, so a file larger than memory works.
+The first process that needs a file tokenises it, record by record, into a folder of the cache. The folder's
+name is a digest of everything that determines the arrays: the file's bytes, the tokenizer, the template, the
+length limit and the options of reading. Every rank, restart and later run maps the same arrays, so a file
+may be larger than memory.
 """
 
+import copy
 import hashlib
 import json
 import math
-import os
-import shutil
-import tempfile
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from dataset.records import Conversation, DataError, Preference, read_conversations, read_preferences
+from dataset.cache import build, cache_folder, is_cached
+from dataset.other_files import require_data_file
+from dataset.records import (
+    Conversation,
+    DataError,
+    Preference,
+    prompt_digest,
+    read_conversations,
+    read_preferences,
+)
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError
-from files import file_hash, sync
+from files import file_hash
 
-VERSION = 3  # Of the arrays below; a new layout must not read an old folder.
-BAD_SHARE = 0.01  # With skip_bad, more bad records than this are a wrong file, not a few bad lines.
+VERSION = 4  # of the arrays below; a new layout must not read an old folder
+BAD_SHARE = 0.01  # With skip_bad: a file with more bad records than this is the wrong file.
+PIECE = 2**16  # characters that are always tokenised at once
 
 Branch = tuple[list[int], list[bool]]  # ids, and for each whether it is supervised
 
 
+# ---- One record
+
+
 def encode(record: Preference | Conversation, tokenizer: ChatTokenizer) -> list[Branch]:
-    """A record as a prompt and the branches that go on from it: chosen and rejected, or one conversation."""
+    """A record as a prompt and its branches: chosen and rejected, or one conversation."""
     if isinstance(record, Conversation):
         return [([], []), tokenizer.conversation(record.messages)]
     prompt = tokenizer.prompt(record.prompt)
@@ -39,18 +51,43 @@ def encode(record: Preference | Conversation, tokenizer: ChatTokenizer) -> list[
 
 
 def full_length(branches: list[Branch]) -> int:
-    """Tokens of the prompt and the longest branch: what must fit into max_length."""
+    """Tokens of the prompt and the longest branch, which must fit into max_length."""
     prompt, *sides = branches
     return len(prompt[0]) + max(len(ids) for ids, _ in sides)
 
 
 def reason_to_drop(branches: list[Branch], max_length: int) -> str | None:
-    """A response is trained on whole, with its end token, or not at all; an equal pair prefers nothing."""
+    """A response is trained on whole, with its end token, or not at all; an equal pair has no gradient."""
     if full_length(branches) > max_length:
         return "too long"
     if len(branches) == 3 and branches[1] == branches[2]:
         return "chosen equals rejected"
     return None
+
+
+def encode_or_drop(
+    record: Preference | Conversation, tokenizer: ChatTokenizer, max_length: int
+) -> tuple[list[Branch], int, str | None]:
+    """(branches, tokens of the prompt and the longest branch, the reason to drop the record or None).
+
+    To tokenise a text takes some 200 times its memory. So a text of more characters than max_length tokens
+    can have is only counted, piece by piece, and its branches are empty.
+    """
+    pair = isinstance(record, Preference)
+    prompt = [message.content for message in (record.prompt if pair else record.messages)]
+    sides = [record.chosen, record.rejected] if pair else [""]
+    if sum(map(len, prompt)) + max(map(len, sides)) > max(PIECE, max_length * tokenizer.longest_token):
+        length = sum(count_tokens(text, tokenizer) for text in prompt)
+        length += max(count_tokens(text, tokenizer) for text in sides)
+        if length > max_length:
+            return [], length, "too long"
+    branches = encode(record, tokenizer)
+    return branches, full_length(branches), reason_to_drop(branches, max_length)
+
+
+def count_tokens(text: str, tokenizer: ChatTokenizer) -> int:
+    """Tokens of a long text, in bounded memory; a few more than of the whole, for the cuts."""
+    return sum(len(tokenizer.text(text[start : start + PIECE])) for start in range(0, len(text), PIECE))
 
 
 def score_margin(record: Preference | Conversation) -> float:
@@ -63,14 +100,30 @@ def score_margin(record: Preference | Conversation) -> float:
     return math.nan
 
 
+def swap_sides(record: Preference) -> Preference:
+    """The pair with chosen and rejected exchanged, and their scores too."""
+    return replace(
+        record,
+        chosen=record.rejected,
+        rejected=record.chosen,
+        scores=record.scores and record.scores[::-1],
+        win_probability=None if record.win_probability is None else 1 - record.win_probability,
+    )
+
+
+# ---- All records
+
+
 @dataclass
 class Report:
-    """What became of a file's records."""
+    """Counts of a file's records: kept, and dropped for which reason."""
 
-    shape: str = ""
+    format: str = ""
     kept: int = 0
     dropped: dict[str, list[int]] = field(default_factory=dict)  # reason: line numbers
     longest: int = 0  # tokens of the longest record, kept or not
+    rejected_higher: int = 0  # kept pairs whose rejected side scores higher
+    swapped: bool = False  # whether the sides of those were exchanged
 
     def drop(self, reason: str, line: int) -> None:
         self.dropped.setdefault(reason, []).append(line)
@@ -79,33 +132,48 @@ class Report:
         return self.kept + sum(map(len, self.dropped.values()))
 
     def __str__(self) -> str:
-        parts = [f"{self.kept} of {self.total()} records ({self.shape})"]
+        parts = [f"{self.kept} of {self.total()} records ({self.format})"]
         for reason, lines in self.dropped.items():
             shown = ", ".join(map(str, lines[:5])) + (", …" if len(lines) > 5 else "")
             parts.append(f"{len(lines)} dropped: {reason} (line {shown})")
         if len(self.dropped.get("too long", ())) > 0.05 * self.total():
             parts.append(f"--max-length {self.longest} would keep the long ones")
-        return "; ".join(parts)
+        return "; ".join([*parts, *self.score_lines()])
+
+    def score_lines(self) -> list[str]:
+        """One sentence about pairs whose rejected side scores higher, if there are any."""
+        if not self.rejected_higher:
+            return []
+        done = "they were exchanged" if self.swapped else "--swap-by-score exchanges the sides"
+        return [f"{self.rejected_higher} pairs have a rejected side that scores higher: {done}"]
 
 
 class TokenStore:
-    """The arrays of one file: row i is a prompt and its branches, each a run of ids with a loss mask."""
+    """The arrays of one file. A row is a prompt and its branches, each a run of ids with a loss mask."""
 
     def __init__(self, folder: Path, fingerprint: str):
-        self.folder, self.fingerprint = folder, fingerprint  # the latter of the data file
+        self.folder, self.fingerprint = folder, fingerprint  # the second: digest of the data file
         self.report = Report(**json.loads((folder / "report.json").read_text()))
-        self.bounds = np.load(folder / "bounds.npy", mmap_mode="r")  # (rows, 2 + branches) offsets
-        self.lines = np.load(folder / "lines.npy", mmap_mode="r")  # (rows,) line in the data file
-        self.records = np.load(folder / "records.npy", mmap_mode="r")  # (rows,) place among its records
         self.tokens = np.memmap(folder / "tokens.bin", np.int32, "r")
         self.supervised = np.memmap(folder / "supervised.bin", np.bool_, "r")
-        self.targets = np.load(folder / "targets.npy", mmap_mode="r")  # (rows,) supervised tokens
-        self.score_margins = np.load(folder / "score_margins.npy", mmap_mode="r")  # (rows,) NaN: has none
-        self.lengths = self.bounds[:, -1] - self.bounds[:, 0]  # (rows,) tokens of all branches
+
+        def load(name: str) -> np.ndarray:
+            return np.load(folder / f"{name}.npy", mmap_mode="r")
+
+        self.lines = load("lines")  # (rows,) line in the data file
+        self.records = load("records")  # (rows,) place among the file's records, from 0
+        self.target_counts = load("target_counts")  # (rows,) supervised tokens
+        self.score_margins = load("score_margins")  # (rows,) NaN without scores
+        self.digests = load("digests")  # (rows,) 64 bits of the prompt's digest
+        self.bounds = load("bounds").reshape(len(self.lines), -1)  # (rows, 2 + branches) offsets of tokens
         if not len(self.tokens) == len(self.supervised) == self.bounds[-1, -1]:
             raise ValueError("the arrays do not fit together")
-        self.target_bounds = np.concatenate([[0], np.cumsum(self.targets)])  # (rows + 1,) offsets, see next
-        # With --reference cached: log pi_ref of each supervised token, row by row (training/reference.py).
+        self._derive()
+
+    def _derive(self) -> None:
+        self.lengths = self.bounds[:, -1] - self.bounds[:, 0]  # (rows,) tokens of all branches
+        self.target_bounds = np.concatenate([[0], np.cumsum(self.target_counts)])  # (rows + 1,) offsets of
+        # the reference log-probs, one for each supervised token, row by row (training/reference.py).
         self.reference_logps: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -116,6 +184,31 @@ class TokenStore:
         offsets = self.bounds[index].tolist()
         return [(self.tokens[start:end], self.supervised[start:end]) for start, end in pairwise(offsets)]
 
+    def split(self, share: float) -> tuple["TokenStore", "TokenStore"]:
+        """(training rows, held-out rows): two views of this store, about `share` of the prompts held out.
+
+        The digest of its prompt decides about a row. So a prompt is never on both sides, and no row changes
+        sides when rows are added to the file.
+        """
+        if not 0 < share < 1:
+            raise InputError(f"share of held-out rows: expected a number between 0 and 1, found {share}")
+        held_out = self.digests < np.uint64(share * 2**64)
+        if held_out.all() or not held_out.any():
+            empty = "train on" if held_out.all() else "hold out"
+            raise InputError(f"a share of {share} of {len(self)} rows leaves no row to {empty}")
+        return self._view(~held_out, f"train-{share}"), self._view(held_out, f"held-out-{share}")
+
+    def _view(self, rows: np.ndarray, name: str) -> "TokenStore":
+        view = copy.copy(self)
+        view.fingerprint = f"{self.fingerprint}-{name}"
+        for column in ("lines", "records", "target_counts", "score_margins", "digests", "bounds"):
+            setattr(view, column, getattr(self, column)[rows])
+        view._derive()
+        return view
+
+
+# ---- One file
+
 
 def open_store(
     path: str | Path,
@@ -124,57 +217,49 @@ def open_store(
     max_length: int,
     shape: str = "auto",
     skip_bad: bool = False,
+    swap_by_score: bool = False,
 ) -> TokenStore:
-    """The `TokenStore` of a ``"preferences"`` or ``"conversations"`` file, tokenised now if it never was.
+    """The `TokenStore` of a file of ``"preferences"`` or ``"conversations"``, tokenised unless it is cached.
 
-    Raises `DataError` at the first bad record; with `skip_bad`, leaves such records out as long as they are
-    at most 1 %. Raises `InputError` when no record is left.
+    `shape` is the name of the records' format. `swap_by_score` exchanges the sides of a pair whose rejected
+    side scores higher. Raises `DataError` at the first bad record; with `skip_bad`, bad records are left out
+    and counted, at most 1 %. Raises `InputError` if no record is left.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such data file")
-    content = file_hash(path)
-    key = (VERSION, content, tokenizer.fingerprint, kind, max_length, shape, skip_bad)
+    content = data_hash(path)
+    options = kind, max_length, shape, skip_bad, swap_by_score
+    key = (VERSION, content, tokenizer.fingerprint, *options)
     folder = cache_folder() / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    if not folder.is_dir():
-        _build(folder, path, content, kind, tokenizer, max_length, shape, skip_bad)
+
+    def write(unfinished: Path) -> None:
+        _write(unfinished, path, tokenizer, *options)
+        if data_hash(path) != content:
+            raise InputError(f"{path}: the file changed while it was read")
+
+    if not is_cached(folder):
+        build(folder, write)
     try:
         return TokenStore(folder, fingerprint=content)
     except (OSError, ValueError, TypeError, EOFError) as error:
         raise InputError(f"{folder}: damaged, remove it and it is made anew ({error})") from None
 
 
-def cache_folder() -> Path:
-    """Where tokenised data is kept: $MINIDPO_CACHE, or the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minidpo"
-    return Path(os.environ.get("MINIDPO_CACHE") or default)
-
-
-def _build(folder: Path, path: Path, content: str, kind, tokenizer, max_length, shape, skip_bad) -> None:
-    """Tokenise into a folder beside the final one, and rename it when it is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
-    unfinished.chmod(0o755)  # Another user may share the cache.
+def data_hash(path: Path) -> str:
+    """SHA-256 of a data file; `InputError` if it is not a readable file."""
+    require_data_file(path)
     try:
-        _write(unfinished, path, kind, tokenizer, max_length, shape, skip_bad)
-        if file_hash(path) != content:
-            raise InputError(f"{path}: the file changed while it was read")
-        for file in (*unfinished.iterdir(), unfinished):
-            sync(file)  # Or a power cut could leave the name of the folder and not what is in it.
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # Another process was faster: its arrays are the same.
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if not path.is_file():
+            raise InputError(f"{path}: cannot be read: it is not a regular file")
+        return file_hash(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _write(folder: Path, path: Path, kind, tokenizer, max_length, shape, skip_bad) -> None:
+def _write(folder: Path, path: Path, tokenizer, kind, max_length, shape, skip_bad, swap_by_score) -> None:
+    """Tokenise a file's records into the arrays that `TokenStore` reads."""
     read = {"preferences": read_preferences, "conversations": read_conversations}[kind]
-    report, bad = Report(), 0
-    bounds, lines, places, targets, margins = (array(code) for code in "qqqqd")
-    offset = 0
+    report, bad, offset = Report(swapped=swap_by_score), 0, 0
+    bounds, lines, places, target_counts, margins, digests = (array(code) for code in "qqqqdQ")
     with open(folder / "tokens.bin", "wb") as tokens, open(folder / "supervised.bin", "wb") as supervised:
         for place, record in enumerate(read(path, shape)):
             if isinstance(record, DataError):
@@ -183,15 +268,20 @@ def _write(folder: Path, path: Path, kind, tokenizer, max_length, shape, skip_ba
                 report.drop(record.reason, record.line)
                 bad += 1
                 continue
+            report.format = record.format
+            worse = score_margin(record) < 0
+            if worse and swap_by_score:
+                record = swap_sides(record)
             try:
-                branches = encode(record, tokenizer)
-            except InputError as error:  # The chat template cannot say this record.
+                branches, length, reason = encode_or_drop(record, tokenizer, max_length)
+            except InputError as error:  # The chat template has no place for a message of this record.
                 raise DataError(path, record.line, str(error)) from None
-            report.shape, report.longest = record.shape, max(report.longest, full_length(branches))
-            if reason := reason_to_drop(branches, max_length):
+            report.longest = max(report.longest, length)
+            if reason:
                 report.drop(reason, record.line)
                 continue
             report.kept += 1
+            report.rejected_higher += worse
             bounds.append(offset)
             for ids, mask in branches:
                 tokens.write(np.asarray(ids, np.int32).tobytes())
@@ -200,15 +290,17 @@ def _write(folder: Path, path: Path, kind, tokenizer, max_length, shape, skip_ba
                 bounds.append(offset)
             lines.append(record.line)
             places.append(place)
-            targets.append(sum(sum(mask) for _, mask in branches))
+            target_counts.append(sum(sum(mask) for _, mask in branches))
             margins.append(score_margin(record))
+            digests.append(int.from_bytes(prompt_digest(record)[:8], "big"))
     if bad > BAD_SHARE * report.total():
         raise InputError(f"{path}: {bad} of {report.total()} records are bad, more than 1 %: {report}")
     if not report.kept:
         raise InputError(f"{path}: no record is left to train on: {report}")
-    np.save(folder / "bounds.npy", np.asarray(bounds).reshape(report.kept, -1))
-    np.save(folder / "lines.npy", np.asarray(lines))
-    np.save(folder / "records.npy", np.asarray(places))
-    np.save(folder / "targets.npy", np.asarray(targets))
-    np.save(folder / "score_margins.npy", np.asarray(margins))
+    columns = dict(
+        bounds=bounds, lines=lines, records=places, target_counts=target_counts,
+        score_margins=margins, digests=digests,
+    )  # fmt: skip
+    for name, column in columns.items():
+        np.save(folder / f"{name}.npy", np.asarray(column))
     (folder / "report.json").write_text(json.dumps(report.__dict__))

@@ -1,12 +1,12 @@
-"""Text to token ids, and the chat template that knows which of them are supervised.
+"""Text to token ids and loss masks, in the chat template of the model.
 
-A conversation is written in the format of the files beside the tokenizer; where there are none, in ChatML:
+The template is that of the files beside the tokenizer; without such files it is ChatML:
 
     <|im_start|>user\\nHow are you?<|im_end|>\\n<|im_start|>assistant\\nWell, thank you.<|im_end|>
 
-Control tokens enter by id only. What a user wrote is encoded with control tokens switched off, piece by
-piece, so that a message which spells ``<|im_end|>`` stays text. The loss mask is kept while the pieces are
-appended; nothing is ever found again by searching the ids.
+Control tokens enter by id only. The text of a message is encoded with control tokens switched off, message
+by message, so a message that spells ``<|im_end|>`` stays text. The loss mask is built while the ids are
+appended; it is never recovered by searching the ids.
 
 Train a tokenizer on the texts of any data files:
 
@@ -21,20 +21,26 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dataset.jsonl import show
 from dataset.records import Conversation, DataError, Message, Preference, read_records
 from dataset.template import CHATML, ChatTemplate, read_template
 from errors import InputError, run_script
+from files import write_whole
 
 START, END = "<|im_start|>", "<|im_end|>"
-# A model that reasons says these itself, so in a text they are what they look like; they end no turn.
-SPOKEN = ("<think>", "</think>")
-# What SentencePiece's heirs have beside their tokenizer.json. Only llama.cpp's converter looks there, for the
-# scores of the pieces: without them llama.cpp cuts texts into other tokens than everybody else.
+# A reasoning model generates these itself, so in a message they are parsed; they end no turn.
+REASONING = ("<think>", "</think>")
+# Files beside a SentencePiece-based tokenizer.json. Only llama.cpp's converter reads them, for the scores of
+# the pieces: without them llama.cpp splits text into other tokens than every other program.
 SENTENCEPIECE = ("tokenizer.model", "added_tokens.json")
 
 
 class ChatTokenizer:
-    """A ``tokenizer.json``, and the chat template that the files beside it ask for."""
+    """A ``tokenizer.json`` and the chat template of the files beside it.
+
+    Raises `InputError` if a file is missing or damaged, if the tokenizer has BPE dropout, or if a control
+    token of the template does not encode to one id.
+    """
 
     def __init__(self, path: str | Path):
         path = Path(path)
@@ -42,75 +48,92 @@ class ChatTokenizer:
             self.json = path.read_text(encoding="utf-8")
             settings = json.loads(self.json)
             added = {token["content"]: token["id"] for token in settings["added_tokens"]}
-            self.template, self.config, self.generation = read_speech(path.parent, added)
+            self.template, self.config, self.generation = read_chat_files(path.parent, added)
             beside = [path.parent / name for name in SENTENCEPIECE]
             self.sentencepiece = {file.name: file.read_bytes() for file in beside if file.is_file()}
             for token in settings["added_tokens"]:
-                # A control token that the file does not flag as special would be parsed out of user text.
-                of_template = any(token["content"] in text for text in self.template.texts())
-                token["special"] |= of_template and token["content"] not in SPOKEN
+                # A control token without the flag "special" would be parsed out of the text of a message.
+                of_template = any(token["content"] in text for text in self.template.separators())
+                token["special"] |= of_template and token["content"] not in REASONING
+            dropout = settings["model"].get("dropout")
             self._tokenizer = Tokenizer.from_str(json.dumps(settings))
         except InputError:
             raise
         except OSError as error:
-            raise InputError(f"{path}: no tokenizer there ({error.strerror})") from None
+            raise InputError(f"{path}: the tokenizer cannot be read ({error.strerror})") from None
         except Exception as error:  # The tokenizers library raises bare Exception for a bad file.
-            raise InputError(f"{path}: not a tokenizer.json of the tokenizers library ({error})") from None
+            reason = show(str(error), 200)
+            raise InputError(f"{path}: not a tokenizer.json of the tokenizers library ({reason})") from None
+        if dropout:
+            raise InputError(
+                f"{path}: BPE dropout {dropout} would encode a text differently each time; "
+                'set "dropout" to null in this file'
+            )
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         for token in (START, END) if self.template == CHATML else (self.template.end,):
-            if self._tokenizer.token_to_id(token) is None:
-                raise InputError(
-                    f"{path}: the tokenizer has no {token} token, which the chat template needs; "
-                    "a chat_template.jinja beside it could say another"
-                )
+            self._require_control_token(token, path)
         self.end_id = self._tokenizer.token_to_id(self.template.end)
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
+        vocabulary = self._tokenizer.get_vocab()
+        self.vocab_size = 1 + max(vocabulary.values())
+        self.longest_token = max(map(len, vocabulary))  # characters, or bytes for byte-level BPE
         self.fingerprint = hashlib.sha256(f"{self.template}\n{self.json}".encode()).hexdigest()
 
-        # SentencePiece's heirs put a space before a text, and some of them after each control token too.
+        # A SentencePiece-based tokenizer adds a space before a text, and some add one after a control token.
         self._line_feed = self._encode("\n")
         self._spaces_text = self._encode("a") != self._encode("\na")[len(self._line_feed) :]
         self._spaces_section = self._encode("a") == self._encode(f"{self.template.end}a")[1:]
-        self._joints = {joint: self._joint(joint) for joint in self.template.texts()}
+        self._separators = {text: self._encode_separator(text) for text in self.template.separators()}
         self._controls = set(added.values())
         self._tokenizer.encode_special_tokens = True  # From here on control tokens in a text are text.
+
+    def _require_control_token(self, token: str, path: Path) -> None:
+        """Raise `InputError` unless the text of a control token encodes to its one id."""
+        expected, ids = self._tokenizer.token_to_id(token), self._encode(token)
+        if expected is None:
+            raise InputError(
+                f"{path}: the tokenizer has no {token} token, which the chat template needs; "
+                "add a chat_template.jinja with the model's own template beside this file"
+            )
+        if ids != [expected]:
+            raise InputError(
+                f"{path}: {token} encodes to {len(ids)} ids, expected its one id {expected}; "
+                "list it under added_tokens in this file"
+            )
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def _encode_behind_text(self, text: str) -> list[int]:
-        """Ids of a text that goes on from another, so that no space is put before it."""
+    def _encode_after_text(self, text: str) -> list[int]:
+        """Ids of a text that continues another, so that no space is added before it."""
         if not self._spaces_text:
             return self._encode(text)
         return self._encode("\n" + text)[len(self._line_feed) :]
 
-    def _joint(self, joint: str) -> list[int]:
-        """Ids of a joint, its control tokens parsed."""
-        template, text = self.template, joint.rstrip(" ")
-        starts = joint in (template.before_user, template.before_system)
-        behind_end = joint == template.answer_to_user.removeprefix(template.end)
-        if starts or (behind_end and self._spaces_section):
+    def _encode_separator(self, separator: str) -> list[int]:
+        """Ids of a separator, its control tokens parsed."""
+        template, text = self.template, separator.rstrip(" ")
+        starts = separator in (template.before_user, template.before_system)
+        after_end = separator == template.answer_to_user.removeprefix(template.end)
+        if starts or (after_end and self._spaces_section):
             return self._encode(text)
-        return self._encode_behind_text(text)
+        return self._encode_after_text(text)
 
-    def _content(self, joint: str, message: Message) -> list[int]:
-        """Ids of what one speaker says; a space at the end of the joint before it is its first."""
-        ids = self._joints[joint]
-        text = joint[len(joint.rstrip(" ")) :] + self.template.content(message)
+    def _content(self, separator: str, message: Message) -> list[int]:
+        """Ids of a message's text; a space at the end of the separator before it is its first character."""
+        ids = self._separators[separator]
+        text = separator[len(separator.rstrip(" ")) :] + self.template.content(message)
         if not ids or (ids[-1] in self._controls and self._spaces_section):
             return self._encode(text)
-        return self._encode_behind_text(text)
+        return self._encode_after_text(text)
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer, and beside it what others read: template, end token, SentencePiece's files."""
-        speech = {"tokenizer_config.json": self.config, "generation_config.json": self.generation}
-        (folder / "tokenizer.json").write_text(self.json, encoding="utf-8")
-        for name, value in speech.items():
-            text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-            (folder / name).write_text(text, encoding="utf-8")
-        for name, content in self.sentencepiece.items():
-            (folder / name).write_bytes(content)
+        """Write the tokenizer and the files beside it: template, end token, SentencePiece's files."""
+        files = {"tokenizer.json": self.json.encode(), **self.sentencepiece}
+        for name, value in (("tokenizer_config", self.config), ("generation_config", self.generation)):
+            files[f"{name}.json"] = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+        for name, content in files.items():
+            write_whole(folder / name, lambda file, content=content: file.write(content))
 
     def text(self, text: str) -> list[int]:
         """Ids of plain text; no id in it is a control token, whatever the text spells."""
@@ -120,7 +143,7 @@ class ChatTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def conversation(self, messages: Iterable[Message]) -> tuple[list[int], list[bool]]:
-        """Ids and, for each, whether it is supervised: what assistants say, and that they stop."""
+        """Ids, and for each whether it is supervised: text and end token of assistant turns of weight 1."""
         ids: list[int] = []
         supervised: list[bool] = []
 
@@ -128,29 +151,29 @@ class ChatTokenizer:
             ids.extend(new_ids)
             supervised.extend([is_supervised] * len(new_ids))
 
-        for joint, message in self.template.joints(messages):
-            append(self._joints[joint], False)
+        for separator, message in self.template.separate(messages):
+            append(self._separators[separator], False)
             if message.role == "assistant":
-                append(self.response(message.content), True)
+                append(self.response(message.content), message.weight == 1)
             else:
-                append(self._content(joint, message), False)
+                append(self._content(separator, message), False)
         return ids, supervised
 
     def prompt(self, messages: Iterable[Message]) -> list[int]:
-        """Ids of a conversation up to the place where the assistant is to speak."""
+        """Ids of a conversation and of the header of the assistant's next turn."""
         ids, _ = self.conversation(messages)
-        return ids + self._joints[self.template.user_to_answer]
+        return ids + self._separators[self.template.user_to_answer]
 
     def response(self, content: str) -> list[int]:
-        """Ids of what the assistant says, with the end token."""
+        """Ids of an assistant's text and of the end token."""
         return [*self._content(self.template.user_to_answer, Message("assistant", content)), self.end_id]
 
 
-def read_speech(folder: Path, added: dict[str, int]) -> tuple[ChatTemplate, dict, dict]:
-    """The template of a folder, its tokenizer_config.json and its generation_config.json.
+def read_chat_files(folder: Path, added: dict[str, int]) -> tuple[ChatTemplate, dict, dict]:
+    """The template of a folder, its tokenizer_config.json and its generation_config.json, ready to be saved.
 
-    `added` are the ids of the added tokens. Where there are no such files they are made, for ChatML. What is
-    saved says that an answer ends with the template's end token, whatever a base model ended its texts with.
+    `added` are the ids of the added tokens. Without files: ChatML. In both files the end token is that of the
+    template, whatever token ends the texts of a base model.
     """
 
     def read(name: str) -> dict:
@@ -163,12 +186,12 @@ def read_speech(folder: Path, added: dict[str, int]) -> tuple[ChatTemplate, dict
 
     config = read("tokenizer_config.json") or {"tokenizer_class": "PreTrainedTokenizerFast"}
     source = config.get("chat_template")
-    if isinstance(source, list):  # Several by name: for tools, for retrieval, …
+    if isinstance(source, list):  # several by name: for tools, for retrieval, …
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
     if (folder / "chat_template.jinja").is_file():
         source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     named = {name: config[name] for name in ("bos_token", "eos_token", "pad_token") if config.get(name)}
-    specials = {name: said["content"] if isinstance(said, dict) else said for name, said in named.items()}
+    specials = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
     try:
         template = read_template(source, specials, list(added)) if source else CHATML
     except InputError as error:
@@ -177,10 +200,11 @@ def read_speech(folder: Path, added: dict[str, int]) -> tuple[ChatTemplate, dict
     pad = "<|endoftext|>" if "<|endoftext|>" in added else template.end
     specials = {"pad_token": pad, **specials, "eos_token": template.end}
     generation = read("generation_config.json")
-    ends = generation.get("eos_token_id", [])
-    ends = dict.fromkeys([added.get(template.end), *(ends if isinstance(ends, list) else [ends])])
+    ends = generation.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    ends = list(dict.fromkeys(end for end in (added.get(template.end), *ends) if end is not None))
     ids = {f"{name}_id": added[token] for name, token in specials.items() if token in added}
-    generation |= {**ids, "eos_token_id": list(ends) if len(ends) > 1 else ids.get("eos_token_id")}
+    generation |= {**ids, "eos_token_id": ends if len(ends) > 1 else ids.get("eos_token_id")}
     return template, {**config, **specials, "chat_template": template.source}, generation
 
 

@@ -1,16 +1,16 @@
-"""Talk to a model, or ask two at once and read their answers side by side.
+"""Talk to a model, or to two models at once with their answers side by side.
 
     python -m eval.chat --model runs/dpo
     python -m eval.chat --model runs/dpo --versus runs/sft --temperature 0.7
-    printf 'Hello!\\n12 + 7 = ?\\n' | python -m eval.chat --model runs/dpo
+    printf 'Hello!\\n12 + 7 = ?\\n/new\\nHi!\\n' | python -m eval.chat --model runs/dpo
 
-Through a pipe each line is a prompt, and each answer one line (or, of two models, rows that end in an empty
-one). Each model remembers its own side of the conversation. Ctrl-D or Ctrl-C ends it.
+/new starts a new conversation, /help lists the commands, Ctrl-D ends. Without a terminal, each input line is
+a message and each answer is one line of output (with two models: rows of two columns, then an empty line).
+Each model has its own history of the conversation.
 """
 
 import shutil
 import sys
-import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,29 +18,40 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dataset.inspect import printable
+from dataset.jsonl import printable
 from dataset.records import Message
 from dataset.tokenizer import ChatTokenizer
-from errors import run_script
-from eval.common import DEVICE_WHY, DEVICES, load_speaker, require
+from errors import InputError, run_script
+from eval.common import (
+    DEVICE_WHY,
+    DEVICES,
+    describe_training,
+    length_limit,
+    load_model_and_tokenizer,
+    print_note,
+    print_start,
+    require,
+)
+from eval.terminal import column_width, side_by_side, text_pieces, wrap
 from model.generate import decode_steps
 from model.transformer import Transformer
 from training.distributed import pick_device
 from training.settings import flag, parse
 
-GAP = " │ "
+HELP = "/new starts a new conversation, /help prints this line, Ctrl-D ends"
 
 
 @dataclass
 class Settings:
     model: str = flag("runs/dpo", "model folder to talk to")
-    versus: str = flag("", "a second model folder, which answers in a column of its own; empty for none")
-    temperature: float = flag(0.7, "0 is greedy; 1 samples from the model as it is")
-    top_p: float = flag(1.0, "keep the fewest tokens whose mass reaches this")
-    top_k: int = flag(0, "keep this many of the likeliest tokens; 0 for all")
-    max_new_tokens: int = flag(256, "longest answer, in tokens")
-    seed: int = flag(0, "of the sampling: the same prompts get the same answers")
-    system: str = flag("", "a system message to begin with; empty for none")
+    versus: str = flag("", "second model folder, which answers in its own column; empty: one model")
+    temperature: float = flag(0.7, "of sampling; 0 is greedy, 1 keeps the model's distribution")
+    top_p: float = flag(1.0, "sample from the fewest tokens whose probability mass reaches this value")
+    top_k: int = flag(0, "sample from this many of the likeliest tokens; 0: all")
+    max_new_tokens: int = flag(256, "maximum tokens of an answer")
+    max_length: int = flag(0, "maximum tokens of a conversation with its answer; 0: as in training")
+    seed: int = flag(0, "seed of the sampling: the same messages get the same answers")
+    system: str = flag("", "system message at the start of each conversation; empty: no system message")
     device: str = flag("auto", DEVICE_WHY, DEVICES)
 
     def __post_init__(self) -> None:
@@ -48,19 +59,46 @@ class Settings:
         require(0 < self.top_p <= 1, "--top-p", self.top_p, "must be above 0 and at most 1")
         require(self.top_k >= 0, "--top-k", self.top_k, "must not be negative")
         require(self.max_new_tokens >= 1, "--max-new-tokens", self.max_new_tokens, "must be at least 1")
+        require(self.max_length >= 0, "--max-length", self.max_length, "must not be negative")
+        try:
+            self.system.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"--system must be UTF-8 text, not {self.system!r}") from None
+
+
+# ---- One model and its side of the conversation
 
 
 @dataclass
-class Speaker:
-    """A model, its tokenizer, and its side of the conversation."""
+class Conversation:
+    """A model, its tokenizer, and the messages so far."""
 
     model: Transformer
     tokenizer: ChatTokenizer
+    max_prompt: int  # tokens of the messages that an answer is generated from
     history: list[Message] = field(default_factory=list)
 
-    def reply(self, text: str, uniforms: Tensor, **sampling) -> Iterator[str]:
-        """Yield the answer to `text` piece by piece, and remember both. `uniforms` is (1, max_new_tokens)."""
-        self.history.append(Message("user", text))
+    def with_message(self, text: str) -> list[Message]:
+        """The history with a new user message; the oldest turns are left out until it fits `max_prompt`.
+
+        Raises `InputError` if the message is too long even as the first one.
+        """
+        history = [*self.history, Message("user", text)]
+        start = int(history[0].role == "system")  # The system message stays.
+        while (tokens := len(self.tokenizer.prompt(history))) > self.max_prompt:
+            if len(history) == start + 1:
+                raise InputError(
+                    f"the message has {tokens} tokens, more than {self.max_prompt}: shorten it, or change "
+                    "--max-length or --max-new-tokens"
+                )
+            del history[start : start + 2]
+        return history
+
+    def reply(self, uniforms: Tensor, **sampling) -> Iterator[str]:
+        """Yield the answer to the last message piece by piece, then append it to the history.
+
+        `uniforms` is (1, max_new_tokens), one random number in [0, 1) per token.
+        """
         prompt, end_id = self.tokenizer.prompt(self.history), self.tokenizer.end_id
         tokens = (new[0] for _, new in decode_steps(self.model, [prompt], uniforms, end_id, **sampling))
         answer = ""
@@ -70,76 +108,11 @@ class Speaker:
         self.history.append(Message("assistant", answer))
 
 
-def text_pieces(tokenizer: ChatTokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """Decode token by token; what may yet become a character is held back until it is one.
-
-    A token of a byte-level tokenizer can end within a character, whose bytes so far decode to U+FFFD. Those
-    at the end of the text wait; when no token follows, they are what the model said. There is one piece a
-    token, be it empty, so that two models can be read in step.
-    """
-    ids, shown = [], ""
-    for token in tokens:
-        ids.append(token)
-        whole = tokenizer.decode(ids).rstrip("\ufffd")
-        yield whole[len(shown) :]
-        shown = max(shown, whole, key=len)
-    yield tokenizer.decode(ids)[len(shown) :]
-
-
-# ---- text on a terminal
-
-
-def cells(text: str) -> int:
-    """Columns that `text` takes on a terminal: wide characters two, combining ones none."""
-    marks = ("Mn", "Me", "Cf")
-    return sum(
-        0 if unicodedata.category(c) in marks else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text
-    )
-
-
-def wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` cells, broken at spaces where there are any; all but the last are final.
-
-    That is: more text at the end changes the last line only, so the others can be printed for good.
-    """
-    lines = []
-    for paragraph in text.split("\n"):
-        line = ""
-        for c in paragraph:
-            if cells(line + c) > width:
-                head, _, tail = line.rpartition(" ")
-                if c == " " or cells(c) == 2 or not cells(head):  # Chinese may break anywhere.
-                    head, tail = line, ""
-                lines.append(head)
-                line = tail + (c if c != " " else "")
-            else:
-                line += c
-        lines.append(line)
-    return lines
-
-
-def row(left: str, right: str, width: int) -> str:
-    """One line of two columns, the left one filled up to `width` cells."""
-    return (left + " " * (width - cells(left)) + GAP + right).rstrip()
-
-
-def side_by_side(left: str, right: str, width: int) -> list[str]:
-    """Two texts as columns of `width` cells each, line by line."""
-    columns = wrap(left, width), wrap(right, width)
-    height = max(map(len, columns))
-    return [row(*(column[i] if i < len(column) else "" for column in columns), width) for i in range(height)]
-
-
-def column_width() -> int:
-    """Cells of each of two columns on this terminal, or on 100 cells where there is none."""
-    return max(10, (shutil.get_terminal_size((100, 24)).columns - 1 - len(GAP)) // 2)
-
-
-# ---- the conversation
+# ---- Answers on the screen
 
 
 def show_one(pieces: Iterator[str], terminal: bool) -> None:
-    """Print an answer as it comes. For a program that reads it, an answer is one line whatever it says."""
+    """Print an answer while it is generated. In a pipe an answer is one line; its line feeds are escaped."""
     for piece in pieces:
         piece = printable(piece)
         print(piece if terminal else piece.replace("\n", "\\n"), end="", flush=True)
@@ -147,21 +120,22 @@ def show_one(pieces: Iterator[str], terminal: bool) -> None:
 
 
 def show_two(left: Iterator[str], right: Iterator[str], terminal: bool) -> None:
-    """Print two answers as columns as they come: rows that both have passed stay, the others are drawn anew.
+    """Print two answers as columns while they are generated.
 
-    A file has no cursor that could go back, so it gets the rows that stay only.
+    A row is final when neither column can change it. On a terminal the other rows are drawn again after
+    each token. A pipe gets final rows only.
     """
     width, height = column_width(), shutil.get_terminal_size((100, 24)).lines
-    texts, sources, speaking = ["", ""], [left, right], [True, True]
-    printed = drawn = 0  # rows that stay, and rows below them that the next step overwrites
-    while any(speaking):
+    texts, sources, running = ["", ""], [left, right], [True, True]
+    printed = drawn = 0  # final rows, and rows below them that the next step overwrites
+    while any(running):
         for side, source in enumerate(sources):
             piece = next(source, None)
-            speaking[side] = piece is not None
+            running[side] = piece is not None
             texts[side] += printable(piece or "")
         rows = side_by_side(*texts, width)
-        # A row is final once it is above the last line of each column that is still being written.
-        ends = [len(wrap(text, width)) - 1 for text, going in zip(texts, speaking, strict=True) if going]
+        # A row is final once it is above the last line of each column that still grows.
+        ends = [len(wrap(text, width)) - 1 for text, grows in zip(texts, running, strict=True) if grows]
         final = min([len(rows), *ends])
         if terminal and drawn:
             print(f"\x1b[{drawn}A\x1b[J", end="")
@@ -169,45 +143,93 @@ def show_two(left: Iterator[str], right: Iterator[str], terminal: bool) -> None:
             print("\n".join(rows[printed:final]))
         printed = max(printed, final)
         if terminal:
-            unfinished = rows[printed:][: height - 2]  # What has left the screen cannot be drawn anew.
+            unfinished = rows[printed:][: height - 2]  # Rows that have left the screen cannot be drawn again.
             drawn = len(unfinished)
             print("".join(line + "\n" for line in unfinished), end="", flush=True)
     print(flush=True)
 
 
-def talk(settings: Settings, speakers: list[Speaker], terminal: bool) -> None:
-    """Ask until the input ends. Both models draw the same random numbers."""
-    names = ("temperature", "top_p", "top_k")
-    sampling = {name: getattr(settings, name) for name in names}
+# ---- The loop
+
+
+def talk(settings: Settings, conversations: list[Conversation], terminal: bool) -> None:
+    """Read messages and print answers until the input ends. Both models get the same random numbers."""
+    sampling = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k")}
     generator = torch.Generator().manual_seed(settings.seed)
+    system = [Message("system", settings.system)] if settings.system else []
+    start_over(conversations, system)
     while True:
         if terminal:
             print()
         text = input("> " if terminal else "").strip()
-        if not text:
-            continue
-        uniforms = torch.rand(1, settings.max_new_tokens, generator=generator)
-        replies = [speaker.reply(text, uniforms, **sampling) for speaker in speakers]
-        (show_two if len(replies) == 2 else show_one)(*replies, terminal)
+        if text == "/new":
+            start_over(conversations, system)
+            print_note("new conversation")
+        elif text == "/help":
+            print_note(HELP)
+        elif text and add_message(conversations, text):
+            uniforms = torch.rand(1, settings.max_new_tokens, generator=generator)
+            replies = [conversation.reply(uniforms, **sampling) for conversation in conversations]
+            (show_two if len(replies) == 2 else show_one)(*replies, terminal)
+        elif text and not terminal:
+            print(flush=True)  # An empty line in place of the answer keeps input and output in step.
+
+
+def start_over(conversations: list[Conversation], system: list[Message]) -> None:
+    for conversation in conversations:
+        conversation.history = list(system)
+
+
+def add_message(conversations: list[Conversation], text: str) -> bool:
+    """Append the message to each history; False if it does not fit. A note reports what was cut."""
+    try:
+        histories = [conversation.with_message(text) for conversation in conversations]
+    except InputError as error:
+        print_note(f"not sent: {error}")
+        return False
+    before = max(len(conversation.history) + 1 for conversation in conversations)
+    if cut := before - min(map(len, histories)):
+        print_note(f"the conversation is too long: the oldest {cut} messages were left out")
+    for conversation, history in zip(conversations, histories, strict=True):
+        conversation.history = history
+    return True
+
+
+def longest_prompt(settings: Settings, folder: str, model: Transformer) -> int:
+    """Tokens of a conversation without its answer. Raises `InputError` if the answer leaves no room."""
+    limit = length_limit(settings.max_length, folder, model.config)
+    if limit <= settings.max_new_tokens:
+        raise InputError(
+            f"--max-new-tokens {settings.max_new_tokens} leaves no room for a message: a conversation with "
+            f"{folder} has at most {limit} tokens"
+        )
+    return limit - settings.max_new_tokens
 
 
 def main(arguments: list[str] | None = None) -> None:
     settings = parse(Settings, __doc__.split("\n")[0], arguments)
     device = pick_device(settings.device)
-    system = [Message("system", settings.system)] if settings.system else []
     folders = [folder for folder in (settings.model, settings.versus) if folder]
-    speakers = [Speaker(*load_speaker(folder, device), list(system)) for folder in folders]
-    # Odd bytes in the input and characters that the terminal lacks are no reason to stop.
+    loaded = [load_model_and_tokenizer(folder, device) for folder in folders]
+    conversations = [
+        Conversation(model, tokenizer, longest_prompt(settings, folder, model))
+        for folder, (model, tokenizer) in zip(folders, loaded, strict=True)
+    ]
+    print_start({f: model for f, (model, _) in zip(folders, loaded, strict=True)}, device, "fp32")
+    for line in filter(None, map(describe_training, folders)):
+        print_note(line)
+    # Bytes that are not UTF-8 and characters that the terminal lacks must not end the conversation.
     sys.stdin.reconfigure(errors="replace")
     sys.stdout.reconfigure(errors="backslashreplace")
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
-        with suppress(ImportError):  # Where there is one, it lets the prompt be edited.
+        print_note(HELP)
+        with suppress(ImportError):  # If it exists, it lets the user edit a line.
             import readline  # noqa: F401
         if len(folders) == 2:
-            print("\n".join(side_by_side(*folders, column_width())))
+            print("\n".join(side_by_side(*map(printable, folders), column_width())))
     with suppress(EOFError, KeyboardInterrupt):
-        talk(settings, speakers, terminal)
+        talk(settings, conversations, terminal)
     if terminal:
         print()
 

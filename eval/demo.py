@@ -7,7 +7,6 @@ Trains OUT/sft and OUT/dpo with the scripts' own defaults, then measures both on
 accuracy, and sampled answers that a judge with the right solutions scores. OUT/results.json has the figures.
 """
 
-import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from pathlib import Path
 
 import train_dpo
 import train_sft
-from dataset.inspect import printable
+from dataset.jsonl import printable
 from errors import InputError, run_script
 from eval import preference, report
 from eval.chat import column_width, side_by_side
-from eval.common import load_speaker, require, write_json
+from eval.common import load_model_and_tokenizer, require, write_json
 from eval.judge import Reply, answer, compare, compare_tasks, read_judged, summary
 from training.distributed import World, pick_device
 from training.settings import SAMPLE, flag, parse
@@ -48,9 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     (out / "results.json").unlink(
         missing_ok=True
     )  # Figures of an earlier run would outlive a failure of this.
-    for run in (sft, dpo):
-        shutil.rmtree(Path(run) / "checkpoints", ignore_errors=True)  # A demo that was stopped begins anew.
-    same = ["--seed", str(settings.seed), "--max-steps", str(settings.max_steps)]
+    same = ["--overwrite", "--seed", str(settings.seed), "--max-steps", str(settings.max_steps)]
 
     with stage("1. Supervised fine-tuning: learn to answer", "sft", seconds):
         train_sft.main(["--out", sft, *same])
@@ -99,7 +96,7 @@ def ask_both(folders: dict[str, str], records: list[dict], settings: Settings) -
     """The replies of the model of each folder, from `answer`, with the judge's own defaults."""
     device = pick_device("auto")
     return {
-        name: answer(*load_speaker(folder, device), records, settings.samples, seed=settings.seed)
+        name: answer(*load_model_and_tokenizer(folder, device), records, settings.samples, seed=settings.seed)
         for name, folder in folders.items()
     }
 

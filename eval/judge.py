@@ -1,18 +1,26 @@
-"""Two models answer held-out prompts, and a judge that knows the right answers compares them.
+"""Two models answer held-out prompts, and a judge with the right answers compares them.
 
-python -m eval.judge --model runs/dpo --versus runs/sft
-python -m eval.judge --model DIR --versus DIR --prompts 50 --samples 2 --json figures.json
+    python -m eval.judge --model runs/dpo                      # against the model that the run started from
+    python -m eval.judge --model DIR --versus DIR --prompts 50 --samples 2 --json figures.json
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dataset.jsonl import DataError, read_values, show
+from dataset.jsonl import DataError, printable, read_values, show
 from dataset.records import read_preferences
 from dataset.tokenizer import ChatTokenizer
 from errors import run_script
-from eval.common import DEVICE_WHY, DEVICES, load_speaker, require, write_json
+from eval.common import (
+    DEVICE_WHY,
+    DEVICES,
+    load_model_and_tokenizer,
+    print_start,
+    require,
+    starting_model,
+    write_json,
+)
 from eval.verdict import CHECKS, Verdict, score
 from model.generate import Answer, generate
 from model.transformer import Transformer
@@ -24,16 +32,16 @@ Z95 = 1.959964  # A normal variable lies within ± this many standard deviations
 
 @dataclass
 class Settings:
-    model: str = flag("runs/dpo", "model folder of the one that is judged")
-    versus: str = flag("runs/sft", "model folder of the one that it is held against")
-    data: str = flag(str(SAMPLE / "heldout.jsonl"), "records with a `judge` field, as in the bundled data")
-    prompts: int = flag(0, "ask only the first so many prompts; 0 for all")
-    samples: int = flag(4, "sampled answers to each prompt, beside the greedy one")
-    temperature: float = flag(1.0, "of the sampled answers")
-    max_new_tokens: int = flag(64, "tokens of an answer; what is longer is cut off, and not well formed")
-    batch_size: int = flag(200, "answers at once; changes the speed, not the answers")
-    seed: int = flag(0, "of the sampling, the same for both models")
-    json: str = flag("", "write the figures into this file, too")
+    model: str = flag("runs/dpo", "model folder of the first model")
+    versus: str = flag("", "model folder of the second model; default: what --model started from")
+    data: str = flag(str(SAMPLE / "heldout.jsonl"), "pairs with a `judge` field, as in the bundled data")
+    prompts: int = flag(0, "number of prompts, from the start of the file; 0: all")
+    samples: int = flag(4, "sampled answers per prompt, in addition to the greedy one")
+    temperature: float = flag(1.0, "temperature of the sampled answers")
+    max_new_tokens: int = flag(64, "maximum tokens of an answer; a longer one is not well formed")
+    batch_size: int = flag(200, "answers generated at once; changes the speed, not the answers")
+    seed: int = flag(0, "seed of the sampling, the same for both models")
+    json: str = flag("", "also write the figures to this file")
     device: str = flag("auto", DEVICE_WHY, DEVICES)
 
     def __post_init__(self) -> None:
@@ -54,21 +62,21 @@ class Reply:
 
 
 def read_judged(path: str) -> list[dict]:
-    """The records of a file as they stand there, but with `prompt` as checked messages.
+    """The records of a file, with `prompt` replaced by checked messages.
 
-    Raises `DataError` at the first that is no preference pair, or that does not say how to judge an answer.
+    Raises `DataError` at the first record that is not a preference pair or has no complete `judge` field.
     """
     records = []
     for (line, record), pair in zip(read_values(path), read_preferences(path), strict=True):
         if isinstance(pair, DataError):
             raise pair
-        wanted = record.get("judge")
-        if not isinstance(wanted, dict):
-            raise DataError(path, line, "no `judge` field, so no answer can be scored")
-        if lacking := {"task", "language", "check", "accept", "given"} - wanted.keys():
+        rule = record.get("judge")
+        if not isinstance(rule, dict):
+            raise DataError(path, line, "no `judge` field, so its answers cannot be scored")
+        if lacking := {"task", "language", "check", "accept", "given"} - rule.keys():
             raise DataError(path, line, f"its `judge` field lacks {', '.join(sorted(lacking))}")
-        if wanted["check"] not in CHECKS:
-            raise DataError(path, line, f"unknown check {show(wanted['check'])}; known: {', '.join(CHECKS)}")
+        if rule["check"] not in CHECKS:
+            raise DataError(path, line, f"unknown check {show(rule['check'])}; known: {', '.join(CHECKS)}")
         records.append({**record, "prompt": pair.prompt})
     return records
 
@@ -83,29 +91,29 @@ def answer(
     seed: int = 0,
     batch_size: int = 200,
 ) -> list[list[Reply]]:
-    """For each record the model's greedy reply, then `samples` sampled ones."""
+    """For each record the judged replies of the model: the greedy one, then `samples` sampled ones."""
     prompts = [tokenizer.prompt(record["prompt"]) for record in records]
-    asked = dict(end_id=tokenizer.end_id, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    greedy = generate(model, prompts, temperature=0, **asked)
+    options = dict(end_id=tokenizer.end_id, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    greedy = generate(model, prompts, temperature=0, **options)
     repeated = [prompt for prompt in prompts for _ in range(samples)]
-    sampled = generate(model, repeated, temperature=temperature, seed=seed, **asked)
+    sampled = generate(model, repeated, temperature=temperature, seed=seed, **options)
 
-    def judged(record: dict, said: Answer) -> Reply:
-        text = tokenizer.decode(said.tokens)
-        return Reply(text, len(said.tokens), score(record, text, said.finished))
+    def judged(record: dict, reply: Answer) -> Reply:
+        text = tokenizer.decode(reply.tokens)
+        return Reply(text, len(reply.tokens), score(record, text, reply.finished))
 
     return [
-        [judged(record, said) for said in (greedy[i], *sampled[i * samples : (i + 1) * samples])]
+        [judged(record, reply) for reply in (greedy[i], *sampled[i * samples : (i + 1) * samples])]
         for i, record in enumerate(records)
     ]
 
 
 def compare(records: list[dict], replies: dict[str, list[list[Reply]]]) -> dict:
-    """The first model against the second, from what `answer` gave for each: ``{"dpo": …, "sft": …}``.
+    """Figures of the first model against the second, from the replies of `answer`: ``{"dpo": …, "sft": …}``.
 
-    Sample i of one meets sample i of the other on the same prompt: more points win, equal points tie.
-    `win_rate` is of decided cases, None if there is none. Rates are shares of the sampled answers, but for
-    `right_answers_greedy`. "Right" does not ask whether the answer is well formed.
+    Sample i of the first is compared with sample i of the second on the same prompt: more points win, equal
+    points tie. `win_rate` is wins / (wins + losses), None if all cases tie. Other rates are shares of the
+    sampled answers, except `right_answers_greedy`. A right answer may still be badly formed.
     """
     first, second = replies.values()
     outcomes = [
@@ -137,7 +145,7 @@ def compare(records: list[dict], replies: dict[str, list[list[Reply]]]) -> dict:
 
 
 def compare_tasks(records: list[dict], replies: dict[str, list[list[Reply]]]) -> dict[str, dict]:
-    """`compare` for the records of each task alone."""
+    """The figures of `compare` for each task, by its name."""
     tasks: dict[str, list[int]] = {}
     for i, record in enumerate(records):
         tasks.setdefault(record["judge"]["task"], []).append(i)
@@ -148,12 +156,12 @@ def compare_tasks(records: list[dict], replies: dict[str, list[list[Reply]]]) ->
 
 
 def win_interval(wins: list[int], losses: list[int]) -> list[float] | None:
-    """95 % interval of the win rate, from the wins and losses of each prompt; None if no case is decided.
+    """95 % interval [low, high] of the win rate, from wins and losses per prompt; None if all cases tie.
 
-    Samples of one prompt are alike: a model that knows the answer gives it every time. So the cases are not
-    independent draws, and an interval over all of them would be too narrow. This is Wilson's (1927) with
-    Kish's (1965) effective number, (sum of m)² / sum of m² for m decided cases a prompt: right if all samples
-    of a prompt say the same, and rather too wide than too narrow if each says something of its own.
+    Samples of one prompt are correlated: a model that has learned the answer gives it every time. An interval
+    over all cases as independent draws would be too narrow. This is Wilson's interval (1927) with Kish's
+    effective sample size (1965), (sum of m)² / sum of m² for m decided cases per prompt. It is exact if all
+    samples of a prompt agree, and too wide rather than too narrow if they do not.
     """
     decided = [won + lost for won, lost in zip(wins, losses, strict=True)]
     if not any(decided):
@@ -166,7 +174,7 @@ def win_interval(wins: list[int], losses: list[int]) -> list[float] | None:
 
 
 def summary(figures: dict) -> str:
-    """What `compare` found, as a few lines to read."""
+    """The figures of `compare` as a few lines of text."""
     first, second = figures["right_answers"]
     lines = [
         f"{first} against {second}, {figures['prompts']} prompts, {figures['samples']} sampled answers each: "
@@ -184,33 +192,38 @@ def summary(figures: dict) -> str:
         ("courteous", "wanted_manner"),
     ):
         lines.append(f"{label:<30}{figures[name][first]:>10.1%}{figures[name][second]:>10.1%}")
-    for label, name in (("tokens an answer", "mean_tokens"), ("characters an answer", "mean_characters")):
+    for label, name in (("tokens per answer", "mean_tokens"), ("characters per answer", "mean_characters")):
         lines.append(f"{label:<30}{figures[name][first]:>10.1f}{figures[name][second]:>10.1f}")
     return "\n".join(lines)
 
 
 def task_table(tasks: dict[str, dict]) -> str:
-    """One line a task, from `compare_tasks`."""
+    """A table with one line per task, from the figures of `compare_tasks`."""
     first, second = next(iter(tasks.values()))["right_answers"]
     heads = f"{'right ' + first:>14}{'right ' + second:>14}"
     rows = [f"{'task':<20}{'prompts':>8}{'wins':>8}{'ties':>8}{'losses':>8}{heads}"]
     for task, f in tasks.items():
         right = f["right_answers"]
         rows.append(
-            f"{task:<20}{f['prompts']:>8}{f['wins']:>8}{f['ties']:>8}{f['losses']:>8}"
+            f"{printable(task):<20}{f['prompts']:>8}{f['wins']:>8}{f['ties']:>8}{f['losses']:>8}"
             f"{right[first]:>14.1%}{right[second]:>14.1%}"
         )
     return "\n".join(rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse(Settings, "Two models answer held-out prompts, and a judge scores them.", arguments)
+    settings = parse(Settings, __doc__.split("\n")[0], arguments)
     device = pick_device(settings.device)
-    speakers = {name: load_speaker(getattr(settings, name), device) for name in ("model", "versus")}
+    loaded = {"model": load_model_and_tokenizer(settings.model, device)}
+    versus = settings.versus or starting_model(settings.model, "--versus")
+    loaded["versus"] = load_model_and_tokenizer(versus, device)
+    print_start({settings.model: loaded["model"][0], versus: loaded["versus"][0]}, device, "fp32")
     records = read_judged(settings.data)[: settings.prompts or None]
     names = ("samples", "temperature", "max_new_tokens", "seed", "batch_size")
-    asked = {name: getattr(settings, name) for name in names}
-    replies = {name: answer(*speaker, records, **asked) for name, speaker in speakers.items()}
+    options = {name: getattr(settings, name) for name in names}
+    replies = {
+        name: answer(model, tokenizer, records, **options) for name, (model, tokenizer) in loaded.items()
+    }
     figures = compare(records, replies) | {"tasks": compare_tasks(records, replies)}
     if settings.json:
         write_json(settings.json, figures)

@@ -1,22 +1,40 @@
-"""How well a model prefers the chosen answers, measured on a file of pairs.
+"""Measure how well a model prefers the chosen answers of preference pairs.
 
-    python -m eval.preference --model runs/dpo --reference runs/sft            # on the bundled held-out pairs
+    python -m eval.preference --model runs/dpo                 # on the held-out pairs of the run
     python -m eval.preference --model DIR --reference DIR --data pairs.jsonl --json figures.json
     torchrun --standalone --nproc-per-node 4 -m eval.preference --model DIR --reference DIR --data pairs.jsonl
 
-Besides what the training log has: `pairs`, and `kl_per_token`, the exact KL(pi || pi_ref) between the two
-models' next-token distributions, in nats, averaged over every position of the data that predicts a token of
-a response, chosen or rejected, end tokens included. It says how far the model has moved on *this* text; on
-text that the model writes itself the mean would be another one. The loss is DPO's, whatever the model was
-trained with, so that models can be compared.
+Prints the figures of the training log, `pairs`, and `kl_per_token`. The latter is the exact KL(pi || pi_ref)
+of the next-token distributions, in nats: the mean over all positions of the data that predict a token of a
+response, chosen or rejected, end tokens included. It measures the distance of the models on this text, not on
+text that the policy generates.
+
+Beta, loss and reference are those of the run, unless flags give others. Runs with a different beta compare by
+`logratios/…`, which do not contain beta. bco_pair's delta is 0 here, because a model folder does not keep it.
+Rewards contain the reference even if the loss does not.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+import numpy as np
 
 from dataset.packing import LAYOUTS
-from dataset.store import open_store
+from dataset.store import TokenStore, open_store
 from errors import InputError, run_script
-from eval.common import DEVICE_WHY, DEVICES, load_speaker, require, write_json
+from eval.common import (
+    DEVICE_WHY,
+    DEVICES,
+    is_bundled,
+    length_limit,
+    load_policy_and_reference,
+    precision_and_reason,
+    print_note,
+    print_start,
+    require,
+    run_settings,
+    starting_model,
+    write_json,
+)
 from training.distributed import World, join
 from training.evaluate import evaluate, evaluate_kl
 from training.objective import Objective, ObjectiveSettings
@@ -27,22 +45,26 @@ from training.settings import SAMPLE, flag, parse
 @dataclass
 class Settings:
     model: str = flag("runs/dpo", "model folder of the policy")
-    reference: str = flag("runs/sft", "model folder that the policy started from")
-    data: str = flag(str(SAMPLE / "heldout.jsonl"), "preference pairs: .jsonl or .json, also .gz")
-    json: str = flag("", "write the figures into this file, too")
-    beta: float = flag(0.1, "of the rewards and the loss: the one of the training")
-    batch_size: int = flag(32, "pairs per forward per rank; changes the speed, not the figures")
-    max_length: int = flag(512, "tokens of prompt and response; longer pairs are dropped and counted")
+    reference: str = flag("", "model folder of the reference; default: the model that the run started from")
+    data: str = flag("", "preference pairs: .jsonl or .json, also .gz; default: the run's held-out pairs")
+    json: str = flag("", "also write the figures to this file")
+    beta: float | None = flag(None, "KL strength in rewards and loss; default: the run's, or 0.1")
+    loss: str = flag("", "loss or losses (see losses.py); default: the run's with its options, or sigmoid")
+    micro_batch_tokens: int = flag(8192, "most tokens in a forward; changes the speed, not the figures")
+    max_length: int = flag(
+        0, "maximum tokens of prompt and response, longer pairs are dropped; 0: as in training"
+    )
     layout: str = flag("forked", "forked computes a prompt once for both sides, twin once for each", LAYOUTS)
-    shape: str = flag("auto", "force how records are read (see dataset/records.py); auto looks at the first")
-    skip_bad: bool = flag(False, "leave bad records out (at most 1 %) instead of stopping at the first")
+    shape: str = flag("auto", "data format (see dataset/formats.py); auto detects it from the first record")
+    skip_bad: bool = flag(False, "skip bad records (at most 1 %) instead of stopping at the first")
     device: str = flag("auto", DEVICE_WHY, DEVICES)
     precision: str = flag("auto", "of the forward pass, as in training", ("auto", "fp32", "bf16", "fp16"))
 
     def __post_init__(self) -> None:
-        require(self.beta > 0, "--beta", self.beta, "must be positive")
-        require(self.batch_size >= 1, "--batch-size", self.batch_size, "must be at least 1")
-        require(self.max_length >= 1, "--max-length", self.max_length, "must be at least 1")
+        require(self.beta is None or self.beta > 0, "--beta", self.beta, "must be positive")
+        tokens = self.micro_batch_tokens
+        require(tokens >= 1, "--micro-batch-tokens", tokens, "must be at least 1")
+        require(self.max_length >= 0, "--max-length", self.max_length, "must not be negative")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -56,26 +78,73 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(settings: Settings, world: World) -> dict[str, float]:
-    """Load the two models and the data that the settings name, and evaluate."""
-    policy, tokenizer = load_speaker(settings.model, world.device)
-    reference, reference_tokenizer = load_speaker(settings.reference, world.device)
-    if tokenizer.fingerprint != reference_tokenizer.fingerprint:
-        raise InputError(f"{settings.model} and {settings.reference} have different tokenizers")
-    policy.config.admit(length=settings.max_length)
-    reference.config.admit(length=settings.max_length)
-    if policy.config.vocab_size != reference.config.vocab_size:
-        raise InputError(f"{settings.model} and {settings.reference} have vocabularies of different sizes")
-    how = settings.max_length, settings.shape, settings.skip_bad
-    pairs = world.main_first(lambda: open_store(settings.data, "preferences", tokenizer, *how))
-    world.print(f"{settings.data}: {pairs.report}")
+    """Load the two models and the data that the settings name, and evaluate: figures by name."""
+    run = run_settings(settings.model)
+    reference_folder = settings.reference or starting_model(settings.model, "--reference")
+    policy, reference, tokenizer = load_policy_and_reference(settings.model, reference_folder, world.device)
+    length = length_limit(settings.max_length, settings.model, policy.config)
+    reference.config.check_fits(length=length)
     precision = Precision(settings.precision, world.device)
-    objective = Objective(ObjectiveSettings(beta=settings.beta))
-    asked = {"layout": settings.layout, "batch_size": settings.batch_size}
+    if world.is_main:
+        models = {settings.model: policy, reference_folder: reference}
+        reason = precision_and_reason(settings.precision, precision.name, world.device)
+        print_start(models, world.device, reason)
+    data, share = (settings.data, 0.0) if settings.data else held_out_pairs(settings.model, run)
+    swap = bool(run.get("swap_by_score")) and not settings.data
+    options = length, settings.shape, settings.skip_bad, swap
+    pairs = world.main_first(lambda: open_store(data, "preferences", tokenizer, *options))
+    pairs = pairs.split(share)[1] if share else pairs
+    objective = choose_objective(settings, run, pairs, data)
+    if world.is_main:
+        used = objective.settings
+        print_note(f"{data}: {pairs.report}{f'; {share:.0%} of its prompts are held out' if share else ''}")
+        print_note(f"loss {used.loss}, beta {used.beta:g}, reference {reference_folder}")
+    options = {"layout": settings.layout, "max_tokens": settings.micro_batch_tokens}
     return {
         "pairs": len(pairs),
-        **evaluate(policy, reference, pairs, world, precision, objective, **asked),
-        **evaluate_kl(policy, reference, pairs, world, precision, **asked),
+        **evaluate(policy, reference, pairs, world, precision, objective, **options),
+        **evaluate_kl(policy, reference, pairs, world, **options),
     }
+
+
+def held_out_pairs(folder: str, run: dict) -> tuple[str, float]:
+    """The held-out pairs of a DPO run: a file, and the share of its prompts that is held out (0: the file).
+
+    A run on bundled data has the bundled held-out pairs. Raises `InputError` for other models, because
+    figures on another task are meaningless.
+    """
+    data, eval_data, share = run.get("data"), run.get("eval_data"), run.get("eval_share")
+    if "beta" in run and data and isinstance(share, float) and 0 < share < 1:
+        return str(data), share
+    if "beta" in run and eval_data and eval_data != "auto":
+        return str(eval_data), 0.0
+    if data and is_bundled(str(data)):
+        return str(SAMPLE / "heldout.jsonl"), 0.0
+    raise InputError(f"{folder} has no held-out pairs in its config.json; give --data")
+
+
+def choose_objective(settings: Settings, run: dict, pairs: TokenStore, data: str) -> Objective:
+    """The run's objective, unless --loss or --beta change it.
+
+    A run with --loss soft is measured with DPO's loss if the data has no scores, and a line says so.
+    """
+    # tr_alpha and tr_every move the reference during training; here it stands still.
+    names = {f.name for f in fields(ObjectiveSettings)} - {"tr_alpha", "tr_every"}
+    options = {name: run[name] for name in names & run.keys() if name == "beta" or not settings.loss}
+    if settings.loss:
+        options["loss"] = settings.loss
+    if settings.beta is not None:
+        options["beta"] = settings.beta
+    try:
+        objective = Objective(ObjectiveSettings(**options))
+    except (TypeError, AttributeError, KeyError) as error:
+        raise InputError(f"{settings.model}: the settings in its config.json are damaged ({error})") from None
+    unlabelled = "score_margins" in objective.looks_at and np.isnan(pairs.score_margins).any()
+    if unlabelled and not settings.loss:
+        print_note(f"{data} has no scores for --loss {objective.settings.loss}, so the loss is sigmoid")
+        return Objective(ObjectiveSettings(beta=objective.settings.beta))
+    objective.check_data(pairs, data)
+    return objective
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A picture of a training run: what `metrics.jsonl` says, of SFT as of DPO.
+"""Draw the curves of a training run: the figures of its `metrics.jsonl`, for SFT, DPO and reward models.
 
     python -m eval.report runs/dpo                    # writes runs/dpo/report.png
     python -m eval.report runs/dpo --out figure.png
 
-Thin lines are means over the logged training steps, heavy lines with dots the evaluations on held-out data.
+Thin lines are means over the training steps between two rows. Heavy lines with dots are held-out data.
 """
 
 import json
@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataset.jsonl import printable
 from errors import InputError, run_script
+from model.weights import require_folder
 from training.settings import OneLineParser
 
 INK, PALE, FAINT = "#262b33", "#7d8590", "#e6e8eb"
@@ -22,13 +24,13 @@ BLUE, ORANGE, VIOLET = "#2b6ca3", "#c4622d", "#6f5a9a"
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot of the picture; it is drawn if the run logged any of its metrics."""
+    """One plot of the picture, drawn if the run logged at least one of its metrics."""
 
     title: str
     curves: list[tuple[str, str, str]]  # metric, label, colour
     unit: str = ""
-    mark: float | None = None  # the height of a reference line,
-    mark_label: str = ""  # and what it is
+    mark: float | None = None  # height of a dashed line
+    mark_label: str = ""  # its label
     from_zero: bool = False
 
 
@@ -42,11 +44,13 @@ SFT_PANELS = [
 PREFERENCE_PANELS = [
     Panel("Loss", [("loss", "", BLUE)], "nats per pair", math.log(2), "ln 2"),
     Panel("Reward accuracy", [("rewards/accuracies", "", BLUE)], "share of pairs", 0.5, "chance"),
-    Panel("Reward margin", [("rewards/margins", "", BLUE)], "chosen − rejected", 0.0),
+    GRADIENT,
+    # Rewards contain beta, log-ratios do not: runs with a different beta compare by log-ratios.
+    Panel("Log-ratio margin", [("logratios/margins", "", BLUE)], "chosen − rejected, nats", 0.0),
     Panel(
-        "Rewards",
-        [("rewards/chosen", "chosen", BLUE), ("rewards/rejected", "rejected", ORANGE)],
-        "β · log π / π_ref, or a reward model's",
+        "Log-ratios",
+        [("logratios/chosen", "chosen", BLUE), ("logratios/rejected", "rejected", ORANGE)],
+        "log π / π_ref, nats per answer",
         0.0,
     ),
     Panel(
@@ -54,33 +58,41 @@ PREFERENCE_PANELS = [
         [("logps/chosen", "chosen", BLUE), ("logps/rejected", "rejected", ORANGE)],
         "log π, nats per answer",
     ),
-    GRADIENT,
+    Panel("Reward margin", [("rewards/margins", "", BLUE)], "chosen − rejected", 0.0),
+    Panel(
+        "Rewards",
+        [("rewards/chosen", "chosen", BLUE), ("rewards/rejected", "rejected", ORANGE)],
+        "β · log π / π_ref, or a reward model's",
+        0.0,
+    ),
+    Panel("Learning rate", [("learning_rate", "", VIOLET)], "of each step", from_zero=True),
 ]
-PARTS = ("", "eval_")  # training, held-out
+PARTS = ("", "eval_")  # prefixes of the metrics: training, held-out
 
 Curve = dict[int, float]  # step: value
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m eval.report", description=__doc__.split("\n")[0])
-    parser.add_argument("run", help="run folder, with a metrics.jsonl")
-    parser.add_argument("--out", help="where the picture goes; RUN/report.png if not given")
-    asked = parser.parse_args(arguments)
-    print(picture(asked.run, asked.out))
+    parser.add_argument("run", help="run folder that contains metrics.jsonl")
+    parser.add_argument("--out", help="file of the picture; default: RUN/report.png")
+    given = parser.parse_args(arguments)
+    print(printable(str(picture(given.run, given.out))))
 
 
 def picture(run: str | Path, out: str | Path | None = None) -> Path:
-    """Draw the run of this folder into `out`, by default its report.png; return where that is."""
+    """Draw the run of a folder into `out`, by default RUN/report.png; return the path of the picture."""
+    require_folder(Path(run))
     out = Path(out or Path(run) / "report.png")
     draw(read_curves(Path(run) / "metrics.jsonl"), str(run), out)
     return out
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
-    """Every number of the file by its name, then by its step; the later of two rows of a step counts.
+    """The numbers of a metrics file: ``{name: {step: value}}``. Of two rows of a step the later one counts.
 
-    The last line of a run that was killed may be half written: it is left out. Any other that is no row of
-    numbers raises `InputError`.
+    The last line is skipped if it is incomplete, because a killed run may leave half of it. Another line that
+    is not a row of numbers raises `InputError`.
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -99,16 +111,16 @@ def read_curves(path: Path) -> dict[str, Curve]:
             if name != "step" and isinstance(value, (int, float)):
                 curves.setdefault(name, {})[step] = value
     if not curves:
-        raise InputError(f"{path}: no row of metrics yet")
+        raise InputError(f"{path}: contains no row of metrics yet")
     return {name: dict(sorted(curve.items())) for name, curve in curves.items()}
 
 
 def draw(curves: dict[str, Curve], title: str, out: Path) -> None:
-    """Draw the panels that `curves` has something for, in a PNG of 1800 pixels width."""
+    """Draw the panels whose metrics are in `curves` as a PNG, 1800 pixels wide."""
     known = PREFERENCE_PANELS if any(part + "rewards/margins" in curves for part in PARTS) else SFT_PANELS
     panels = [p for p in known if any(part + name in curves for name, *_ in p.curves for part in PARTS)]
     if not panels:
-        raise InputError(f"{title}: metrics.jsonl has nothing that this picture shows")
+        raise InputError(f"{title}: metrics.jsonl contains none of the metrics that this picture shows")
     columns = 3 if len(panels) > 4 else min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     with canvas(12, 1.3 + 2.9 * rows, out) as figure:
@@ -119,25 +131,23 @@ def draw(curves: dict[str, Curve], title: str, out: Path) -> None:
                 axes.remove()
                 continue
             draw_panel(axes, panels[place], curves, last_step)
-            if place + columns >= len(panels):  # Nothing stands below it.
+            if place + columns >= len(panels):  # no panel below it
                 axes.tick_params(labelbottom=True)
                 axes.set_xlabel("optimizer step", color=PALE)
         header(figure, curves, title, last_step)
 
 
 def need_matplotlib() -> None:
-    """Say what to install; a long experiment asks at its start, not when it comes to draw."""
+    """Raise `InputError` if matplotlib is missing. Long experiments call it before they train."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise InputError(
-            'pictures need matplotlib: pip install "minidpo[plots]", or matplotlib alone'
-        ) from None
+        raise InputError("pictures need matplotlib: pip install matplotlib") from None
 
 
 @contextmanager
 def canvas(width: float, height: float, out: Path) -> Iterator:
-    """A figure of so many inches to draw on, without a screen; a PNG at the end, 150 pixels an inch."""
+    """A matplotlib figure, `width` by `height` inches, that is saved as a PNG with 150 pixels per inch."""
     need_matplotlib()
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -155,7 +165,7 @@ def canvas(width: float, height: float, out: Path) -> Iterator:
 
 
 def header(figure, curves: dict[str, Curve], title: str, last_step: int) -> None:
-    """The run's name, its last figures, and how to read the lines; then room for the panels below."""
+    """Write the run's name, its last figures and a legend above the panels."""
     inch = 1 / figure.get_figheight()
     words = [f"{last_step} steps"]
     for label, name in (("loss", "loss"), ("accuracy", "rewards/accuracies"), ("margin", "rewards/margins")):
@@ -173,7 +183,7 @@ def header(figure, curves: dict[str, Curve], title: str, last_step: int) -> None
 
 
 def plain(axes, title: str, unit: str) -> None:
-    """A title, what is measured, and no more lines than one reads by."""
+    """Set title and unit of a plot, and remove the lines that carry no information."""
     axes.set_title(title, loc="left", size=11, weight="bold", pad=19)
     axes.text(0, 1.04, unit, transform=axes.transAxes, size=8.5, color=PALE, parse_math=False)
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
@@ -183,7 +193,7 @@ def plain(axes, title: str, unit: str) -> None:
 
 
 def draw_panel(axes, panel: Panel, curves: dict[str, Curve], last_step: int) -> None:
-    """The curves of one panel, each named where it ends."""
+    """Draw the curves of one panel, each with its label and last value at its end."""
     plain(axes, panel.title, panel.unit)
     axes.locator_params(axis="both", nbins=5)
     ends = []  # (height, label, colour) of each curve
@@ -206,9 +216,9 @@ def draw_panel(axes, panel: Panel, curves: dict[str, Curve], last_step: int) -> 
 
 
 def name_ends(axes, ends: list[tuple[float, str, str]]) -> None:
-    """Write each label right of the plot at its curve's height, but never one over another."""
+    """Write each label right of the plot at the height of its curve, without overlaps."""
     low, high = axes.get_ylim()
-    floor, gap = -math.inf, 0.16  # two lines of text, as a share of the plot's height
+    floor, gap = -math.inf, 0.16  # the gap is two lines of text, as a share of the plot's height
     for value, label, colour in sorted(ends):
         floor = max((value - low) / (high - low), floor + gap)
         axes.text(
@@ -217,7 +227,7 @@ def name_ends(axes, ends: list[tuple[float, str, str]]) -> None:
 
 
 def last_finite(curve: Curve) -> tuple[int, float] | None:
-    """The last (step, value) that is a number; a NaN leaves a gap in its curve and can carry no label."""
+    """The last (step, value) with a finite value; None without one."""
     return next(((step, value) for step, value in reversed(curve.items()) if math.isfinite(value)), None)
 
 

@@ -21,6 +21,7 @@ from dataset.records import Message
 from dataset.tokenizer import END, START, ChatTokenizer, train
 from model.config import ModelConfig
 from model.transformer import Transformer
+from tests import ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # Real data and a real tokenizer, where the machine has them.
@@ -48,6 +49,7 @@ def machine(tmp_path_factory):
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
         for name in ("connect", "connect_ex"):
             patch.setattr(socket.socket, name, local_only(getattr(socket.socket, name)))
+        ranks.start()
         yield
 
 

@@ -47,7 +47,7 @@ def test_the_store_is_the_pairs(tmp_path):
             (prompt, chosen, rejected), store.row(row), (False, True, True), strict=True
         ):
             assert kept.tolist() == ids.tolist() and (supervised == answer).all()
-        assert store.targets[row] == len(chosen) + len(rejected)
+        assert store.target_counts[row] == len(chosen) + len(rejected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

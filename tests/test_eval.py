@@ -1,36 +1,41 @@
-"""Measuring, judging, talking, drawing: what `eval/` says of models must be true of them."""
+"""Preference figures, the judge, pictures and the start of every command: eval/.
+
+    python -m pytest tests/test_eval.py
+"""
 
 import io
 import json
 import math
-import os
-import re
-import subprocess
 import sys
-from contextlib import redirect_stdout
 from dataclasses import fields
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dataset.records import DataError, Message
+import train_dpo
+from dataset.records import DataError
 from dataset.store import open_store
-from dataset.tokenizer import START, ChatTokenizer, train
+from dataset.tokenizer import ChatTokenizer, train
 from errors import InputError, run_script
-from eval import chat, demo, judge, preference, report
-from eval.common import load_speaker
+from eval import chat, common, demo, explain, judge, preference, report, score
 from eval.judge import Reply, compare, win_interval
 from eval.verdict import Verdict
 from model import transformer
+from model.reward import RewardModel
 from model.weights import save_model
 from tests.conftest import RAGGED, TEXTS, as_record, make_model, plain_ids, plain_logits
-from tests.loops import ROOT, torchrun
+from tests.loops import metrics
+from tests.ranks import forked
+from training import precision as precision_module
 from training.distributed import World
 from training.evaluate import evaluate, evaluate_kl
 from training.objective import Objective, ObjectiveSettings
 from training.precision import Precision
+from training.settings import SAMPLE
 
 CPU = torch.device("cpu")
+HELD_OUT = str(SAMPLE / "heldout.jsonl")
 ALONE = World(0, 1, CPU)
 FP32 = Precision("fp32", CPU)
 DPO = Objective(ObjectiveSettings(beta=0.1))
@@ -47,13 +52,13 @@ def save(folder, tokenizer, **options):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, tokenizer) -> tuple[str, str]:
-    """Two model folders that agree in all but their weights."""
+    """Two model folders that differ in their weights only."""
     return tuple(save(tmp_path_factory.mktemp("model"), tokenizer, seed=seed)[0] for seed in (1, 2))
 
 
 @pytest.fixture
 def pairs(write_jsonl, tokenizer):
-    """A store of the first n ragged pairs, which begin anew after the last with another last answer."""
+    """A store of n pairs: the ragged ones, and then the same again with longer rejected answers."""
 
     def first(n: int):
         rows = [as_record(RAGGED[i % len(RAGGED)]) for i in range(n)]
@@ -65,22 +70,31 @@ def pairs(write_jsonl, tokenizer):
 
 
 @pytest.fixture
+def reward_folder(tmp_path, tokenizer) -> str:
+    """A folder with a reward model."""
+    model = RewardModel.from_language_model(make_model(tokenizer.vocab_size, torch.float32))
+    save_model(tmp_path / "reward", model)
+    tokenizer.save(tmp_path / "reward")
+    return str(tmp_path / "reward")
+
+
+@pytest.fixture
 def judged(write_jsonl):
-    """A file of three pairs that say how to judge an answer."""
+    """A file of three pairs with a `judge` field."""
     return write_jsonl("judged.jsonl", [{**as_record(pair), "judge": JUDGE} for pair in RAGGED[:3]])
 
 
-# ---- preference accuracy and its company
+# ---- preference figures
 
 
 def on_ranks(ranks: int, measure) -> tuple[dict[str, float], float]:
-    """What `measure(world)` would return on so many ranks: each runs alone, and their sums are added here."""
+    """The result of `measure(world)` on several ranks: each rank runs alone, and the test adds their sums."""
     sums = []
 
     class Rank(World):
         def sum(self, values):
             sums.append(values)
-            return torch.ones_like(values)  # Its own mean is nothing that counts.
+            return torch.ones_like(values)  # The rank's own mean is not used.
 
     names = [list(measure(Rank(rank, ranks, CPU))) for rank in range(ranks)]
     assert all(name == names[0] for name in names)
@@ -90,24 +104,24 @@ def on_ranks(ranks: int, measure) -> tuple[dict[str, float], float]:
 
 @pytest.mark.parametrize("n", [1, 5, 7, 10])
 def test_each_pair_counts_once_on_any_number_of_ranks(pairs, tokenizer, n):
-    """A sampler that pads to equal shares counts some pairs twice, and a mean of means weighs a short batch
-    too much; a rank without any pair must still take part in the sum."""
+    """A sampler that pads to equal parts counts some pairs twice. A mean of means gives a short batch too
+    much weight. A rank without pairs must still take part in the sum."""
     store = pairs(n)
     policy, reference = (make_model(tokenizer.vocab_size, torch.float32, seed=s) for s in (1, 2))
     for measure in (evaluate, evaluate_kl):
-        options = {"objective": DPO} if measure is evaluate else {}
+        options = {"precision": FP32, "objective": DPO} if measure is evaluate else {}
 
-        def call(world, size=n, measure=measure, options=options):
-            return measure(policy, reference, store, world, FP32, **options, batch_size=size)
+        def call(world, size=4096, measure=measure, options=options):
+            return measure(policy, reference, store, world, **options, max_tokens=size)
 
-        wanted = call(ALONE)
-        items = n if options else sum(store.targets.tolist())
+        expected = call(ALONE)
+        items = n if options else sum(store.target_counts.tolist())
         for ranks in (1, 2, 3):
             found, weight = on_ranks(ranks, call)
             assert weight == items
-            assert found == pytest.approx(wanted, rel=1e-5)
-        for size in (1, 2, 3):
-            assert call(ALONE, size) == pytest.approx(wanted, rel=1e-5)
+            assert found == pytest.approx(expected, rel=1e-5)
+        for size in (1, 60, 130):
+            assert call(ALONE, size) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_policy_that_is_its_reference_has_loss_ln_2_and_accuracy_a_half(pairs, tokenizer):
@@ -117,7 +131,7 @@ def test_a_policy_that_is_its_reference_has_loss_ln_2_and_accuracy_a_half(pairs,
     assert figures["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert figures["rewards/accuracies"] == 0.5
     assert figures["rewards/margins"] == figures["rewards/chosen"] == figures["rewards/rejected"] == 0
-    assert evaluate_kl(model, model, pairs(7), ALONE, FP32) == {"kl_per_token": 0}
+    assert evaluate_kl(model, model, pairs(7), ALONE) == {"kl_per_token": 0}
 
 
 @pytest.mark.parametrize("layout", ["forked", "twin"])
@@ -135,23 +149,23 @@ def test_kl_is_that_of_a_plain_loop(pairs, tokenizer, layout):
                     math.exp(a) * (a - b) for a, b in zip(p[at].tolist(), q[at].tolist(), strict=True)
                 )
                 count += 1
-    found = evaluate_kl(policy, reference, pairs(7), ALONE, FP32, layout, batch_size=3)
+    found = evaluate_kl(policy, reference, pairs(7), ALONE, layout, max_tokens=130)
     assert found["kl_per_token"] == pytest.approx(total / count, rel=1e-6)
     assert total / count > 0.1
 
 
-def test_kl_does_not_depend_on_how_the_vocabulary_is_met(pairs, tokenizer, monkeypatch):
+def test_kl_does_not_depend_on_the_chunks_of_the_vocabulary(pairs, tokenizer, monkeypatch):
     policy, reference = (make_model(tokenizer.vocab_size, seed=seed) for seed in (1, 2))
-    whole = evaluate_kl(policy, reference, pairs(7), ALONE, FP32)
+    whole = evaluate_kl(policy, reference, pairs(7), ALONE)
     monkeypatch.setattr(transformer, "MAX_LOGITS", 5 * tokenizer.vocab_size)
-    assert evaluate_kl(policy, reference, pairs(7), ALONE, FP32) == pytest.approx(whole, rel=1e-6)
+    assert evaluate_kl(policy, reference, pairs(7), ALONE) == pytest.approx(whole, rel=1e-6)
 
 
-def test_the_command_line_on_two_ranks_says_what_one_rank_says(folders, ragged, tmp_path, capsys):
+def test_two_ranks_print_the_figures_of_one(folders, ragged, tmp_path, capsys):
     command = ["--model", folders[0], "--reference", folders[1], "--data", str(ragged), "--device", "cpu"]
     preference.main([*command, "--json", str(tmp_path / "new" / "one.json")])
     assert "rewards/accuracies" in capsys.readouterr().out
-    result = torchrun(2, "-m", "eval.preference", *command, "--json", str(tmp_path / "two.json"))
+    result = forked("eval.preference", *command, "--json", tmp_path / "two.json", ranks=2)
     assert result.returncode == 0, result.stderr
     one, two = (
         json.loads(path.read_text()) for path in (tmp_path / "new" / "one.json", tmp_path / "two.json")
@@ -161,25 +175,166 @@ def test_the_command_line_on_two_ranks_says_what_one_rank_says(folders, ragged, 
 
 
 def test_models_of_different_tokenizers_are_refused(folders, tmp_path, ragged):
-    """Log-probs of the same text under two tokenizers are of different events, and nothing would crash."""
+    """Log-probs of one text under two tokenizers are of different events, and nothing would crash."""
     train(TEXTS[::-1], vocab_size=300).save(str(tmp_path / "tokenizer.json"))
     other, _ = save(tmp_path / "model", ChatTokenizer(tmp_path / "tokenizer.json"))
     with pytest.raises(InputError, match="different tokenizers"):
         preference.main(["--model", folders[0], "--reference", other, "--data", str(ragged)])
 
 
+# ---- the run's own objective, reference and data
+
+
+@pytest.fixture
+def trained(folders, ragged, tmp_path, capsys):
+    """Train with these flags from the first folder, on and with the ragged pairs; return the run's folder."""
+
+    def run(*flags: str, out="run") -> str:
+        paths = ["--model", folders[0], "--data", str(ragged), "--out", str(tmp_path / out)]
+        data = [] if "--eval-data" in flags else ["--eval-data", str(ragged)]
+        how = ["--device", "cpu", "--precision", "fp32", "--lr", "3e-3", "--epochs", "4", "--batch-size", "4"]
+        train_dpo.main([*paths, *data, *how, *flags])
+        capsys.readouterr()
+        return str(tmp_path / out)
+
+    return run
+
+
+def measured(folder: str, tmp_path, *flags: str) -> dict:
+    """The figures that eval.preference writes for a folder."""
+    out = tmp_path / "figures.json"
+    preference.main(["--model", folder, "--device", "cpu", "--precision", "fp32", "--json", str(out), *flags])
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("flags", [
+    ["--beta", "0.7"],
+    ["--loss", "ipo", "--beta", "0.3"],
+    ["--loss", "sigmoid,sft", "--loss-weights", "1,0.2", "--label-smoothing", "0.1"],
+    ["--f-divergence", "js", "--beta", "2"],
+    ["--loss", "dpop", "--dpop-lambda", "3"],
+    ["--wpo"],
+    ["--ld-alpha", "0.5"],
+], ids=" ".join)  # fmt: skip
+def test_a_run_is_measured_as_it_was_trained(flags, trained, tmp_path, folders, capsys):
+    """With beta 0.1 and DPO's loss for every run, the figures differ from those of its own log, silently."""
+    folder = trained(*flags)
+    *_, last = (row for row in metrics(tmp_path / "run") if "eval_loss" in row)
+    figures = measured(folder, tmp_path)
+    logged = {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
+    assert {name: figures[name] for name in logged} == pytest.approx(logged, rel=1e-4, abs=1e-6)
+    assert logged["rewards/margins"] != 0
+    loss = flags[flags.index("--loss") + 1] if "--loss" in flags else "sigmoid"
+    beta = float(flags[flags.index("--beta") + 1]) if "--beta" in flags else 0.1
+    assert f"loss {loss}, beta {beta:g}, reference {folders[0]}\n" in capsys.readouterr().err
+
+
+def test_flags_come_before_the_run(trained, tmp_path, folders, ragged):
+    """--loss replaces the run's loss with all its options, --beta its beta."""
+    folder = trained("--loss", "exo_pair", "--label-smoothing", "0.2", "--beta", "0.5")
+    own, other = measured(folder, tmp_path), measured(folder, tmp_path, "--beta", "0.25")
+    assert other["rewards/margins"] == pytest.approx(own["rewards/margins"] / 2)
+    sigmoid = measured(folder, tmp_path, "--loss", "sigmoid")
+    assert sigmoid["rewards/margins"] == own["rewards/margins"] and sigmoid["loss"] != own["loss"]
+    swapped = measured(folder, tmp_path, "--reference", folders[1])
+    assert swapped["logps/chosen"] == own["logps/chosen"] and swapped["kl_per_token"] != own["kl_per_token"]
+
+
+def test_soft_labels_need_scores_only_if_asked_for(trained, tmp_path, write_jsonl, ragged, capsys):
+    """A run with soft labels has held-out pairs without scores more often than not."""
+    scored = [{**as_record(pair), "score_chosen": i, "score_rejected": 0} for i, pair in enumerate(RAGGED)]
+    path = str(write_jsonl("scored.jsonl", scored))
+    folder = trained("--loss", "soft", "--data", path, "--eval-data", path, "--beta", "0.5")
+    figures = measured(folder, tmp_path, "--data", str(ragged))
+    assert "has no scores for --loss soft, so the loss is sigmoid" in capsys.readouterr().err
+    assert figures == measured(folder, tmp_path, "--data", str(ragged), "--loss", "sigmoid")
+    assert figures["loss"] != measured(folder, tmp_path)["loss"]
+    with pytest.raises(InputError, match="needs score_chosen and score_rejected"):
+        measured(folder, tmp_path, "--data", str(ragged), "--loss", "soft")
+
+
+def test_held_out_pairs_are_the_runs_own(trained, tmp_path, folders, ragged, capsys):
+    """Figures on the pairs of another task look plausible. Bundled pairs fit runs on bundled data only."""
+    with pytest.raises(InputError, match="no held-out pairs in its config"):
+        measured(trained("--eval-data", ""), tmp_path)
+    with pytest.raises(InputError, match="no held-out pairs in its config"):
+        measured(folders[0], tmp_path, "--reference", folders[1])
+    measured(trained(out="with"), tmp_path)
+    assert f"{ragged}: 7 of 7 records" in capsys.readouterr().err
+    dpo = {"data": str(SAMPLE / "preferences.jsonl"), "eval_data": "", "beta": 1}
+    sft = {"data": str(SAMPLE / "sft.jsonl"), "eval_data": "chats.jsonl"}
+    auto = {"data": str(SAMPLE / "preferences.jsonl"), "eval_data": "auto", "eval_share": 0.0, "beta": 1}
+    assert all(preference.held_out_pairs("x", run) == (HELD_OUT, 0) for run in (dpo, sft, auto))
+    with pytest.raises(InputError, match="give --data"):
+        preference.held_out_pairs("x", {"data": "mine.jsonl", "eval_data": "auto", "beta": 1})
+
+
+def test_a_share_of_the_training_data_is_measured_as_it_was_held_out(folders, tmp_path, ragged, tokenizer):
+    """Figures on all pairs of the file would contain the pairs that the model was trained on."""
+    run = {"model": folders[1], "data": str(ragged), "eval_data": "auto", "eval_share": 0.5, "beta": 0.1}
+    save_model(tmp_path / "run", make_model(tokenizer.vocab_size, torch.float32, 1), settings=run)
+    tokenizer.save(tmp_path / "run")
+    held_out = open_store(ragged, "preferences", tokenizer, 4096).split(0.5)[1]
+    assert 0 < len(held_out) < 7
+    expected = evaluate(*map(common.load_model, (folders[0], folders[1])), held_out, ALONE, FP32, DPO)
+    figures = measured(str(tmp_path / "run"), tmp_path)
+    assert figures["pairs"] == len(held_out)
+    assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_folder_without_a_run_has_defaults_and_no_reference(folders, tmp_path, ragged, capsys):
+    with pytest.raises(InputError, match=r"does not name a model folder .*give --reference"):
+        preference.main(["--model", folders[0], "--data", str(ragged)])
+    with pytest.raises(InputError, match=r"does not name a model folder .*give --versus"):
+        judge.main(["--model", folders[0]])
+    measured(folders[0], tmp_path, "--reference", folders[1], "--data", str(ragged))
+    assert f"loss sigmoid, beta 0.1, reference {folders[1]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("run, reason", [
+    ({"model": "/gone"}, "started from /gone, and that folder is not here; give --reference"),
+    ({"model": "tiny"}, "does not name a model folder"),
+    ({"model": None}, "does not name a model folder"),
+    ([], "does not name a model folder"),
+])  # fmt: skip
+def test_a_starting_model_that_is_not_here_is_named(run, reason, tmp_path):
+    save_model(tmp_path, make_model(9), settings=run)
+    with pytest.raises(InputError, match=reason):
+        common.starting_model(str(tmp_path), "--reference")
+
+
+def test_a_relative_starting_model_is_found_from_the_same_folder(folders, tmp_path, monkeypatch):
+    (tmp_path / "runs" / "sft").mkdir(parents=True)
+    save_model(tmp_path / "dpo", make_model(9), settings={"model": "runs/sft"})
+    monkeypatch.chdir(tmp_path)
+    assert common.starting_model("dpo", "--reference") == "runs/sft"
+
+
+@pytest.mark.parametrize("damage", [{"beta": "x"}, {"loss": 5}, {"loss": "none"}, {"f_divergence": "x"}])
+def test_damaged_settings_are_an_error_not_a_traceback(damage, folders, tmp_path, ragged, tokenizer):
+    run = {"model": folders[0], "beta": 0.1, "loss": "sigmoid", "eval_data": str(ragged), **damage}
+    save_model(tmp_path / "run", make_model(tokenizer.vocab_size).float(), settings=run)
+    tokenizer.save(tmp_path / "run")
+    with pytest.raises(InputError, match=r"damaged|there is no such loss"):
+        measured(str(tmp_path / "run"), tmp_path)
+
+
+# ---- the start of every command
+
+
 @pytest.mark.parametrize(
     "main, arguments, reason",
     [
-        (preference.main, ["--model", "/nowhere"], "/nowhere: no model folder"),
+        (preference.main, ["--model", "/nowhere"], "/nowhere: there is no such model folder"),
         (preference.main, ["--beta", "0"], "--beta must be positive, not 0.0"),
-        (preference.main, ["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
-        (judge.main, ["--versus", "/nowhere", "--model", "/nowhere"], "/nowhere: no model folder"),
+        (preference.main, ["--micro-batch-tokens", "0"], "--micro-batch-tokens must be at least 1, not 0"),
+        (preference.main, ["--max-length", "-1"], "--max-length must not be negative, not -1"),
+        (judge.main, ["--model", "/nowhere"], "/nowhere: there is no such model folder"),
         (judge.main, ["--samples", "0"], "--samples must be at least 1, not 0"),
         (judge.main, ["--temperature", "nan"], "--temperature must be positive, not nan"),
-        (chat.main, ["--model", "/nowhere"], "/nowhere: no model folder"),
+        (chat.main, ["--model", "/nowhere"], "/nowhere: there is no such model folder"),
         (chat.main, ["--top-p", "0"], "--top-p must be above 0 and at most 1, not 0.0"),
-        (report.main, ["/nowhere"], "/nowhere/metrics.jsonl: cannot be read"),
+        (report.main, ["/nowhere"], "/nowhere: there is no such model folder"),
         (report.main, [], "the following arguments are required: run"),
         (demo.main, ["--samples", "-1"], "--samples must be at least 1, not -1"),
     ],
@@ -187,14 +342,35 @@ def test_models_of_different_tokenizers_are_refused(folders, tmp_path, ragged):
 def test_bad_usage_is_one_line_and_status_2(main, arguments, reason, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_script(lambda: main(arguments))
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert stopped.value.code == 2
-    assert said.err.startswith(f"error: {reason}") and said.err.count("\n") == 1 and said.out == ""
+    assert printed.err.startswith(f"error: {reason}") and printed.err.count("\n") == 1 and printed.out == ""
 
 
-@pytest.mark.parametrize("module", [preference, judge, chat, report, demo])
+@pytest.mark.parametrize("main, arguments", [
+    (preference.main, []), (judge.main, []), (chat.main, []), (explain.main, []), (report.main, ["runs/dpo"]),
+    (score.main, ["--model", "runs/dpo", "--data", "x.jsonl", "--out", "y.jsonl"]),
+])  # fmt: skip
+def test_a_default_that_is_missing_names_the_folder_of_the_demo(main, arguments, tmp_path, monkeypatch):
+    """After `make demo` the models are in runs/demo, and the default, runs/dpo, does not exist."""
+    (tmp_path / "runs" / "demo" / "dpo").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"runs/dpo: there is no such .*runs/demo/dpo"):
+        main(arguments)
+
+
+@pytest.mark.parametrize("main, arguments", [
+    (preference.main, []), (judge.main, []), (chat.main, []), (explain.main, []),
+    (score.main, ["--data", "x.jsonl", "--out", "y.jsonl"]),
+])  # fmt: skip
+def test_a_model_file_in_place_of_its_folder_is_named(main, arguments, folders):
+    with pytest.raises(InputError, match=r"model\.pt is a file, not a model folder: give the folder"):
+        main(["--model", f"{folders[0]}/model.pt", *arguments])
+
+
+@pytest.mark.parametrize("module", [preference, judge, chat, report, demo, score, explain])
 def test_help_is_complete(module, capsys):
-    """A bare % in a flag's line ends --help in a traceback."""
+    """A bare % in a flag's help text ends --help with a traceback."""
     with pytest.raises(SystemExit) as stopped:
         module.main(["--help"])
     assert stopped.value.code == 0
@@ -203,11 +379,58 @@ def test_help_is_complete(module, capsys):
     assert all(f"--{name}" in shown for name in names)
 
 
+@pytest.mark.parametrize("multiplies_bf16", [True, False])
+def test_one_line_names_models_device_and_precision(multiplies_bf16, folders, ragged, monkeypatch, capsys):
+    """Figures in bf16 differ from those in float32 in the third digit, so the output names the precision."""
+    monkeypatch.setattr(precision_module, "cpu_multiplies_bf16", lambda: multiplies_bf16)
+    flags = ["--model", folders[0], "--reference", folders[1], "--data", str(ragged), "--device", "cpu"]
+    preference.main(flags)
+    preference.main([*flags, "--precision", "fp32"])
+    first, second = (line for line in capsys.readouterr().err.splitlines() if "parameters" in line)
+    parameters = sum(p.numel() for p in common.load_model(folders[0]).parameters())
+    for folder in folders:
+        assert f"{folder} ({parameters:,} parameters)" in first
+    assert first.endswith(
+        "on cpu, bf16 (auto: this CPU has bf16 instructions)"
+        if multiplies_bf16
+        else "on cpu, fp32 (auto: this CPU has no bf16 instructions)"
+    )
+    assert second.endswith("on cpu, fp32 (--precision)")
+
+
+class NoFloat64(TorchDispatchMode):
+    """Raises on every operation with a float64 result, as Apple's GPUs do."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            from_numpy = function is torch.ops.aten.lift_fresh.default  # on the CPU, before it is converted
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64 and not from_numpy:
+                raise TypeError(f"{function}: no float64 on this device")
+        return result
+
+
+def test_no_command_needs_float64(folders, ragged, judged, tmp_path, monkeypatch, reward_folder):
+    """MPS has no float64: a command that is fine on a CPU would end with a TypeError on every Mac."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hi\n")))
+    both = ["--model", folders[0], "--device", "cpu", "--reference", folders[1], "--data", str(ragged)]
+    versus = ["--model", folders[0], "--device", "cpu", "--versus", folders[1], "--max-new-tokens", "2"]
+    scored = ["--model", reward_folder, "--device", "cpu", "--data", str(ragged)]
+    with NoFloat64():
+        preference.main(both)
+        explain.main(both)
+        chat.main(versus)
+        judge.main([*versus, "--data", str(judged)])
+        score.main([*scored, "--out", str(tmp_path / "scored.jsonl")])
+        with pytest.raises(TypeError, match="float64"):
+            torch.ones(1).double()
+
+
 # ---- the comparison of two models
 
 
 def replies(*points: str) -> list[list[Reply]]:
-    """A string a prompt, the greedy reply first: 0 and 3 points, or r for right but rude."""
+    """One string per prompt, the greedy reply first: 0 or 3 points, or r for right but rude."""
     verdicts = {
         "0": Verdict(False, False, False),
         "3": Verdict(True, True, True),
@@ -216,8 +439,8 @@ def replies(*points: str) -> list[list[Reply]]:
     return [[Reply("x" * 8, 4, verdicts[mark]) for mark in row] for row in points]
 
 
-def test_compare_counts_what_the_verdicts_say():
-    """Comparing each sample with every other, or counting the greedy reply, would give other numbers."""
+def test_compare_counts_verdicts():
+    """Comparing each sample with every other one, or counting the greedy reply, gives other numbers."""
     records = [{"judge": {"task": task}} for task in ("sum", "sum", "day")]
     both = {"dpo": replies("333", "00r", "r30"), "sft": replies("00r", "000", "330")}
     figures = compare(records, both)
@@ -242,21 +465,21 @@ def test_compare_counts_what_the_verdicts_say():
 
 
 def test_the_interval_is_wilsons_over_prompts():
-    """Ten prompts answered alike four times are ten observations, not forty. Figures for 9 of 10 and 10 of 10
-    are the textbook's."""
+    """Ten prompts with four equal answers each are ten observations, not forty. The values for 9 of 10 and
+    10 of 10 are from the textbook."""
     once = win_interval([1] * 9 + [0], [0] * 9 + [1])
     assert once == pytest.approx([0.5958, 0.9821], abs=1e-4)
     assert win_interval([4] * 9 + [0], [0] * 9 + [4]) == pytest.approx(once)
     assert win_interval([1] * 10 + [0] * 5, [0] * 15) == pytest.approx([0.7225, 1.0], abs=1e-4)
-    # One prompt that decides nine times in ten cases of two prompts is worth 100 / 82 observations.
+    # Ten decided cases, nine of them of one prompt, are worth 100 / 82 observations.
     low, high = win_interval([9, 0], [0, 1])
     assert low < 0.3 and high > 0.95
     assert win_interval([0, 0], [0, 0]) is None and win_interval([], []) is None
 
 
-def test_the_interval_covers_what_it_should():
-    """Prompts have win chances of their own here, so samples of one prompt are alike; in at least 95 of 100
-    experiments the true rate must lie inside. An interval over all samples reaches 78 only."""
+def test_the_interval_covers_the_true_rate():
+    """Each prompt has its own chance to win, so its samples are correlated. In at least 95 % of the trials
+    the true rate must lie inside. An interval over all samples reaches only 78 %."""
     generator = torch.Generator().manual_seed(0)
     chances = torch.tensor([0.02, 0.5, 0.98])
     inside = 0
@@ -269,7 +492,7 @@ def test_the_interval_covers_what_it_should():
 
 
 def test_identical_models_tie_everywhere(folders, judged, tmp_path, capsys):
-    """Both draw the same random numbers. A win rate of 0 of 0 cases is nothing, neither 0 nor an error."""
+    """Both get the same random numbers. A win rate of 0 of 0 cases is None, neither 0 nor an error."""
     arguments = ["--data", str(judged), "--samples", "2", "--max-new-tokens", "6", "--batch-size", "4"]
     out = tmp_path / "figures.json"
     judge.main(["--model", folders[0], "--versus", folders[0], *arguments, "--json", str(out)])
@@ -285,155 +508,44 @@ def test_identical_models_tie_everywhere(folders, judged, tmp_path, capsys):
 
 
 def test_sampled_replies_belong_to_their_prompts(tokenizer, judged, monkeypatch):
-    """The greedy reply first, then the samples of the same prompt: a transposed list would mix prompts."""
-    asked = []
+    """The greedy reply first, then the samples of the same prompt. A transposed list would mix prompts."""
+    temperatures = []
 
     def echo(model, prompts, end_id, temperature, **options):
-        asked.append(temperature)
+        temperatures.append(temperature)
         marks = tokenizer.text("!") if temperature else []
         return [judge.Answer([*prompt, *marks], finished=True) for prompt in prompts]
 
     monkeypatch.setattr(judge, "generate", echo)
     records = judge.read_judged(judged)
     rows = judge.answer(None, tokenizer, records, samples=3, temperature=0.5)
-    assert asked == [0, 0.5]
+    assert temperatures == [0, 0.5]
     for record, row in zip(records, rows, strict=True):
         prompt = tokenizer.decode(tokenizer.prompt(record["prompt"]))
         assert [reply.text for reply in row] == [prompt, *[prompt + "!"] * 3]
 
 
 @pytest.mark.parametrize(
-    "wanted, reason",
+    "rule, reason",
     [
         (None, "no `judge` field"),
         ({"task": "sum", "language": "en", "given": []}, "lacks accept, check"),
         ({**JUDGE, "check": "vibes"}, "unknown check 'vibes'"),
     ],
 )
-def test_records_that_cannot_be_judged_are_named(write_jsonl, wanted, reason):
-    rows = [{**as_record(RAGGED[0]), "judge": JUDGE}, {**as_record(RAGGED[1]), "judge": wanted}]
+def test_records_that_cannot_be_judged_are_named(write_jsonl, rule, reason):
+    rows = [{**as_record(RAGGED[0]), "judge": JUDGE}, {**as_record(RAGGED[1]), "judge": rule}]
     with pytest.raises(DataError, match=reason) as error:
         judge.read_judged(write_jsonl("bad.jsonl", rows))
     assert error.value.line == 2
 
 
-# ---- the chat
-
-
-def piped(lines: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "eval.chat", *arguments, "--max-new-tokens", "8", "--device", "cpu"],
-        cwd=ROOT, input=lines.encode(), capture_output=True, timeout=60,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
-def test_a_piped_chat_answers_a_line_with_a_line(folders):
-    """Without a terminal there is no prompt to print, no cursor to move, and the end of input is no error."""
-    result = piped("Hello\n你好\n\nHow are you?", "--model", folders[0], "--system", "Be brief.")
-    assert (result.returncode, result.stderr) == (0, b"")
-    assert result.stdout.count(b"\n") == 3 and b"\x1b" not in result.stdout
-
-
-def test_a_piped_chat_of_two_prints_columns(folders):
-    result = piped("Hello\nHi\n", "--model", folders[0], "--versus", folders[1])
-    assert (result.returncode, result.stderr) == (0, b"")
-    answers = result.stdout.decode().split("\n\n")
-    assert answers.pop() == "" and len(answers) == 2
-    assert all(chat.GAP.rstrip() in line for answer in answers for line in answer.split("\n"))
-
-
-def test_a_speaker_remembers_what_was_said(folders, monkeypatch):
-    """Each turn is asked with all turns before it, control tokens by id."""
-    model, tokenizer = load_speaker(folders[0], CPU)
-    asked = []
-
-    def decode(model, prompts, uniforms, end_id, **sampling):
-        asked.append(prompts[0])
-        yield from (([0], [token]) for token in tokenizer.response("Two apples."))
-
-    monkeypatch.setattr(chat, "decode_steps", decode)
-    speaker = chat.Speaker(model, tokenizer, [Message("system", "Be brief.")])
-    for text in ("How many?", f"And now? {START}"):
-        assert "".join(speaker.reply(text, torch.rand(1, 4))) == "Two apples."
-    assert [m.role for m in speaker.history] == ["system", "user", "assistant", "user", "assistant"]
-    assert asked[1] == tokenizer.prompt(speaker.history[:4])
-
-
-def test_a_character_is_shown_when_it_is_whole(tokenizer):
-    """A token can end within a character; shown at once, it would be a replacement mark on the screen."""
-    text = "a苹果😀b"
-    ids = tokenizer.text(text)
-    pieces = list(chat.text_pieces(tokenizer, iter(ids)))
-    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
-    assert len(pieces) == len(ids) + 1 > len(text)
-    broken = list(chat.text_pieces(tokenizer, iter(tokenizer.text("😀")[:-1])))
-    assert set("".join(broken)) == {"\ufffd"} and not any(broken[:-1])
-
-
-@pytest.mark.parametrize(
-    "text, shown",
-    [
-        ("\x1b[2J\x1b]0;owned\x07", "\\x1b[2J\\x1b]0;owned\\x07"),
-        ("a\rb\x00\x7f\x9b", "a\\rb\\x00\\x7f\\x9b"),
-        ("safe \u202egnp.exe", "safe \\u202egnp.exe"),
-        ("\u2028\ud800", "\\u2028\\ud800"),
-        ("one\ntwo\tthree", "one\ntwo    three"),
-        ("苹果 é 👩\u200d🚀", "苹果 é 👩\u200d🚀"),
-    ],
-)
-def test_no_answer_can_steer_the_terminal(text, shown):
-    assert chat.printable(text) == shown
-    shown.encode()
-
-
-def test_columns_count_cells_not_characters():
-    """A Chinese character is two cells wide, an accent of its own none; len() would bend the middle line."""
-    assert chat.cells("ab") == 2 and chat.cells("苹果，") == 6 and chat.cells("e\u0301") == 1
-    rows = chat.side_by_side("苹果还剩两个\nok", "two apples are left", 10)
-    assert rows == ["苹果还剩两 │ two apples", "个         │ are left", "ok         │"]
-    assert {chat.cells(line.split("│")[0]) for line in rows} == {11}
-
-
-TEXT = "The quick 棕色的狐狸 jumps over 懒狗, averyverylongword 和很长很长很长的句子\n\n end  x 苹 " * 2
-
-
-@pytest.mark.parametrize("width", [10, 11, 27])
-def test_wrapped_lines_fit_and_stay(width):
-    """Rows that were printed cannot be taken back, so more text may change the last line only."""
-    for end in range(len(TEXT)):
-        lines, more = chat.wrap(TEXT[:end], width), chat.wrap(TEXT[: end + 1], width)
-        assert all(chat.cells(line) <= width for line in lines)
-        assert more[: len(lines) - 1] == lines[:-1]
-    assert "".join(lines).replace(" ", "") == re.sub(r"\s", "", TEXT)
-
-
-def screen(output: str) -> list[str]:
-    """What a terminal shows after this output: line feeds, "cursor up n" and "clear to the end" only."""
-    rows, at = [""], 0
-    for part in re.split(r"(\x1b\[\d+A|\x1b\[J|\n)", output):
-        if part == "\n":
-            at += 1
-            rows += [""] * (at + 1 - len(rows))
-        elif part == "\x1b[J":
-            rows = [*rows[:at], ""]
-        elif part.startswith("\x1b"):
-            at -= int(part[2:-1])
-            assert at >= 0
-        else:
-            rows[at] += part
-    return rows
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-@pytest.mark.parametrize("left, right", [(TEXT, "short\n" * 30), ("", TEXT), (TEXT, TEXT[::-1])])
-def test_two_streams_end_as_two_columns(left, right, terminal, monkeypatch):
-    """However the screen was drawn anew on the way; and to a file nothing is written twice."""
-    monkeypatch.setattr(chat.shutil, "get_terminal_size", lambda _: os.terminal_size((60, 12)))
-    with redirect_stdout(io.StringIO()) as output:
-        chat.show_two(iter(left), iter(right), terminal)
-    assert ("\x1b" in output.getvalue()) == terminal
-    assert screen(output.getvalue()) == [*chat.side_by_side(left, right, chat.column_width()), "", ""]
+def test_task_names_cannot_steer_the_terminal(folders, write_jsonl, capsys):
+    rows = [{**as_record(pair), "judge": {**JUDGE, "task": "\x1b[2Jsum"}} for pair in RAGGED[:2]]
+    flags = ["--data", str(write_jsonl("evil.jsonl", rows)), "--samples", "1", "--max-new-tokens", "2"]
+    judge.main(["--model", folders[0], "--versus", folders[1], "--device", "cpu", *flags])
+    printed = capsys.readouterr()
+    assert "\\x1b[2Jsum" in printed.out and "\x1b" not in printed.out + printed.err
 
 
 # ---- the picture
@@ -441,7 +553,8 @@ def test_two_streams_end_as_two_columns(left, right, terminal, monkeypatch):
 
 def dpo_rows(steps: int = 6) -> list[dict]:
     names = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-             "logps/chosen", "logps/rejected")  # fmt: skip
+             "logps/chosen", "logps/rejected", "logratios/chosen", "logratios/rejected",
+             "logratios/margins")  # fmt: skip
     rows = [{"step": 0} | {f"eval_{name}": 0.5 for name in names}]
     for step in range(1, steps):
         figures = {name: math.sin(step + i) for i, name in enumerate(names)}
@@ -470,13 +583,40 @@ def write_run(folder, rows: list[dict], torn: str = ""):
     ids=["dpo", "one evaluation", "sft", "nan"],
 )
 def test_a_run_becomes_a_picture(rows, tmp_path, capsys):
-    """Also while it is written: the last line of a run that was killed is torn."""
+    """Also if the run was killed: its last line is incomplete."""
     image = pytest.importorskip("matplotlib.image")
     run = write_run(tmp_path / "run $1_2$", rows, torn='{"step": 9, "loss": 0.')
     report.main([str(run)])
     assert capsys.readouterr().out.strip() == str(run / "report.png")
     pixels = image.imread(run / "report.png")
     assert pixels.shape[1] == 1800 and pixels.var() > 1e-3
+
+
+def titles_of(names: list[str], monkeypatch, tmp_path) -> list[str]:
+    """The titles of the panels that are drawn for a run with these metrics."""
+    titles = []
+    draw_panel = report.draw_panel
+
+    def spy(axes, panel, *rest):
+        titles.append(panel.title)
+        draw_panel(axes, panel, *rest)
+
+    monkeypatch.setattr(report, "draw_panel", spy)
+    report.draw({name: {1: 0.5, 2: 0.6} for name in names}, "run", tmp_path / "out.png")
+    return titles
+
+
+def test_log_ratios_are_drawn_beside_rewards(monkeypatch, tmp_path):
+    """Rewards grow with beta while the policy hardly differs. Log-ratios compare runs of different beta."""
+    pytest.importorskip("matplotlib")
+    rewards = ["loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"]
+    logratios = ["logratios/chosen", "logratios/rejected", "logratios/margins"]
+    dpo = titles_of([*rewards, *logratios], monkeypatch, tmp_path)
+    assert dpo == [
+        "Loss", "Reward accuracy", "Log-ratio margin", "Log-ratios", "Reward margin", "Rewards"
+    ]  # fmt: skip
+    reward_model = titles_of(rewards, monkeypatch, tmp_path)
+    assert reward_model == ["Loss", "Reward accuracy", "Reward margin", "Rewards"]
 
 
 def test_a_step_that_was_repeated_after_a_resume_counts_once(tmp_path):
@@ -500,13 +640,14 @@ def test_damaged_metrics_are_named(text, reason, tmp_path):
         report.main([str(tmp_path)])
 
 
-def test_a_picture_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
+def test_a_picture_without_matplotlib_names_the_library(tmp_path, monkeypatch):
+    """The project is not on PyPI: `pip install "minidpo[plots]"` would fail or install another package."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(InputError, match=r"minidpo\[plots\]"):
+    with pytest.raises(InputError, match=r"pictures need matplotlib: pip install matplotlib$"):
         report.main([str(write_run(tmp_path / "run", dpo_rows()))])
 
 
-def test_labels_of_curves_never_lie_on_one_another(tmp_path):
+def test_labels_of_curves_do_not_overlap(tmp_path):
     """The two log-probs often end at the same height."""
     figure = pytest.importorskip("matplotlib.figure").Figure()
     axes = figure.subplots()

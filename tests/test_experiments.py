@@ -1,4 +1,4 @@
-"""The experiments run, from model to figures and picture, and their figures mean what they say."""
+"""Experiments: each runs from a model to figures and picture, and its figures are right."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ def start(tmp_path, tokenizer) -> str:
 
 
 def test_edit_distance(start, ragged, tmp_path):
-    """A log-ratio is a reward without beta; each point is a mean over an epoch, at its middle."""
+    """A log-ratio is a reward divided by beta. Each point is the mean over an epoch, at its middle."""
     pytest.importorskip("matplotlib")
     out = tmp_path / "out"
     flags = ["--model", start, "--data", str(ragged), "--out", str(out), "--beta", "0.5", "--lr", "3e-3"]
@@ -58,16 +58,16 @@ def test_label_noise(start, ragged, tmp_path, capsys):
     }
     assert (out / "label_noise.png").read_bytes().startswith(b"\x89PNG")
 
-    # The figure is the accuracy on pairs with their true labels, of the model trained on flipped ones.
+    # The figure is the accuracy on pairs with true labels, of the model trained on flipped ones.
     def answers(path):
         return [(pair.chosen, pair.rejected) for pair in read_preferences(path)]
 
     assert answers(out / "heldout.jsonl") == answers(ragged)[:3]
     for name in ("robust", "soft"):
-        asked = Settings(model=str(out / "40%-0" / name), reference=start, data=str(out / "heldout.jsonl"))
-        measured = measure(asked, World(0, 1, pick_device("auto")))
+        given = Settings(model=str(out / "40%-0" / name), data=str(out / "heldout.jsonl"))
+        measured = measure(given, World(0, 1, pick_device("auto")))
         assert accuracies[name]["40%"] == [measured["rewards/accuracies"]]
-    # What every run was told, and that no reward model has seen a true label where there are false ones.
+    # The settings of every run; the reward model was trained on noisy pairs too.
     folder = out / "40%-0"
     configs = {name: folder / name / "config.json" for name in label_noise.OBJECTIVES}
     ran = {name: json.loads(config.read_text())["settings"] for name, config in configs.items()}
@@ -83,7 +83,7 @@ def test_label_noise(start, ragged, tmp_path, capsys):
 
 
 def test_flips_are_exact_and_nested(ragged):
-    """Objectives are compared on the same pairs; 40 % flips what 20 % did, and the rest stays as it was."""
+    """Objectives are compared on the same pairs. 40 % also flips the pairs of 20 %; the rest is unchanged."""
     pairs = list(read_preferences(ragged))
     clean, few, many = (label_noise.flipped(pairs, 5, share, seed=1) for share in (0, 0.2, 0.4))
     assert len({pair.line for pair in clean}) == 5 and all(pair in pairs for pair in clean)
@@ -96,9 +96,9 @@ def test_flips_are_exact_and_nested(ragged):
 
 
 @pytest.mark.parametrize("experiment", [edit_distance, label_noise])
-def test_matplotlib_is_asked_for_before_training(experiment, start, ragged, tmp_path, monkeypatch):
+def test_matplotlib_is_checked_before_training(experiment, start, ragged, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(InputError, match=r"minidpo\[plots\]"):
+    with pytest.raises(InputError, match="pip install matplotlib"):
         experiment.main(["--model", start, "--data", str(ragged), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 

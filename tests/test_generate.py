@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.generate import Answer, KVCache, decode_steps, generate, sample
 from model.stream import TokenStream
@@ -192,6 +193,25 @@ def test_sampling_at_the_edges_of_a_draw():
     assert sample(logits, torch.tensor([0.0, 1 - 2**-24]), 1.0).tolist() == [1, 2]
     impossible = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]] * 2)
     assert set(sample(impossible, torch.tensor([0.0, 1 - 2**-24]), 1.0).tolist()) <= {0, 2}
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """A device without float64, such as Apple's MPS: an operation that returns it raises TypeError."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor) and x.dtype == torch.float64:
+                raise TypeError(f"{function} returns float64")
+        return result
+
+
+@pytest.mark.parametrize("sampling", [{}, {"top_k": 3}, {"top_p": 0.9}, {"temperature": 0}])
+def test_generation_needs_no_float64(sampling):
+    """On a Mac a chat at its default temperature stopped at the first token."""
+    model = make_model(V, dtype=torch.float32)
+    with WithoutFloat64():
+        assert len(generate(model, PROMPTS, END, 5, **sampling)) == len(PROMPTS)
 
 
 def test_temperature_0_is_the_likeliest_token():

@@ -14,10 +14,14 @@ import torch
 import losses
 import train_dpo
 import train_sft
-from dataset.packing import Windows
+from dataset.packing import Windows, build_stream
+from dataset.store import open_store
 from model.weights import load_model, save_model
 from tests.conftest import make_model
-from tests.loops import metrics, record_gradients, torchrun, weights
+from tests.loops import metrics, record_gradients, weights
+from tests.ranks import forked
+from training import reference as reference_module
+from training import setup
 from training.schedule import adamw, cosine_lr
 
 
@@ -71,6 +75,7 @@ def dpo(start, pairs, tmp_path):
             "lr": 1e-3,
             "device": "cpu",
             "precision": "fp32",
+            "overwrite": True,
             **flags,
         }
         train_dpo.main(command_line(out=tmp_path / out, **flags))
@@ -89,6 +94,7 @@ def sft(start, chats, tmp_path):
             "epochs": 1,
             "device": "cpu",
             "precision": "fp32",
+            "overwrite": True,
             **flags,
         }
         train_sft.main(command_line(out=tmp_path / out, **flags))
@@ -118,16 +124,16 @@ def assert_close(got, want, tolerance=2e-5):
 
 
 @pytest.mark.parametrize("run, module", [("dpo", train_dpo), ("sft", train_sft)], ids=["dpo", "sft"])
-@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("micro", [1, 130])
 def test_accumulation_equals_one_big_batch(request, run, module, micro):
     """Dividing each micro-batch by its own size, instead of the window's, weighs short batches too much.
 
-    With micro-batches of 3 a window of 5 is dealt 3 + 2, and with 1 the ragged texts meet singly: means of
-    means would differ from the window's mean, of pairs in the first case, of tokens in both.
+    With 130 tokens a window of 5 is split in two, with 1 every record is alone: means of means would differ
+    from the window's mean, of pairs in the first case, of tokens in both.
     """
     run = request.getfixturevalue(run)
-    whole = record_gradients(module, lambda: run(batch_size=5, micro_batch_size=5, lr=0))
-    split = record_gradients(module, lambda: run(batch_size=5, micro_batch_size=micro, lr=0))
+    whole = record_gradients(module, lambda: run(batch_size=5, micro_batch_tokens=4096, lr=0))
+    split = record_gradients(module, lambda: run(batch_size=5, micro_batch_tokens=micro, lr=0))
     assert_close(split, whole)
 
 
@@ -138,8 +144,8 @@ def test_last_short_window_is_a_step_of_its_own_size(dpo, start, tokenizer, pair
     assert [row["step"] for row in metrics(start.parent / "dpo")] == [1, 2, 3]
 
     model = load_model(start)
-    store = train_dpo.open_store(pairs, "preferences", tokenizer, 512)
-    stream = train_dpo.build_stream(store, Windows(10, 4, seed=0)[2])
+    store = open_store(pairs, "preferences", tokenizer, 512)
+    stream = build_stream(store, Windows(10, 4, seed=0)[2])
     chosen, rejected = stream.sum_by_side(model(stream))
     margins = (chosen - chosen.detach()) - (rejected - rejected.detach())
     assert len(margins) == 2
@@ -159,14 +165,13 @@ def test_two_ranks_equal_one_process(request, tmp_path, start, script, data, lor
     Windows of 3 over 2 ranks are uneven, and the last window holds a single record: one rank has none.
     """
     flags = command_line(
-        model=start, data=request.getfixturevalue(data), eval_data="", batch_size=3, micro_batch_size=1,
+        model=start, data=request.getfixturevalue(data), eval_data="", batch_size=3, micro_batch_tokens=1,
         epochs=2, lr=1e-3, log_every=1, warmup_steps=1, device="cpu", precision="fp32", lora_rank=lora_rank,
     )  # fmt: skip
     module = {"train_dpo": train_dpo, "train_sft": train_sft}[script]
     alone = record_gradients(module, lambda: module.main([*flags, "--out", str(tmp_path / "one")]))
-    result = torchrun(
-        2, "-m", "tests.loops", script, str(tmp_path / "two.pt"), *flags, "--out", str(tmp_path / "two")
-    )
+    two = [script, tmp_path / "two.pt", *flags, "--out", tmp_path / "two"]
+    result = forked("tests.loops", *two, ranks=2)
     assert result.returncode == 0, result.stderr
     assert_close(torch.load(tmp_path / "two.pt", weights_only=True), alone, tolerance=2e-4)
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
@@ -190,7 +195,7 @@ def test_reference_is_frozen_and_shares_nothing(dpo, monkeypatch):
         seen["optimizer"] = adamw(model, weight_decay)
         return seen["optimizer"]
 
-    monkeypatch.setattr(train_dpo, "copy", SimpleNamespace(deepcopy=copying))
+    monkeypatch.setattr(reference_module, "copy", SimpleNamespace(deepcopy=copying))
     monkeypatch.setattr(train_dpo, "adamw", optimizing)
     dpo(out="frozen")
     policy, reference = dict(seen["policy"].named_parameters()), dict(seen["reference"].named_parameters())
@@ -233,8 +238,8 @@ def test_clipping_sees_the_true_gradient(dpo):
 
 def test_learning_rate_is_its_closed_form(dpo):
     """One counter, optimizer steps, drives the learning rate: accumulation must not."""
-    for micro in (4, 1):
-        rows = metrics(dpo(epochs=4, log_every=1, warmup_steps=3, lr=1e-3, micro_batch_size=micro))
+    for micro in ("auto", 1):
+        rows = metrics(dpo(epochs=4, log_every=1, warmup_steps=3, lr=1e-3, micro_batch_tokens=micro))
         assert len(rows) == 12
         for row in rows:
             step = row["step"] - 1
@@ -258,7 +263,7 @@ def test_cosine_lr_edges():
 def test_saved_weights_are_the_live_ones_bit_for_bit(dpo, monkeypatch):
     """Saving in half precision, or before the last short window's step, writes a model that never was."""
     seen = {}
-    monkeypatch.setattr(train_dpo, "load_model", lambda *a: seen.setdefault("model", load_model(*a)))
+    monkeypatch.setattr(setup, "load_model", lambda *a: seen.setdefault("model", load_model(*a)))
     saved = weights(dpo(epochs=2))
     live = seen["model"].state_dict()
     assert saved.keys() == live.keys()
@@ -295,9 +300,9 @@ def test_one_step_moves_nearly_every_weight(dpo, start):
 def test_non_finite_gradient_stops_before_the_step(dpo, start, pairs, monkeypatch):
     """One NaN in a gradient turns every weight into NaN at the next step; the run must stop and say where."""
 
-    monkeypatch.setitem(losses.LOSSES, "sigmoid", lambda margins: margins * math.nan)
+    monkeypatch.setattr(train_dpo, "sigmoid", lambda margins, beta: margins * math.nan)
     with pytest.raises(
-        FloatingPointError, match=r"step 0: the gradient norm is nan; the data lines were \d+"
+        FloatingPointError, match=r"step 0: the loss is not finite; the step used the data lines \d+"
     ):
         dpo(out="poisoned")
     assert not (start.parent / "poisoned" / "model.pt").exists()
@@ -309,6 +314,6 @@ def test_sft_evaluates_and_continues_from_a_folder(sft, chats):
     losses = [row["eval_loss"] for row in metrics(folder) if "eval_loss" in row]
     assert losses[-1] < losses[0] - 0.5
     again = metrics(
-        sft(out="second", model=folder, epochs=1, lr=0, batch_size=10, micro_batch_size=3, log_every=1)
+        sft(out="second", model=folder, epochs=1, lr=0, batch_size=10, micro_batch_tokens=130, log_every=1)
     )
     assert again[0]["loss"] == pytest.approx(losses[-1], rel=1e-5)

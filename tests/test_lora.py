@@ -29,6 +29,7 @@ from model.weights import load_model, save_model
 from tests.conftest import make_model
 from tests.faults import resume_from_each_step
 from tests.loops import metrics, weights
+from training import objective
 from training.distributed import World
 from training.schedule import adamw
 
@@ -228,7 +229,7 @@ def test_experts_balance_is_the_policys(ragged, tmp_path, tokenizer, monkeypatch
         seen.append(router_loss(balances))
         return seen[-1]
 
-    monkeypatch.setattr(train_dpo, "router_loss", watched)
+    monkeypatch.setattr(objective, "router_loss", watched)
     train_dpo.main(
         ["--model", str(tmp_path / "experts"), "--data", str(ragged), "--out", str(tmp_path / "dpo"),
          "--eval-data", "", "--lora-targets", "q_proj,up_proj", *OPTIONS]
@@ -238,7 +239,7 @@ def test_experts_balance_is_the_policys(ragged, tmp_path, tokenizer, monkeypatch
 
 def test_a_moving_reference_has_no_adapters(folder, ragged, tmp_path):
     """TR-DPO moves a copy of the model; with adapters there is none."""
-    with pytest.raises(InputError, match="--lora-rank keeps frozen"):
+    with pytest.raises(InputError, match="--lora-rank keeps it frozen"):
         train_dpo.main(["--model", str(folder), "--data", str(ragged), "--tr-alpha", "0.5", *OPTIONS])
 
 
@@ -258,5 +259,5 @@ def test_a_checkpoint_of_other_adapters_is_refused(tokenizer):
 
 def test_a_fresh_model_is_not_adapted(tmp_path):
     """Adapters on random weights that stay random learn nothing."""
-    with pytest.raises(InputError, match="--lora-rank adapts a model folder; tiny is a fresh model"):
+    with pytest.raises(InputError, match="--lora-rank needs a model folder; tiny is the size of a new model"):
         train_sft.main(["--lora-rank", "4", "--out", str(tmp_path)])

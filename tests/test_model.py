@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from errors import InputError
+from model.attention import attention, causal_bias
 from model.config import PRESETS, ModelConfig
-from model.stream import TokenStream, attention, causal_bias
-from model.transformer import Transformer, rotary, rotate, token_logps
-from tests.conftest import MODEL_OPTIONS, make_model, plain_logits
+from model.reward import RewardModel
+from model.rotary import rotary, rotate
+from model.stream import TokenStream
+from model.transformer import Transformer, token_logps
+from tests.conftest import MODEL_OPTIONS, ROOT, make_model, plain_logits
 from training.schedule import adamw
 
 V = 50
@@ -236,6 +239,17 @@ def test_there_is_no_dropout():
 # ---- Weights: names, tying, sizes
 
 
+@pytest.mark.parametrize("option", ["plain", "untied"])
+def test_a_reward_model_shares_the_weights_of_its_language_model(option):
+    """A copy would double the memory that a run takes while it starts."""
+    model = make_model(V, torch.float32, **MODEL_OPTIONS[option])
+    reward = RewardModel.from_language_model(model)
+    theirs = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    ours = {name: value.data_ptr() for name, value in reward.state_dict().items()}
+    assert not reward.score.weight.any() and all(p.requires_grad for p in reward.parameters())
+    assert ours.items() - {("score.weight", reward.score.weight.data_ptr())} <= theirs.items()
+
+
 def test_tied_embeddings_are_one_tensor():
     """Kept twice, they would drift apart at the first step, and a checkpoint could contradict itself."""
     tied, untied = make_model(V), make_model(V, tie_word_embeddings=False)
@@ -273,9 +287,53 @@ def test_presets_have_the_published_sizes(preset, vocab_size, parameters):
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
+def preset_row(name: str) -> str:
+    """The row of a preset in docs/MODELS.md."""
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(2, **PRESETS[name]))
+    c, defaults = model.config, ModelConfig(2)
+    vocabulary = ("embed_tokens.weight", "lm_head.weight")
+    count = sum(p.numel() for n, p in model.named_parameters() if n not in vocabulary)
+    shown = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    shown += ("intermediate_size", "moe_intermediate_size")
+    options = ", ".join(
+        f"`{key}` {str(value).lower() if isinstance(value, bool) else format(value, ',.0f')}"
+        for key, value in PRESETS[name].items()
+        if key not in shown and value != getattr(defaults, key)
+    )
+    sizes = c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.num_key_value_heads
+    width = c.moe_intermediate_size if c.num_experts else c.intermediate_size
+    return f"| `{name}` | {count:,} | {' | '.join(map(str, sizes))} | {width} | {options} |"
+
+
+def test_the_table_of_presets_is_as_the_code():
+    """A table kept by hand drifts. When this fails, paste what it prints."""
+    rows = "\n".join(map(preset_row, PRESETS))
+    assert rows in (ROOT / "docs" / "MODELS.md").read_text("utf-8"), f"docs/MODELS.md lacks:\n{rows}"
+
+
 @pytest.mark.parametrize("options, reason", [
-    ({"num_attention_heads": 6, "num_key_value_heads": 4}, "num_attention_heads 6 is no multiple"),
+    ({"num_attention_heads": 6, "num_key_value_heads": 4}, "num_attention_heads 6 is not a multiple"),
     ({"head_dim": 5}, "head_dim 5 is odd"),
+    ({"num_hidden_layers": 10**6}, "num_hidden_layers 1000000 is not an integer from 0 to 1024"),
+    ({"hidden_size": -16}, "hidden_size -16 is not an integer from 1"),
+    ({"intermediate_size": 0}, "intermediate_size 0 is not an integer from 1"),
+    ({"num_key_value_heads": 0}, "num_key_value_heads 0 is not an integer from 1"),
+    ({"num_key_value_heads": 2.0}, r"num_key_value_heads 2\.0 is not an integer"),
+    ({"head_dim": True}, "head_dim True is not an integer"),
+    ({"num_experts": 10**9}, "num_experts 1000000000 is not an integer from 0 to 1024"),
+    ({"rope_theta": math.nan}, "rope_theta nan is not a finite number above 0"),
+    ({"rope_theta": 10**400}, "rope_theta 1000"),
+    ({"rope_theta": "1e4"}, "rope_theta '1e4' is not a finite number"),
+    ({"rms_norm_eps": -1e-6}, "rms_norm_eps -1e-06 is not a finite number above 0"),
+    ({"router_aux_loss_coef": math.inf}, "router_aux_loss_coef inf is not a finite number"),
+    ({"tie_word_embeddings": 1}, "tie_word_embeddings 1 is not true or false"),
+    ({"rope_scaling": "linear"}, "rope_scaling 'linear' is not of type linear or llama3"),
+    ({"rope_scaling": {"rope_type": ["linear"]}}, "is not of type linear or llama3"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor of rope_scaling 0 is not a finite"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "factor of rope_scaling None is not a finite number"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
+                       "original_max_position_embeddings": 64}}, "high_freq_factor .* not above low_freq"),
 ])  # fmt: skip
 def test_impossible_shapes_are_refused(options, reason):
     """A mistake in config.json is named, not met as a reshape error ten layers down."""

@@ -25,7 +25,8 @@ from model.reward import RewardModel
 from model.transformer import FeedForward, Transformer
 from model.weights import load_model, save_model
 from tests.conftest import RAGGED, as_record, make_model, turns
-from tests.loops import metrics, record_gradients, torchrun
+from tests.loops import metrics, record_gradients
+from tests.ranks import forked
 from training.schedule import adamw
 
 # Experts, experts a token, normalised weights, size of a shared expert.
@@ -274,7 +275,7 @@ def arguments(start, data, *more, out="run") -> list[str]:
 SCRIPTS = {"dpo": train_dpo, "sft": train_sft, "reward": train_reward}
 
 
-@pytest.mark.parametrize("micro", [1, 2, 5])
+@pytest.mark.parametrize("micro", [1, 150, 500])
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_each_window_counts_the_balance_once(name, micro, start, tokenizer, write_jsonl):
     """Added whole in every micro-batch, the balance would weigh as many times more as there are of them.
@@ -284,7 +285,7 @@ def test_each_window_counts_the_balance_once(name, micro, start, tokenizer, writ
     """
     module, kind = SCRIPTS[name], "conversations" if name == "sft" else "preferences"
     data = write_jsonl("data.jsonl", RECORDS[kind])
-    flags = ["--batch-size", "5", "--micro-batch-size", str(micro), "--max-steps", "1", "--grad-clip", "0"]
+    flags = ["--batch-size", "5", "--micro-batch-tokens", str(micro), "--max-steps", "1", "--grad-clip", "0"]
     got = record_gradients(module, lambda: module.main(arguments(start, data, *flags)))[0]
     config = json.loads((start / "config.json").read_text())
     config["model"]["router_aux_loss_coef"] = 0.0
@@ -315,12 +316,12 @@ def test_each_window_counts_the_balance_once(name, micro, start, tokenizer, writ
 def test_two_ranks_equal_one_process(script, kind, start, write_jsonl):
     """Experts that get no token on a rank, and a rank that gets no record, take part in every exchange."""
     data = write_jsonl("data.jsonl", RECORDS[kind])
-    flags = ["--batch-size", "3", "--micro-batch-size", "1", "--epochs", "2", "--lr", "1e-3"]
+    flags = ["--batch-size", "3", "--micro-batch-tokens", "1", "--epochs", "2", "--lr", "1e-3"]
     flags = arguments(start, data, *flags, "--warmup-steps", "1")
     module = {"train_dpo": train_dpo, "train_sft": train_sft}[script]
     alone = record_gradients(module, lambda: module.main(flags))
     two, target = [*flags, "--out", str(start.parent / "two")], start.parent / "two.pt"
-    result = torchrun(2, "-m", "tests.loops", script, str(target), *two)
+    result = forked("tests.loops", script, target, *two, ranks=2)
     assert result.returncode == 0, result.stderr
     for one, other in zip(alone, torch.load(target, weights_only=True), strict=True):
         for a, b in zip(one, other, strict=True):

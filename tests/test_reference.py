@@ -16,8 +16,9 @@ from dataset.store import open_store
 from errors import InputError
 from model.weights import load_model, save_model
 from tests.conftest import RAGGED, as_record, make_model
-from tests.loops import metrics, record_gradients, torchrun, weights
-from training import reference
+from tests.loops import metrics, record_gradients, weights
+from tests.ranks import forked
+from training import reference, setup
 from training.distributed import World
 from training.objective import Objective, ObjectiveSettings
 from training.precision import Precision
@@ -43,7 +44,7 @@ def flags(tmp_path, tokenizer, write_jsonl):
     def made(out: str, *others: str) -> list[str]:
         return [
             *("--model", str(tmp_path / "start"), "--data", str(data), "--eval-data", str(data)),
-            *("--batch-size", "4", "--micro-batch-size", "3", "--lr", "1e-3", "--warmup-steps", "2"),
+            *("--batch-size", "4", "--micro-batch-tokens", "200", "--lr", "1e-3", "--warmup-steps", "2"),
             *("--epochs", "4", "--max-steps", "20", "--log-every", "1", "--eval-every", "10"),
             *("--device", "cpu", "--precision", "fp32", "--out", str(tmp_path / out), *others),
         ]
@@ -54,7 +55,7 @@ def flags(tmp_path, tokenizer, write_jsonl):
 @pytest.fixture
 def in_float64(monkeypatch):
     """The loop over float64 weights, in which sums of long responses keep their digits."""
-    monkeypatch.setattr(train_dpo, "load_model", lambda *arguments: load_model(*arguments).double())
+    monkeypatch.setattr(setup, "load_model", lambda *arguments: load_model(*arguments).double())
 
 
 @pytest.mark.parametrize("layout", ["forked", "twin"])
@@ -82,7 +83,7 @@ def test_each_token_has_its_own(flags, tmp_path, tokenizer):
     model = make_model(tokenizer.vocab_size)
     store = open_store(tmp_path / "pairs.jsonl", "preferences", tokenizer, 512)
     for layout in ("forked", "twin"):
-        reference.cache_reference(model, store, ALONE, FP32, layout, batch_size=4)
+        reference.cache_reference(model, store, ALONE, FP32, layout, max_tokens=250)
         assert store.reference_logps.dtype == np.float64
         stream = build_stream(store, [5, 0, 3], layout)
         assert (reference.cached_reference(stream) - model(stream)).abs().max() < 1e-11
@@ -98,7 +99,7 @@ def test_the_first_loss_is_ln_2(flags, tmp_path):
 
 def test_no_copy_of_the_model_is_made(flags, monkeypatch):
     """What it saves is the second model in memory and its forward at every step."""
-    monkeypatch.setattr(train_dpo, "copy", SimpleNamespace(deepcopy=lambda model: pytest.fail("a copy")))
+    monkeypatch.setattr(reference, "copy", SimpleNamespace(deepcopy=lambda model: pytest.fail("a copy")))
     train_dpo.main(flags("cached", "--reference", "cached", "--max-steps", "2"))
 
 
@@ -115,7 +116,8 @@ def test_what_changes_a_log_prob_changes_the_file(flags, tmp_path, tokenizer):
 
     def file(model, layout="forked", precision="fp32", max_length=512, matmul="highest"):
         store = open_store(data, "preferences", tokenizer, max_length)
-        reference.cache_reference(model, store, ALONE, Precision(precision, ALONE.device, matmul), layout, 4)
+        how = Precision(precision, ALONE.device, matmul)
+        reference.cache_reference(model, store, ALONE, how, layout, 250)
         return store.reference_logps.filename
 
     model = make_model(tokenizer.vocab_size, torch.float32)
@@ -134,12 +136,12 @@ def test_what_changes_a_log_prob_changes_the_file(flags, tmp_path, tokenizer):
 
 def test_two_ranks_ask_as_one(flags, tmp_path):
     """Each rank asks about its rows; another order would leave holes. The last window is of one pair."""
-    train = ["--reference", "cached", "--max-steps", "7", "--micro-batch-size", "2"]
+    train = ["--reference", "cached", "--max-steps", "7", "--micro-batch-tokens", "130"]
     alone = record_gradients(train_dpo, lambda: train_dpo.main(flags("one", *train)))
     [kept] = (tmp_path / "cache").glob("*/reference-*.bin")
     first = np.fromfile(kept, np.float32)
     kept.unlink()
-    result = torchrun(2, "-m", "tests.loops", "train_dpo", str(tmp_path / "two.pt"), *flags("two", *train))
+    result = forked("tests.loops", "train_dpo", tmp_path / "two.pt", *flags("two", *train), ranks=2)
     assert result.returncode == 0, result.stderr
     assert np.allclose(first, np.fromfile(kept, np.float32), rtol=0, atol=1e-5)
     for one, two in zip(alone, torch.load(tmp_path / "two.pt", weights_only=True), strict=True):
@@ -159,17 +161,16 @@ def test_an_interrupted_file_is_no_file(flags, tmp_path, tokenizer, monkeypatch)
 
     monkeypatch.setattr(reference, "token_logps", stops)
     with pytest.raises(KeyboardInterrupt):
-        reference.cache_reference(model, store, ALONE, FP32, "forked", 4)
+        reference.cache_reference(model, store, ALONE, FP32, "forked", 250)
     assert not [*store.folder.glob("reference-*"), *store.folder.glob("*.tmp")]
 
 
 @pytest.mark.parametrize(
     "options, reason",
-    [({"tr_alpha": 0.5}, "TR-DPO"), ({"tr_every": 3}, "TR-DPO"), ({"loss": "simpo"}, "has no reference")],
+    [({"tr_alpha": 0.5}, "--tr-alpha and --tr-every change it"), ({"tr_every": 3}, "--tr-alpha and --tr-every change it"), ({"loss": "simpo"}, "does not use a reference")],
 )
 def test_what_cannot_be_cached_is_refused(options, reason):
     """A reference that moves is not the one that was asked."""
     objective = Objective(ObjectiveSettings(**options))
-    reference.check_reference("live", objective)
     with pytest.raises(InputError, match=reason):
-        reference.check_reference("cached", objective)
+        reference.check_cached(objective)

@@ -1,4 +1,4 @@
-"""Resuming: what was interrupted ends as if it never had been, bit for bit, or is refused by name.
+"""Resuming: an interrupted run ends like an uninterrupted one, bit for bit, or is refused by name.
 
 python -m pytest tests/test_resume.py
 """
@@ -23,7 +23,8 @@ from eval import demo
 from model.weights import load_model, save_model
 from tests.conftest import make_model
 from tests.faults import Keeping, resume_from_each_step, states, train
-from tests.loops import metrics, torchrun, weights
+from tests.loops import metrics, weights
+from tests.ranks import forked
 from tests.test_loops import CHATS, PAIRS, command_line
 from training.checkpoint import checkpoints
 from training.distributed import World
@@ -43,7 +44,7 @@ def start(tmp_path, tokenizer):
 def flags(start, write_jsonl):
     """Flags of a short run: 2 epochs of 3 steps, the last one short, of up to 2 micro-batches each.
 
-    Rows are logged every 2 steps and evaluations made every 3, so that both stand across checkpoints.
+    Rows are logged every 2 steps and evaluations every 3, so checkpoints come between them.
     """
     data = {
         "train_dpo": write_jsonl("pairs.jsonl", PAIRS),
@@ -54,7 +55,7 @@ def flags(start, write_jsonl):
     def of(script: str, **changes) -> list[str]:
         settings = {
             "model": start, "data": data[script], "eval_data": data[script], "batch_size": 4, "epochs": 2,
-            "micro_batch_size": 3, "lr": 1e-3, "warmup_steps": 2, "log_every": 2, "eval_every": 3,
+            "micro_batch_tokens": 130, "lr": 1e-3, "warmup_steps": 2, "log_every": 2, "eval_every": 3,
             "device": "cpu", "precision": "fp32", **changes,
         }  # fmt: skip
         return command_line(**settings)
@@ -67,7 +68,7 @@ def flags(start, write_jsonl):
 
 @pytest.mark.parametrize("script, precision", [*((name, "fp32") for name in MODULES), ("train_dpo", "bf16")])
 def test_resuming_at_any_step_changes_no_bit(script, precision, flags, tmp_path):
-    """Weights, moments, running means, log rows: at every step, within an epoch and at its end."""
+    """Weights, moments, running means and log rows, at every step, within an epoch and at its end."""
     found = resume_from_each_step(MODULES[script], flags(script, precision=precision), tmp_path / "r", ALONE)
     assert found == {str(step): [] for step in range(1, 7)}
 
@@ -79,8 +80,8 @@ def test_resuming_at_any_step_changes_no_bit(script, precision, flags, tmp_path)
         pytest.param(dict(loss="bco_pair", tr_every=2), id="hard"),
     ],
 )
-def test_what_an_objective_remembers_is_resumed(options, flags, tmp_path):
-    """BCO's running delta and a reference that moves are state like the weights."""
+def test_the_state_of_an_objective_is_resumed(options, flags, tmp_path):
+    """BCO's running delta and a moving reference are state like the weights."""
     found = resume_from_each_step(train_dpo, flags("train_dpo", **options), tmp_path / "r", ALONE)
     assert found == {str(step): [] for step in range(1, 7)}
 
@@ -88,18 +89,17 @@ def test_what_an_objective_remembers_is_resumed(options, flags, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", MODULES)
 def test_resuming_at_any_step_changes_no_bit_on_two_ranks(script, flags, tmp_path):
-    """Running means that were summed over the ranks too early round otherwise; here each rank has its own."""
-    arguments = flags(script, batch_size=3, micro_batch_size=1, epochs=1)
-    result = torchrun(
-        2, "-m", "tests.faults", "resume", script, str(tmp_path / "verdict"), str(tmp_path / "r"), *arguments
-    )
+    """Running means that are summed over the ranks too early round differently; each rank has its own."""
+    arguments = flags(script, batch_size=3, micro_batch_tokens=1, epochs=1)
+    where = tmp_path / "verdict", tmp_path / "r"
+    result = forked("tests.faults", "resume", script, *where, *arguments, ranks=2)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "verdict").read_text()) == {str(step): [] for step in range(1, 5)}
 
 
 @pytest.fixture
 def lively_scaler(monkeypatch):
-    """A loss scale that grows every 2 steps and starts too high: it changes, and some step is skipped."""
+    """A loss scale that starts too high and grows every 2 steps, so that some steps are skipped."""
     original = torch.amp.GradScaler
 
     def lively(device, enabled):
@@ -109,7 +109,7 @@ def lively_scaler(monkeypatch):
 
 
 def test_resuming_restores_the_loss_scale_and_its_skips(flags, tmp_path, lively_scaler):
-    """Under fp16 the scale, and the steps until it grows, are part of the state."""
+    """Under fp16 the scale and the steps until it grows are part of the state."""
     arguments = flags("train_dpo", precision="fp16", log_every=1, max_steps=4)
     found = resume_from_each_step(train_dpo, arguments, tmp_path / "r", ALONE)
     assert found == {str(step): [] for step in range(1, 5)}
@@ -126,17 +126,17 @@ def test_resuming_restores_the_loss_scale_and_its_skips(flags, tmp_path, lively_
         ("precision", "fp16", {"state", "rows"}),
     ],
 )
-def test_whatever_is_forgotten_is_seen(
+def test_a_part_that_is_not_restored_is_noticed(
     forgotten, precision, what, flags, tmp_path, monkeypatch, lively_scaler
 ):
-    """Negative control: a part that is not restored must make a difference, or the tests above see nothing.
+    """Negative control: a part that is not restored makes a difference, so the tests above can fail.
 
-    A random generator is no part: see `test_no_random_number_is_drawn_while_training`.
+    Random generators are not a part: see `test_no_random_number_is_drawn_while_training`.
     """
     restore = training.run.restore
 
-    def forgetful(things, state):
-        restore({name: thing for name, thing in things.items() if name != forgotten}, state)
+    def forgetful(parts, *more):
+        restore({name: part for name, part in parts.items() if name != forgotten}, *more)
 
     monkeypatch.setattr(training.run, "restore", forgetful)
     arguments = flags("train_dpo", precision=precision, epochs=1)
@@ -146,7 +146,7 @@ def test_whatever_is_forgotten_is_seen(
 
 @pytest.mark.parametrize("script", MODULES)
 def test_no_random_number_is_drawn_while_training(script, flags, tmp_path):
-    """This is why a checkpoint holds no random state; who adds dropout must add that, and turns this red."""
+    """So a checkpoint needs no random state. Code that adds dropout must save it, and fails this test."""
 
     def states() -> list:
         return [torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()]
@@ -169,8 +169,8 @@ def test_no_random_number_is_drawn_while_training(script, flags, tmp_path):
 
 
 @pytest.mark.parametrize("script", MODULES)
-def test_looking_saving_and_moving_change_no_bit(script, flags, tmp_path):
-    """How often one logs, evaluates or saves, and where the run lies, must not reach the weights."""
+def test_logging_saving_and_another_folder_change_no_bit(script, flags, tmp_path):
+    """How often a run logs, evaluates or saves, and its folder, must not change the weights."""
     module = MODULES[script]
     plain = [
         *flags(script, eval_data="", log_every=100),
@@ -190,7 +190,7 @@ def test_looking_saving_and_moving_change_no_bit(script, flags, tmp_path):
 
 
 def stopped(module, arguments: list[str], folder, after: int) -> None:
-    """A run that was killed after so many steps, with a checkpoint of each."""
+    """Start a run and kill it after so many steps, with a checkpoint of each."""
 
     class Stopping(Keeping):
         def save_when_due(self, step):
@@ -208,7 +208,7 @@ def stopped(module, arguments: list[str], folder, after: int) -> None:
 
 
 def test_the_reference_stays_the_original_one(flags, tmp_path, start, monkeypatch):
-    """Copied from the policy after it was restored, the reference would make DPO start anew at ln 2."""
+    """A reference copied from the restored policy would make DPO start again at ln 2."""
     seen = []
     evaluate = train_dpo.evaluate
     monkeypatch.setattr(
@@ -227,7 +227,7 @@ def test_the_reference_stays_the_original_one(flags, tmp_path, start, monkeypatc
 
 
 def test_each_row_is_logged_once(flags, tmp_path):
-    """A run that is killed after its checkpoint has logged steps that the resumed one logs again."""
+    """A killed run has logged steps after its checkpoint, which the resumed run logs again."""
     folder = tmp_path / "run"
     stopped(train_sft, flags("train_sft", log_every=1), folder, after=5)
     for newest in checkpoints(folder / "checkpoints")[:3]:
@@ -238,7 +238,7 @@ def test_each_row_is_logged_once(flags, tmp_path):
 
 
 def test_resuming_a_finished_run_does_nothing(flags, tmp_path, capsys):
-    """Not one more step, not one byte."""
+    """No further step is taken and no byte is changed."""
     arguments = [*flags("train_dpo"), "--out", str(tmp_path / "run")]
     train_dpo.main(arguments)
     before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "run").iterdir()}
@@ -247,7 +247,7 @@ def test_resuming_a_finished_run_does_nothing(flags, tmp_path, capsys):
     train_dpo.main([*arguments, "--resume"])
     assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "run").iterdir()} == before
     assert "the run is finished" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"has finished with other settings: lr 0\.001, now 0\.002"):
+    with pytest.raises(InputError, match=r"has finished with lr 0\.001, now 0\.002; choose another --out"):
         train_dpo.main([*arguments, "--resume", "--lr", "0.002"])
 
 
@@ -259,11 +259,11 @@ def test_another_model_or_data_is_not_a_finished_run(flags, tmp_path, start, tok
     data = tmp_path / "pairs.jsonl"
     original = data.read_bytes()
     data.write_bytes(original.replace(b"No 0", b"No 9"))
-    with pytest.raises(InputError, match=r"has finished with other settings: data [0-9a-f]{12}, now "):
+    with pytest.raises(InputError, match=r"has finished with data [0-9a-f]{12}, now [0-9a-f]{12}; choose"):
         train_dpo.main(arguments)
     data.write_bytes(original)
     save_model(start, make_model(tokenizer.vocab_size, torch.float32, seed=1))
-    with pytest.raises(InputError, match=r"has finished with other settings: model [0-9a-f]{12}, now "):
+    with pytest.raises(InputError, match=r"has finished with model [0-9a-f]{12}, now [0-9a-f]{12}; choose"):
         train_dpo.main(arguments)
     assert (tmp_path / "run" / "model.pt").read_bytes() == before
 
@@ -276,8 +276,8 @@ def test_config_json_keeps_what_identifies_the_run(flags, tmp_path):
     assert all(re.fullmatch("[0-9a-f]{64}", config["run"][name]) for name in ("model", "data", "tokenizer"))
 
 
-def test_a_run_that_was_stopped_after_its_last_step_only_ends(flags, tmp_path):
-    """All is done but the model's file: no step may be taken twice."""
+def test_a_run_that_was_stopped_after_its_last_step_only_finishes(flags, tmp_path):
+    """Only the file of the model is missing: no step may be taken twice."""
     train(train_sft, [*flags("train_sft"), "--out", str(tmp_path / "whole")], ALONE)
     stopped(train_sft, flags("train_sft"), tmp_path / "run", after=6)
     train_sft.main([*flags("train_sft"), "--out", str(tmp_path / "run"), "--resume"])
@@ -285,26 +285,43 @@ def test_a_run_that_was_stopped_after_its_last_step_only_ends(flags, tmp_path):
 
 
 def test_resume_without_a_checkpoint_begins(flags, tmp_path):
-    """So that one command, with --resume, is right for the first start and for every restart."""
+    """So the same command with --resume is right for the first start and for every restart."""
     train_sft.main([*flags("train_sft"), "--out", str(tmp_path / "run"), "--resume"])
     assert (tmp_path / "run" / "model.pt").exists()
 
 
-def test_a_fresh_run_does_not_throw_a_stopped_one_away(flags, tmp_path):
-    """The night's work must not be lost because --resume was forgotten."""
+def test_a_fresh_run_does_not_remove_a_stopped_one(flags, tmp_path):
+    """A night's work must not be lost because --resume was forgotten."""
     folder = tmp_path / "run"
     stopped(train_sft, flags("train_sft"), folder, after=2)
     before = states(folder)
-    with pytest.raises(InputError, match="was stopped after step 2: go on with --resume, or remove"):
+    with pytest.raises(InputError, match=r"stopped after step 2: continue it with --resume, or replace"):
         train_sft.main([*flags("train_sft"), "--out", str(folder)])
     assert states(folder) == before
-    shutil.rmtree(folder / "checkpoints")
-    train_sft.main([*flags("train_sft"), "--out", str(folder)])
-    train_sft.main([*flags("train_sft", lr=1e-2), "--out", str(folder)])  # A finished one is replaced.
+    train_sft.main([*flags("train_sft"), "--out", str(folder), "--overwrite"])
+    train_sft.main([*flags("train_sft"), "--out", str(tmp_path / "fresh")])
+    same = [(tmp_path / name / "model.pt").read_bytes() for name in ("run", "fresh")]
+    assert same[0] == same[1]
 
 
-def test_a_stopped_demo_begins_anew(flags, tmp_path, monkeypatch):
-    """`make demo` has no --resume; a Ctrl-C in it must not make the next one refuse."""
+def test_a_finished_run_is_replaced_only_with_overwrite(flags, tmp_path):
+    """The same command typed twice must not replace the model of a night."""
+    arguments = [*flags("train_sft", max_steps=1), "--out", str(tmp_path / "run")]
+    train_sft.main(arguments)
+    before = (tmp_path / "run" / "model.pt").read_bytes()
+    (tmp_path / "run" / "adapter.pt").write_bytes(b"of the first run")
+    with pytest.raises(InputError, match=r"contains a finished run \(.*model\.pt\): choose another"):
+        train_sft.main([*arguments, "--lr", "1e-2"])
+    assert (tmp_path / "run" / "model.pt").read_bytes() == before
+    train_sft.main([*arguments, "--lr", "1e-2", "--overwrite"])
+    assert (tmp_path / "run" / "model.pt").read_bytes() != before
+    assert not (tmp_path / "run" / "adapter.pt").exists(), "it does not belong to the new model"
+    with pytest.raises(InputError, match="--resume continues a run and --overwrite replaces it"):
+        train_sft.main([*arguments, "--resume", "--overwrite"])
+
+
+def test_a_stopped_demo_starts_again(flags, tmp_path, monkeypatch):
+    """`make demo` has no --resume; after Ctrl-C the next one must not refuse."""
     main, begun = train_sft.main, []
     stopped(train_sft, flags("train_sft"), tmp_path / "sft", after=2)
 
@@ -320,16 +337,16 @@ def test_a_stopped_demo_begins_anew(flags, tmp_path, monkeypatch):
 
 
 def test_an_unfinished_run_has_no_model(flags, tmp_path):
-    """`train_sft && train_dpo`: a model that an earlier run left here must not be taken for this run's."""
+    """`train_sft && train_dpo`: the model of an earlier run must not be taken for this run's."""
     train_sft.main([*flags("train_sft"), "--out", str(tmp_path / "run")])
-    stopped(train_sft, flags("train_sft", lr=1e-2), tmp_path / "run", after=2)
+    stopped(train_sft, [*flags("train_sft", lr=1e-2), "--overwrite"], tmp_path / "run", after=2)
     assert not (tmp_path / "run" / "model.pt").exists()
 
 
 def test_out_must_not_be_the_model(flags, start):
-    """It would write over its own reference."""
+    """The run would overwrite its own reference."""
     before = (start / "model.pt").read_bytes()
-    with pytest.raises(InputError, match="must not write over where it starts"):
+    with pytest.raises(InputError, match="a run cannot overwrite where it starts"):
         train_dpo.main([*flags("train_dpo"), "--out", str(start)])
     assert (start / "model.pt").read_bytes() == before
 
@@ -341,7 +358,7 @@ CHANGES = {
     "lr": {"lr": 2e-3},
     "beta": {"beta": 0.5},
     "batch_size": {"batch_size": 5},
-    "micro_batch_size": {"micro_batch_size": 2},
+    "micro_batch_tokens": {"micro_batch_tokens": 90},
     "seed": {"seed": 7},
     "epochs": {"epochs": 3},
     "max_length": {"max_length": 300},
@@ -353,28 +370,28 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_setting_is_refused_by_name(name, flags, tmp_path):
-    """A run whose settings changed on the way is no run that anybody could repeat; unless it is meant."""
+    """Nobody can repeat a run whose settings changed on the way, unless --override records the intent."""
     folder = tmp_path / "run"
     stopped(train_dpo, flags("train_dpo"), folder, after=2)
     before = states(folder)
     changed = [*flags("train_dpo", **CHANGES[name]), "--out", str(folder), "--resume"]
-    with pytest.raises(InputError, match=rf"started otherwise: {name} .*, now .*--override {name}"):
+    with pytest.raises(InputError, match=rf"was started with {name} .*, now .*--override {name}"):
         train_dpo.main(changed)
     assert states(folder) == before
-    with pytest.raises(InputError, match=rf"started otherwise: {name}"):
+    with pytest.raises(InputError, match=rf"was started with {name}"):
         train_dpo.main([*changed, "--override", "skip_bad"])
 
 
 def test_an_override_must_be_a_setting(flags, tmp_path):
     stopped(train_dpo, flags("train_dpo"), tmp_path / "run", after=2)
-    with pytest.raises(InputError, match="--override learning_rate: no such setting"):
+    with pytest.raises(InputError, match=r"--override learning_rate: not a setting; choose from .*lr"):
         train_dpo.main(
             [*flags("train_dpo"), "--out", str(tmp_path / "run"), "--resume", "--override", "learning_rate"]
         )
 
 
 def test_an_overridden_setting_takes_effect(flags, tmp_path):
-    """The optimizer's own state holds the old weight decay, and would bring it back."""
+    """The optimizer's saved state contains the old weight decay, which must not come back."""
     ends = {}
     for name, decay in (("same", 0.0), ("other", 0.9)):
         stopped(train_dpo, flags("train_dpo"), tmp_path / name, after=2)
@@ -384,8 +401,8 @@ def test_an_overridden_setting_takes_effect(flags, tmp_path):
     assert any(not torch.equal(ends["same"][key], ends["other"][key]) for key in ends["same"])
 
 
-def test_free_settings_may_change(flags, tmp_path):
-    """How often one looks and saves, and on what one evaluates, changes no bit of the weights."""
+def test_some_settings_may_change(flags, tmp_path):
+    """How often a run logs and saves, and its evaluation data, change no bit of the weights."""
     train(train_dpo, [*flags("train_dpo"), "--out", str(tmp_path / "whole")], ALONE)
     stopped(train_dpo, flags("train_dpo"), tmp_path / "run", after=2)
     free = ["--save-every", "2", "--keep-checkpoints", "1", "--resume", "--out", str(tmp_path / "run")]
@@ -394,7 +411,7 @@ def test_free_settings_may_change(flags, tmp_path):
 
 
 def test_another_start_data_or_tokenizer_is_refused(flags, tmp_path, start, tokenizer):
-    """Paths say nothing: what is compared is the content. A DPO run with another reference is another run."""
+    """Content is compared, not paths. A DPO run with another reference is another run."""
     folder = tmp_path / "run"
     arguments = flags("train_dpo")
     stopped(train_dpo, arguments, folder, after=2)
@@ -403,18 +420,18 @@ def test_another_start_data_or_tokenizer_is_refused(flags, tmp_path, start, toke
     original = data.read_bytes()
 
     data.write_bytes(original.replace(b"No 0", b"No 9"))
-    with pytest.raises(InputError, match=r"started otherwise: data [0-9a-f]{12}, now [0-9a-f]{12}; start"):
+    with pytest.raises(InputError, match=r"was started with data [0-9a-f]{12}, now [0-9a-f]{12}; start"):
         train_dpo.main(resumed)
     data.write_bytes(original)
 
     shutil.copytree(start, tmp_path / "kept")
     (start / "tokenizer.json").write_text(tokenizer.json + "\n")
-    with pytest.raises(InputError, match="started otherwise: tokenizer "):
+    with pytest.raises(InputError, match="was started with tokenizer "):
         train_dpo.main(resumed)
     tokenizer.save(start)
 
     save_model(start, make_model(tokenizer.vocab_size, torch.float32, seed=1))
-    with pytest.raises(InputError, match="started otherwise: model "):
+    with pytest.raises(InputError, match="was started with model "):
         train_dpo.main(resumed)
 
     moved = [str(tmp_path / "kept") if each == str(start) else each for each in resumed]
@@ -422,8 +439,8 @@ def test_another_start_data_or_tokenizer_is_refused(flags, tmp_path, start, toke
     assert (folder / "model.pt").exists()
 
 
-def test_a_moved_run_folder_goes_on(flags, tmp_path):
-    """Nothing in a checkpoint depends on where it lies."""
+def test_a_moved_run_folder_can_be_resumed(flags, tmp_path):
+    """Nothing in a checkpoint depends on its path."""
     train(train_sft, [*flags("train_sft"), "--out", str(tmp_path / "whole")], ALONE)
     stopped(train_sft, flags("train_sft"), tmp_path / "run", after=3)
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -433,14 +450,14 @@ def test_a_moved_run_folder_goes_on(flags, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_number_of_ranks_must_be_named_and_is_then_the_same_run(flags, tmp_path):
-    """The windows are those of all ranks together, so only the rounding of sums changes."""
+def test_another_number_of_ranks_must_be_named_and_changes_only_rounding(flags, tmp_path):
+    """A window contains the records of all ranks, so only the rounding of sums changes."""
     train(train_sft, [*flags("train_sft"), "--out", str(tmp_path / "whole")], ALONE)
     stopped(train_sft, flags("train_sft"), tmp_path / "run", after=3)
     arguments = [*flags("train_sft"), "--out", str(tmp_path / "run"), "--resume"]
-    result = torchrun(2, "train_sft.py", *arguments)
-    assert result.returncode != 0 and "started otherwise: ranks 1, now 2" in result.stderr
-    result = torchrun(2, "train_sft.py", *arguments, "--override", "ranks")
+    result = forked("train_sft", *arguments, ranks=2)
+    assert result.returncode != 0 and "was started with ranks 1, now 2" in result.stderr
+    result = forked("train_sft", *arguments, "--override", "ranks", ranks=2)
     assert result.returncode == 0, result.stderr
     alone, together = weights(tmp_path / "whole"), weights(tmp_path / "run")
     for name, value in alone.items():

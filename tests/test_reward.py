@@ -1,31 +1,27 @@
-"""The reward model: what it reads, what its loss is, how it trains, and the scores that it writes back.
+"""The reward model: what it reads, what its loss is, and how it trains.
 
     python -m pytest tests/test_reward.py
 """
 
-import gzip
 import json
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import train_reward
 from dataset.packing import LAYOUTS, Windows, build_stream
-from dataset.records import read_preferences
 from dataset.store import open_store
 from errors import InputError
-from files import write_whole
 from losses import bradley_terry_loss, reward_metrics
 from model.reward import RewardModel
 from model.stream import sides
 from model.transformer import Transformer
 from model.weights import load_model, save_model
 from tests.conftest import MODEL_OPTIONS, RAGGED, as_record, make_model, plain_hidden, plain_ids
-from tests.loops import metrics, record_gradients, torchrun, weights
+from tests.loops import metrics, record_gradients, weights
+from tests.ranks import forked
 from training.distributed import World
 from training.precision import Precision
 from training.schedule import adamw
@@ -80,7 +76,7 @@ def test_last_tokens_are_end_tokens(layout, tokenizer, pairs):
         assert place == stream.predictors[stream.owners == response].max() + 1
 
     class OnePair:
-        reference_logps = None
+        reference_logps = score_margins = None
 
         def row(self, index):
             prompt, yes = np.array([5, 6, 7]), np.ones(1, bool)
@@ -146,9 +142,9 @@ def test_folders_tell_what_they_hold(tmp_path, tokenizer):
     save_model(tmp_path / "reward", reward)
     again = load_model(tmp_path / "reward", model_class=RewardModel)
     assert all(torch.equal(again.state_dict()[name], value) for name, value in reward.state_dict().items())
-    with pytest.raises(InputError, match="reward holds a reward model, not a language model"):
+    with pytest.raises(InputError, match="reward contains a reward model, not a language model"):
         load_model(tmp_path / "reward")
-    with pytest.raises(InputError, match="language holds a language model, not a reward model"):
+    with pytest.raises(InputError, match="language contains a language model, not a reward model"):
         load_model(tmp_path / "language", model_class=RewardModel)
     # Folders that were written before there were reward models hold language models.
     config = json.loads((tmp_path / "language" / "config.json").read_text())
@@ -262,13 +258,13 @@ def steps_of(flags) -> list:
     return record_gradients(train_reward, lambda: train_reward.main(flags))
 
 
-@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("micro", [1, 200])
 def test_accumulation_equals_one_big_batch(micro, arguments):
-    """Windows of 5 and 2 pairs, whole or dealt 3 + 2, or pair by pair."""
+    """Windows of 5 and 2 pairs, whole, in forwards of 200 tokens, or pair by pair."""
     flags = ["--batch-size", 5, "--epochs", 2, "--lr", 1e-3, "--warmup-steps", 0]
-    whole = steps_of(arguments(*flags, "--micro-batch-size", 5))
+    whole = steps_of(arguments(*flags, "--micro-batch-tokens", 500))
     assert len(whole) == 4
-    assert_close(steps_of(arguments(*flags, "--micro-batch-size", micro)), whole, tolerance=2e-4)
+    assert_close(steps_of(arguments(*flags, "--micro-batch-tokens", micro)), whole, tolerance=2e-4)
 
 
 def test_a_step_is_the_mean_over_its_window(trained, start, arguments, tokenizer, pairs):
@@ -284,11 +280,11 @@ def test_a_step_is_the_mean_over_its_window(trained, start, arguments, tokenizer
 
 def test_two_ranks_equal_one_process(start, arguments):
     """Windows of 3 over 2 ranks are uneven, the last one holds a single pair; no weight is left idle."""
-    flags = arguments("--batch-size", 3, "--micro-batch-size", 1, "--epochs", 2, "--warmup-steps", 1)
+    flags = arguments("--batch-size", 3, "--micro-batch-tokens", 1, "--epochs", 2, "--warmup-steps", 1)
     flags += ["--eval-data", flags[flags.index("--data") + 1]]
     alone, two = steps_of(flags), start.parent / "two"
     target = start.parent / "two.pt"
-    result = torchrun(2, "-m", "tests.loops", "train_reward", str(target), *flags, "--out", str(two))
+    result = forked("tests.loops", "train_reward", target, *flags, "--out", two, ranks=2)
     assert result.returncode == 0, result.stderr
     assert_close(torch.load(target, weights_only=True), alone, tolerance=5e-4)
     for one, other in zip(metrics(start.parent / "reward"), metrics(two), strict=True):
@@ -341,107 +337,11 @@ def test_every_pair_is_scored_once_on_any_ranks(count, ranks, tokenizer, write_j
             return values
 
     cpu = torch.device("cpu")
-    settings, precision = train_reward.Settings(micro_batch_size=2), Precision("fp32", cpu)
+    precision = Precision("fp32", cpu)
     worlds = [OneOfMany(rank, ranks, cpu) for rank in range(ranks)]
-    parts = [train_reward.score_pairs(model, store, settings, world, precision) for world in worlds]
+    parts = [train_reward.score_pairs(model, store, world, precision, "forked", 100) for world in worlds]
     parts = torch.stack(parts)
     assert (parts != 0).sum(dim=0).eq(1).all()
     with torch.no_grad():
         expected = torch.stack(sides(model(build_stream(store, range(count)))), dim=1)
     torch.testing.assert_close(parts.sum(dim=0), expected)
-
-
-# ---- The scores
-
-
-def score(model, source, to, *more) -> list[dict]:
-    train_reward.main(
-        ["--model", str(model), "--score", str(source), "--to", str(to), "--device", "cpu", *map(str, more)]
-    )
-    return [json.loads(line) for line in to.read_text(encoding="utf-8").splitlines()]
-
-
-# What a file may hold besides: keys of its own, an old score, pairs that are dropped, a bad character.
-EXTRA = [{**record, "place": place, "nested": {"α": [1, 2.5, None]}} for place, record in enumerate(RECORDS)]
-EXTRA[2]["score_chosen"], EXTRA[2]["score_rejected"] = 9, -9
-EXTRA[4]["note"] = "\ud800 alone"
-EXTRA.insert(1, {**RECORDS[0], "rejected": RECORDS[0]["chosen"]})
-EXTRA.insert(4, {**RECORDS[0], "chosen": "long " * 500})
-KEPT = [row for place, row in enumerate(EXTRA) if place not in (1, 4)]
-
-
-@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.json", "pairs.jsonl.gz"])
-def test_scores_are_written_back(name, trained, tmp_path, tokenizer, capsys):
-    """Each record as it was, in order, with its own scores; also where some share a line or are dropped."""
-    text = json.dumps(EXTRA) if name == "pairs.json" else "".join(json.dumps(row) + "\n" for row in EXTRA)
-    data = text.encode()
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    out = tmp_path / "deep" / "scored.jsonl"
-    rows = score(trained, tmp_path / name, out, "--max-length", 200)
-    printed = capsys.readouterr().out
-    assert "7 of 9 records" in printed and "1 dropped: too long" in printed and f"{out}: 7 pairs" in printed
-    assert os.listdir(out.parent) == ["scored.jsonl"]  # Nothing half written is left.
-
-    model = load_model(trained, model_class=RewardModel)
-    for row, before in zip(rows, KEPT, strict=True):
-        no_scores = {"score_chosen": 0, "score_rejected": 0}
-        assert row | no_scores == before | no_scores
-        prompt, *answers = RAGGED[before["place"]]
-        for side, answer in zip(("chosen", "rejected"), answers, strict=True):
-            asked, said = plain_ids(tokenizer, prompt, answer)
-            hidden = plain_hidden(model, asked + said)[-1]
-            expected = F.linear(hidden, model.score.weight).item()
-            assert row[f"score_{side}"] == pytest.approx(expected, abs=1e-5)
-    assert len({row["score_chosen"] for row in rows}) == 7
-
-    again = list(read_preferences(out))
-    written = [(row["score_chosen"], row["score_rejected"]) for row in rows]
-    assert [record.scores for record in again] == written
-
-
-def test_a_file_may_be_replaced_by_its_scores(trained, ragged):
-    assert len(score(trained, ragged, ragged)) == 7
-    assert len(score(trained, ragged, ragged)) == 7
-
-
-def test_two_ranks_write_the_same_scores(trained, ragged, tmp_path):
-    alone = score(trained, ragged, tmp_path / "one.jsonl")
-    flags = ["--model", trained, "--score", ragged, "--to", tmp_path / "two.jsonl", "--device", "cpu"]
-    result = torchrun(2, "train_reward.py", *map(str, flags))
-    assert result.returncode == 0, result.stderr
-    two = [json.loads(line) for line in (tmp_path / "two.jsonl").read_text(encoding="utf-8").splitlines()]
-    for one, other in zip(alone, two, strict=True):
-        assert other == {**one, **{key: pytest.approx(one[key], abs=1e-5) for key in one if "score" in key}}
-
-
-def test_a_failed_write_leaves_the_old_file(trained, ragged, tmp_path, monkeypatch):
-    """Half a file of pairs trains without an error, on half of the data."""
-    out = tmp_path / "scored.jsonl"
-    out.write_text("as it was")
-
-    def write_half(path, write):
-        def full(file):
-            write(file)
-            raise OSError(28, "disk full")
-
-        write_whole(path, full)
-
-    monkeypatch.setattr(train_reward, "write_whole", write_half)
-    with pytest.raises(InputError, match=r"scored\.jsonl: cannot be written \(disk full\)"):
-        score(trained, ragged, out)
-    assert out.read_text() == "as it was"
-
-
-@pytest.mark.parametrize("flags, reason", [
-    (["--score", "x.jsonl"], "--score and --to belong together"),
-    (["--to", "x.jsonl"], "--score and --to belong together"),
-    (["--score", "x.jsonl", "--to", "x.json"], r"--to x\.json: scored pairs are written as \.jsonl"),
-])  # fmt: skip
-def test_half_a_request_is_refused(flags, reason):
-    with pytest.raises(InputError, match=reason):
-        train_reward.main(flags)
-
-
-def test_a_language_model_cannot_score(start, ragged, tmp_path):
-    with pytest.raises(InputError, match="holds a language model, not a reward model"):
-        score(start, ragged, tmp_path / "out.jsonl")

@@ -1,42 +1,67 @@
-"""The rooms of the house: who may import whom."""
+"""Imports run one way, from the scripts down to the model; and importing a file runs nothing."""
 
 import ast
 import subprocess
+import sys
+
+import pytest
 
 from tests.loops import ROOT
 
-LEVELS = {"errors": 0, "files": 0, "losses": 0, "model": 1, "dataset": 2, "training": 3}
-LEVELS |= {"train_sft": 4, "train_dpo": 4, "train_reward": 4, "eval": 5, "bench": 5, "tests": 6}
+# A room may import from itself and from those after it; losses, from no room at all.
+ORDER = ["bench", "eval", "train", "training", "losses", "dataset", "model", "files", "errors"]
+FILES = sorted(
+    path.relative_to(ROOT)
+    for path in [*ROOT.glob("*.py"), *(each for room in ORDER for each in (ROOT / room).rglob("*.py"))]
+)
 
 
-def python_files() -> list[str]:
-    """The project's Python files, relative to its folder."""
-    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return listed.stdout.split()
+def room_of(module: str) -> str | None:
+    """The room of a module, such as "train" of train_dpo; None if the module is not ours."""
+    first = module.split(".")[0]
+    first = "train" if first.startswith("train_") else first
+    return first if first in ORDER else None
 
 
-def imports(source: str) -> set[str]:
-    """The first names of all modules that a file imports, at its top or inside a function."""
+def imported(source: str) -> set[str]:
+    """The modules that a file imports, anywhere in it, relative imports included as "."."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.split(".")[0])
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add("." if node.level else node.module)
     return found
 
 
-def test_no_package_imports_one_above_it():
-    """A room that imports upwards cannot be read, tested or reused without the rooms above it."""
-    files = python_files()
-    assert {name.split("/")[0].removesuffix(".py") for name in files} == set(LEVELS)
-    for name in files:
-        room = name.split("/")[0].removesuffix(".py")
-        ours = imports((ROOT / name).read_text("utf-8")) & set(LEVELS)
-        higher = [other for other in ours if LEVELS[other] > LEVELS[room]]
-        assert not higher, f"{name} imports {higher}"
+def module_of(path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
 
 
-def test_losses_import_nothing_of_the_project():
-    """The lesson can be read, and copied, without the rest."""
-    assert not imports((ROOT / "losses.py").read_text("utf-8")) & set(LEVELS)
+def test_every_file_has_a_room():
+    """A file outside the order could import anything."""
+    assert len(FILES) > 50
+    assert not [str(path) for path in FILES if not room_of(module_of(path))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_no_file_imports_a_room_above_it(path):
+    """A model that imports training, or training that imports eval, can be read and reused by nobody."""
+    room = room_of(module_of(path))
+    modules = imported((ROOT / path).read_text(encoding="utf-8"))
+    assert "." not in modules, "write the full name of the module"
+    rooms = {found for module in modules if (found := room_of(module))}
+    allowed = set(ORDER[ORDER.index(room) :]) if room != "losses" else set()
+    assert rooms <= allowed, f"{path} imports {sorted(rooms - allowed)}"
+
+
+def test_importing_any_file_runs_nothing():
+    """A script that parses flags or joins ranks on import cannot be tested or reused."""
+    names = [name for path in FILES if (name := module_of(path)) != "bench.peers"]  # It needs TRL.
+    code = "import importlib, sys; sys.argv = ['x', '--nonsense']; names = sys.stdin.read().split()\n"
+    code += "for name in names: importlib.import_module(name)\nprint('quiet')"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(
+        command, cwd=ROOT, input=" ".join(names), capture_output=True, text=True, timeout=120
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "quiet\n", "")

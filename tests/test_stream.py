@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dataset.packing import LAYOUTS, build_stream
-from dataset.records import PREFERENCE_SHAPES, SFT_SHAPES, Message
+from dataset.records import PREFERENCE_FORMATS, SFT_FORMATS, Message
 from dataset.store import open_store
 from errors import InputError
 from model.config import ModelConfig
@@ -173,7 +173,7 @@ def assert_close(got: torch.Tensor, want, tolerance: float = 1e-9) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", PREFERENCE_SHAPES)
+@pytest.mark.parametrize("shape", PREFERENCE_FORMATS)
 def test_every_preference_shape_equals_brute_force(shape, layout, tokenizer, write_jsonl, oracle):
     """A shift by one, a wrong mask, a mean, a lost end token, sides that meet: none moves the loss at step 0.
 
@@ -192,7 +192,7 @@ def test_every_preference_shape_equals_brute_force(shape, layout, tokenizer, wri
     assert_close(rejected, [oracle("all", prompt, answer) for prompt, _, answer in pairs])
 
 
-@pytest.mark.parametrize("shape", SFT_SHAPES)
+@pytest.mark.parametrize("shape", SFT_FORMATS)
 def test_every_conversation_shape_equals_brute_force(shape, tokenizer, write_jsonl, oracle):
     """Each turn of the assistant is supervised, given all that was said before it, and nothing else is."""
     write, conversations = SFT_WRITERS[shape]
@@ -227,7 +227,7 @@ def test_every_model_option_equals_brute_force(option, layout, tokenizer, ragged
 class Rows:
     """A store of rows given as lists of ids: a prompt and its branches, which are supervised whole."""
 
-    reference_logps = None
+    reference_logps = score_margins = None
 
     def __init__(self, *rows):
         self.rows = rows
@@ -397,7 +397,7 @@ def test_block_size_changes_nothing(block, layout, tokenizer, ragged, monkeypatc
     store = open_store(ragged, "preferences", tokenizer, max_length=512)
     results = []
     for size in (block, 10_000):
-        monkeypatch.setattr("model.stream.BLOCK", size)
+        monkeypatch.setattr("model.attention.BLOCK", size)
         stream = build_stream(store, range(7), layout)
         sums = stream.sum_by_response(model(stream))
         grads = gradients(model, lambda sums=sums: weighted_sum(sums, range(7)))
@@ -454,7 +454,7 @@ def test_who_sees_whom(layout, block, monkeypatch):
     What leaks from the future, from the chosen side or from a neighbour makes the loss better, not worse.
     However long a block may be: one token, parts of segments, the second tree, all.
     """
-    monkeypatch.setattr("model.stream.BLOCK", block)
+    monkeypatch.setattr("model.attention.BLOCK", block)
     rows = Rows(([1, 2, 3], [4, 5, 6, 7], [8, 9, 10]), ([11, 12], [13], [14, 15]))
     stream = build_stream(rows, [0, 1], layout)
     depends = embedding_gradients(make_model(16), stream)

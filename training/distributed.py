@@ -5,8 +5,9 @@ import itertools
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -22,27 +23,35 @@ from torch.nn.parallel import DistributedDataParallel
 
 from errors import InputError
 
-TIMEOUT = timedelta(minutes=10)  # A rank that waits longer than this in an exchange gives up.
-PATIENCE = timedelta(days=1)  # How long the others wait for what only the main rank does.
+TIMEOUT = timedelta(minutes=10)  # the longest wait in an exchange of tensors
+PATIENCE = timedelta(days=1)  # the longest wait for work that other ranks do alone
+FAREWELL = 10  # seconds that the host of the store waits for the other ranks to leave
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks."""
+    """This process among the ranks of a run."""
 
     rank: int
     ranks: int
     device: torch.device
-    store: dist.Store | None = None  # where ranks leave messages for one another
-    messages: Iterator[int] = field(default_factory=itertools.count)
+    store: dist.Store | None = None  # key-value store of all ranks
+    messages: Iterator[int] = field(default_factory=itertools.count)  # numbers of the keys in it
+    local_rank: int = 0  # this process among the ranks of its node
+    local_ranks: int = 1
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def is_node_main(self) -> bool:
+        """Whether this is the first rank of its node, which writes to the node's disk."""
+        return self.local_rank == 0
+
     @cached_property
     def mesh(self) -> DeviceMesh:
-        """All ranks in a row, among which --shard splits a model."""
+        """All ranks in one dimension: --shard splits a model among them."""
         return init_device_mesh(self.device.type, (self.ranks,))
 
     def sum(self, values: Tensor) -> Tensor:
@@ -59,96 +68,166 @@ class World:
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return int(numbers)
 
-    def wait(self) -> None:
-        if self.ranks > 1:
-            dist.barrier()
-
     def print(self, *words) -> None:
+        """Print on the main rank."""
         if self.is_main:
             print(*words, flush=True)
 
-    def from_main(self, function):
-        """What `function()` returns on the main rank, on every rank, through JSON. If it fails, all leave.
+    # ---- Work of one rank, for which the others wait without the time limit of an exchange
 
-        The others wait for as long as it takes, which is long for a large data file. Should the main rank
-        die, torchrun ends them.
-        """
+    def wait(self, failed: bool = False) -> None:
+        """Return when every rank has called this function. With `failed` on one rank, the others exit."""
+        if self.ranks == 1:
+            return
+        name = f"wait_{next(self.messages)}"
+        if failed:
+            self.store.set(name, "failed")
+            return
+        if self.store.add(f"{name}_ranks", 1) == self.ranks:
+            self.store.set(name, "all")
+        self.store.wait([name], PATIENCE)
+        if self.store.get(name) == b"failed":
+            raise SystemExit(2)  # The failed rank prints the error.
+
+    def from_main(self, function):
+        """The result of `function()` on the main rank, on every rank, through JSON. If it fails, all exit."""
         name = f"from_main_{next(self.messages)}"
         if not self.is_main:
             self.store.wait([name], PATIENCE)
-            if not (said := self.store.get(name)):
-                raise SystemExit(2)  # The main rank says why.
-            return json.loads(said)
-        said = ""
+            if not (result := self.store.get(name)):
+                raise SystemExit(2)  # The main rank prints the error.
+            return json.loads(result)
+        message = ""
         try:
             result = function()
-            said = json.dumps(result)
+            message = json.dumps(result)
         finally:
             if self.ranks > 1:
-                self.store.set(name, said)
+                self.store.set(name, message)
         return result
 
-    def main_first(self, function):
-        """`function()` on the main rank, then on the others, which find on disk what it left there."""
-        kept = []
-        self.from_main(lambda: kept.append(function()))
-        return kept[0] if self.is_main else function()
+    def take_turns(self, turn: int, turns: int, function):
+        """`function()` on the ranks of turn 0, then on those of turn 1, and so on. If it fails, all exit."""
+        for now in range(turns):
+            failed = True
+            try:
+                if now == turn:
+                    result = function()
+                failed = False
+            finally:
+                self.wait(failed)
+        return result
+
+    def node_first(self, function):
+        """`function()` on the main rank, then on the first rank of each other node, then on all others.
+
+        For a function that writes a file unless it is there: each node may have a disk of its own, and ranks
+        look for the file only when it is there. (NFS remembers for a while that a file was missing.)
+        """
+        return self.take_turns(0 if self.is_main else 1 if self.is_node_main else 2, 3, function)
+
+    def one_by_one(self, function):
+        """`function()` on one rank of each node at a time, for a function that needs much of its memory."""
+        return self.take_turns(self.local_rank, self.largest(self.local_ranks), function)
 
 
 @contextmanager
 def join(device: str):
-    """Join the process group that torchrun set up, if it did, and leave it in the end. Yields a `World`."""
-    ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    here = pick_device(device)
+    """Join the process group of torchrun, or of another launcher; yield this process's `World`.
+
+    A launcher sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and on several nodes LOCAL_RANK and
+    LOCAL_WORLD_SIZE. torchrun also hosts the store in which ranks meet; otherwise rank 0 hosts it.
+    """
+    ranks, rank = environment_number("WORLD_SIZE", 1), environment_number("RANK", 0)
+    local_ranks = environment_number("LOCAL_WORLD_SIZE", ranks)
+    local_rank = environment_number("LOCAL_RANK", rank)
+    here = pick_device(device, local_rank)
     if here.type == "cpu":
         keep_freed_memory()
     if ranks == 1:
         yield World(0, 1, here)
         return
-    # A prefix of its own for each attempt: after a restart the store still holds the addresses of the
-    # workers that died, and gloo would wait for them.
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, ranks, is_master=False, timeout=TIMEOUT)
-    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = connect(ranks, hosting=rank == 0 and not hosted)
     backend = "nccl" if here.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
     try:
-        yield World(rank, ranks, here, store)
+        yield World(rank, ranks, here, store, local_rank=local_rank, local_ranks=local_ranks)
     finally:
         dist.destroy_process_group()
+        if not hosted:
+            leave(store, rank, ranks)
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` is CUDA, then MPS, then the CPU. Under torchrun each rank has a card of its own."""
+def environment_number(name: str, default: int) -> int:
+    """A whole number from an environment variable of the launcher."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise InputError(f"environment variable {name}: expected a whole number, found {value!r}")
+    return int(value)
+
+
+def connect(ranks: int, hosting: bool) -> dist.Store:
+    """The store of all ranks at MASTER_ADDR:MASTER_PORT; with `hosting` this process opens it."""
+    host, port = os.environ.get("MASTER_ADDR"), environment_number("MASTER_PORT", 0)
+    if not host or not port:
+        raise InputError(
+            f"WORLD_SIZE is {ranks}, but MASTER_ADDR or MASTER_PORT is not set: start the ranks with torchrun"
+        )
+    try:
+        store = dist.TCPStore(host, port, ranks, is_master=hosting, timeout=TIMEOUT)
+    except dist.DistError as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"MASTER_ADDR {host}, MASTER_PORT {port}: ranks cannot meet there ({reason})") from None
+    # A new prefix for each attempt: after a restart the store still contains the addresses of the dead
+    # workers, and gloo would wait for them.
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def leave(store: dist.Store, rank: int, ranks: int) -> None:
+    """Let rank 0, which hosts the store, wait for the others: they may still read messages."""
+    store.add("left", 1)
+    deadline = time.monotonic() + FAREWELL
+    while rank == 0 and store.add("left", 0) < ranks and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of --device: ``auto`` is CUDA, then MPS, then the CPU. Each rank of a node has its own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
         if not torch.cuda.is_available():
-            raise InputError("--device cuda: this torch sees no CUDA device")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            raise InputError("--device cuda: torch found no CUDA device")
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"--device cuda: this node has {torch.cuda.device_count()} CUDA devices, and more ranks; "
+                "start one rank for each device, and on several nodes set LOCAL_RANK"
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device
     if name == "mps" and not torch.backends.mps.is_available():
-        raise InputError("--device mps: this torch sees no Apple GPU")
+        raise InputError("--device mps: torch found no Apple GPU")
     return torch.device(name)
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that tensors free, for the next ones.
+    """Let this process keep the memory of freed tensors for the next ones.
 
-    By default glibc hands large blocks back to the kernel, which hands them out again page by page, filled
-    with zeros: a tenth of a step's time on a CPU. GPUs have torch's caching allocator for that.
+    By default glibc returns large blocks to the kernel, which provides them again page by page, filled with
+    zeros: a tenth of a step's time on a CPU. On GPUs torch's caching allocator does the same.
     """
-    trim_threshold, mmap_threshold = -1, -3  # as <malloc.h> numbers them
+    trim_threshold, mmap_threshold = -1, -3  # the numbers of <malloc.h>
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 2**30)
 
 
 def first_device(world: World, shard: bool) -> torch.device:
-    """Where a model is made before `wrap`: on "meta" it is shapes alone, without memory.
+    """The device on which a model is loaded before `wrap`; on "meta" it has shapes and no memory.
 
-    What is to be split is whole on the main rank's CPU and nowhere else.
+    A model that will be split is loaded on the main rank's CPU only.
     """
     if world.ranks == 1 or not shard:
         return world.device
@@ -156,23 +235,22 @@ def first_device(world: World, shard: bool) -> torch.device:
 
 
 def wrap(model: nn.Module, world: World, shard: bool = False) -> nn.Module:
-    """The model as ranks train it together. A single rank holds all of it in any case.
+    """The model for training on all ranks: itself on one rank, else with DDP, or split among the ranks.
 
-    With `shard` each rank keeps its part of every weight, and so of gradients and of what the optimizer
-    remembers (ZeRO, arXiv 1910.02054; torch's FSDP2). A layer is put together for its forward, and once more
-    for its backward; `model` and what is returned are then one and the same. What is in it comes from the
-    main rank, weight by weight, so that no card ever holds it whole.
+    With `shard` each rank keeps a part of every weight, gradient and moment (ZeRO, arXiv 1910.02054; torch's
+    FSDP2), and `model` itself is changed and returned. A layer is gathered for its forward and again for its
+    backward. The weights come from the main rank, one after another, so a GPU never holds the whole model.
     """
     if world.ranks == 1:
         return model.to(world.device)
     if not shard:
         trained = any(weight.requires_grad for weight in model.parameters())
-        return DistributedDataParallel(model) if trained else model  # A reference has nothing to exchange.
-    world.from_main(lambda: None)  # It may have loaded for longer than an exchange waits.
+        return DistributedDataParallel(model) if trained else model  # A reference has no gradients.
+    world.wait()  # The main rank may have loaded for longer than the time limit of an exchange.
     whole = model.state_dict() if world.is_main else {}
     model.to("meta")
-    # The rest of the model, embeddings above all, is a group of its own, which is let go after a forward
-    # like any other: so weights are split wherever one looks at them, a reference's too.
+    # Weights outside the layers, such as the embedding, are a group of their own. It is freed after a forward
+    # like every group, so that all weights, also a reference's, are split between two forwards.
     for module in (*model.layers, model):
         fully_shard(module, mesh=world.mesh, reshard_after_forward=True)
     model.to_empty(device=world.device)
@@ -182,12 +260,14 @@ def wrap(model: nn.Module, world: World, shard: bool = False) -> nn.Module:
     return model
 
 
-def exchange_gradients(model: nn.Module, when: bool) -> AbstractContextManager:
-    """Let ranks exchange gradients in this forward and backward, or wait for a later micro-batch.
+def exchange_gradients(model: nn.Module, when: bool) -> None:
+    """Average the gradients of the next backward over the ranks, or leave that to a later micro-batch.
 
-    Where weights are split, every micro-batch exchanges: to wait would be to keep whole gradients meanwhile.
+    Call it before the forward, which prepares the exchange. Split weights (--shard) are exchanged in every
+    micro-batch: to wait would be to keep whole gradients meanwhile.
     """
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not when else nullcontext()
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = when
 
 
 @contextmanager
@@ -207,7 +287,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def gather(model: nn.Module, world: World) -> None:
-    """After training, put a split model together, on the main rank's CPU. Every rank must call it."""
+    """Gather a split model on the main rank's CPU, after training. Every rank must call this function."""
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             if isinstance(weight, DTensor):

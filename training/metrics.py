@@ -1,5 +1,6 @@
 """Running means over micro-batches and ranks, and the file and the bar that show them."""
 
+import errno
 import json
 import math
 import os
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from files import write_whole
+from errors import NotFiniteError
+from files import unwritable, write_whole
 from training.distributed import World
 
 
@@ -76,10 +78,10 @@ class MetricsLog:
         )
         self.file = None
         if world.is_main:
-            path = folder / "metrics.jsonl"
+            self.path = path = folder / "metrics.jsonl"
             kept = rows_until(first_step, path) if first_step else []
             write_whole(path, lambda file: file.write("".join(kept).encode()))
-            self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+            self.file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def advance(self, items: int) -> None:
         """One optimizer step is done, over `items` pairs or conversations of all ranks."""
@@ -87,7 +89,13 @@ class MetricsLog:
         self.bar.update()
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """Append a row and show its main figures on the bar; training rows also get their speed."""
+        """Append a row and show its main figures on the bar; training rows also get their speed.
+
+        Raises `NotFiniteError` on every rank if an evaluation is not finite, `InputError` if the disk fails.
+        """
+        for name, value in row.items():
+            if name.startswith("eval_") and not math.isfinite(value):
+                raise NotFiniteError(step, f"{name} is {value}")
         if not self.file:
             return
         if "loss" in row:
@@ -96,9 +104,13 @@ class MetricsLog:
             self.items, self.since = 0, now
             shown = {short: f"{row[name]:.4f}" for name, short in SHOWN.items() if name in row}
             self.bar.set_postfix({**shown, f"{self.unit}/s": f"{row[f'{self.unit}_per_second']:.1f}"})
-        self.file.write(json.dumps({"step": step, **row}) + "\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())  # A checkpoint of this step must not outlive its row.
+        line = json.dumps({"step": step, **row}).encode() + b"\n"
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self.file.fileno())  # A checkpoint of this step must not outlive its row.
+        except OSError as error:
+            raise unwritable(self.path, error) from None
 
     def close(self) -> None:
         self.bar.close()

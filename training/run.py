@@ -1,254 +1,287 @@
-"""A run folder, and what lets one leave its run alone: one owner, checkpoints, and a way to stop in order.
+"""A run folder that survives crashes and signals: one owner, checkpoints, exact resume, an orderly stop.
 
     with join(settings.device) as world, RunFolder(settings, world) as run:
         ...
         first_step = run.begin({"model": model, "optimizer": optimizer, ...}, digests...)
         if first_step is None:
-            return  # --resume found the run finished
+            return  # --resume finds the run finished
         for step in range(first_step, total_steps):
             ...
             run.save_when_due(step + 1)
         run.finish(model, tokenizer)
 
-While a run is unfinished its folder has ``checkpoints`` and no ``model.pt``; afterwards it is the other way.
+An unfinished run's folder contains `checkpoints` and no model.pt; a finished run's folder, the opposite.
 """
 
-import fcntl
-import json
 import os
-import shutil
 import signal
+import time
 from pathlib import Path
 
-import torch
-
 from dataset.tokenizer import ChatTokenizer
-from errors import InputError
-from files import sync
+from errors import InputError, NotFiniteError
+from model.lora import Adapters
 from model.transformer import Transformer
-from model.weights import save_model
+from model.weights import read_json, save_model
+from training import folder
 from training.checkpoint import (
     checkpoints,
+    is_finite,
     load_checkpoint,
     newest_valid,
-    remove,
+    prune,
     restore,
     save_checkpoint,
+    set_aside,
     step_of,
     tensors,
 )
 from training.distributed import World, gather
+from training.identity import (
+    differences,
+    identity_of,
+    listed,
+    recorded,
+    require_same_finished_run,
+    require_same_run,
+)
 from training.settings import TrainSettings
-from training.sharded import settle
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# These change no bit of the weights, so a resumed run may have others than before.
-FREE = ("out", "eval_data", "log_every", "eval_every", "save_every", "keep_checkpoints", "resume", "override")
-BY_CONTENT = ("model", "data", "tokenizer")  # Compared by what is in them: a file may have moved.
+REPEATS = 10.0  # Seconds in which torchrun's ranks ignore further SIGTERMs.
 
 
 class RunFolder:
     def __init__(self, settings: TrainSettings, world: World):
+        folder.require_locks()
+        if not settings.out.strip():
+            raise InputError("--out is empty: name a folder for the run")
+        if settings.resume and settings.overwrite:
+            raise InputError("--resume continues a run and --overwrite replaces it: choose one of them")
         self.settings, self.world = settings, world
         self.folder = Path(settings.out)
-        self.checkpoints = self.folder / "checkpoints"
-        self.signal = 0  # the one that asked the run to stop
+        self.checkpoints = self.folder / folder.CHECKPOINTS
+        self.step = self.saved_step = 0  # optimizer steps done, and in the newest checkpoint
+        self.signal, self.signal_time = 0, 0.0  # the first signal that stops the run, and when it came
         self.handlers: dict = {}
         self.lock = None
 
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, error, traceback) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if isinstance(error, NotFiniteError) and self.lock:
+            self._set_aside(error.step)
         if self.lock:
             self.lock.close()
 
     @property
     def is_split(self) -> bool:
-        """Whether ranks hold a part each of weights and moments."""
+        """Whether each rank holds a part of the weights and moments."""
         return self.settings.shard and self.world.ranks > 1
 
-    def begin(self, things: dict, model: str, data: str, tokenizer: str, **identity) -> int | None:
+    def begin(self, state: dict, model: str, data: str, tokenizer: str, **identity) -> int | None:
         """Take the folder; return the first step: 0 for a fresh run, None if --resume finds it finished.
 
-        The values of `things` have state_dict() and load_state_dict(), and are set to the checkpoint that
-        --resume finds. `model`, `data` and `tokenizer` are digests of what the run starts from. `identity`
-        is what else must be the same when the run is resumed; its values are JSON.
+        The values of `state` have state_dict() and load_state_dict(); they get the state in the checkpoint
+        that --resume finds. `model`, `data` and `tokenizer` are digests of what the run starts from.
+        `identity` contains further text and numbers that must be the same when the run is resumed. If the
+        flag of that name is "auto", a resumed run takes the value from its checkpoint: see `run.identity`.
         """
-        self.things = things
-        self.identity = {
-            **{k: v for k, v in self.settings.to_dict().items() if k not in (*FREE, *BY_CONTENT)},
-            # What `auto` became, and what else decides how sums are rounded.
-            "device": self.world.device.type,
-            "precision": things["precision"].name,
-            "ranks": self.world.ranks,
-            "torch": torch.__version__.split("+")[0],
-            "model": model,
-            "data": data,
-            "tokenizer": tokenizer,
-            **identity,
-        }
-        state = None  # of the checkpoint to go on from
+        self.state = state
+        digests = {"model": model, "data": data, "tokenizer": tokenizer}
+        precision = state["precision"].name
+        self.identity = identity_of(self.settings, self.world, precision, **digests, **identity)
+        self.automatic = [name for name in identity if getattr(self.settings, name, None) == "auto"]
+        saved = None  # the state in the checkpoint
 
         def prepare() -> tuple[str | None, dict]:
-            nonlocal state
-            if self.settings.resume and self._is_finished():
-                return None, self.identity
-            path, state = self._prepare()
-            return str(path or ""), self.identity
+            nonlocal saved
+            path, saved = self._prepare()
+            return path, self.identity
 
-        path, identity = self.world.from_main(prepare)
-        if other := differences(identity, self.identity):
-            raise InputError(f"rank {self.world.rank} is not in the run of rank 0: {listed(other)}")
+        path, main = self.world.from_main(prepare)
+        self.identity |= {name: main[name] for name in self.automatic}
+        if other := differences(main, self.identity):
+            raise InputError(f"rank {self.world.rank} does not run what rank 0 runs: {listed(other)}")
         if path is None:
             return None
         if path:
-            mesh = self.world.mesh if self.is_split else None
-            state = state or load_checkpoint(Path(path), check_parts=False)  # The main rank has done that.
-            restore(things, settle(state, Path(path), mesh))
-            self.world.print(f"{path}: going on after step {step_of(Path(path))}")
+            path = Path(path)
+
+            def load() -> None:
+                found = saved or load_checkpoint(path, check_parts=False)  # The main rank has checked it.
+                restore(state, found, path, self.world.mesh if self.is_split else None)
+
+            if self.is_split:
+                load()  # Ranks read the parts together.
+            else:
+                self.world.one_by_one(load)  # The memory for a whole checkpoint, once on each node.
+            self.step = self.saved_step = step_of(path)
+            self.world.print(f"{path}: continuing after step {self.step}")
         for number in SIGNALS:
             self.handlers[number] = signal.signal(number, self._note_signal)
-        return step_of(Path(path)) if path else 0
+        return self.step
 
     def save_when_due(self, step: int) -> None:
-        """Save after every --save-every steps. When a signal came to any rank, all save here and leave."""
+        """Save every --save-every steps. After a signal to any rank, save on all and exit, 128 + signal."""
+        # A finite loss in this step means that the weights before it were good: only now older ones can go.
+        if self.world.is_main and self.saved_step == step - 1:
+            prune(self.checkpoints, self.settings.keep_checkpoints)
+        self.step = step
         number = self.world.largest(self.signal)
         every = self.settings.save_every
         if number or (every and step % every == 0):
-            self._save(step)
+            self._save()
         if number:
-            self.world.wait()  # No rank may leave before the file is there: torchrun would end the others.
-            self.world.print(f"{signal.Signals(number).name}: saved after step {step}; --resume goes on")
+            self.world.wait()  # A rank that exits before the file exists makes torchrun kill the others.
+            name = signal.Signals(number).name
+            self.world.print(f"{name}: saved after step {step}; continue with --resume")
             raise SystemExit(128 + number)
 
     def finish(self, model: Transformer, tokenizer: ChatTokenizer) -> None:
-        """Write the tokenizer, the config and the weights; then remove the checkpoints. All ranks call it."""
+        """Write the tokenizer, the config and the weights; then remove the checkpoints. All ranks call it.
+
+        The last step is saved as a checkpoint first, so that a full disk loses nothing.
+        """
+        if self.saved_step < self.step:
+            self._save()
+        self._require_steps_at_the_end()
         gather(model, self.world)  # if it was split
         if self.world.is_main:
-            tokenizer.save(self.folder)
-            save_model(self.folder, model, settings=self.settings.to_dict(), run=self.identity)
-        self.remove_checkpoints()
+            folder.require_same_folder(self.folder, self.lock)
+            try:
+                tokenizer.save(self.folder)
+                save_model(self.folder, model, settings=self.settings.to_dict(), run=self.identity)
+                self.remove_checkpoints()
+            except OSError as error:
+                raise InputError(f"{self.folder}: cannot be written ({error.strerror})") from None
+            print(f"saved in {self.folder}; {next_commands(self.folder, model)}", flush=True)
+
+    def _require_steps_at_the_end(self) -> None:
+        """Raise FloatingPointError if fp16 skipped the last steps; a single skip is normal."""
+        precision = self.state["precision"]
+        skipped = precision.skipped_in_a_row
+        if skipped > 1 or precision.skipped == self.step > 0:
+            raise FloatingPointError(
+                f"step {self.step}: the run does not finish, because the last {skipped} steps were skipped: "
+                "their gradients overflowed in fp16; use a lower --lr, more --max-steps, or --precision fp32"
+            )
 
     def remove_checkpoints(self) -> None:
-        if self.world.is_main:
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
+        folder.remove_checkpoints(self.folder)
 
-    def _save(self, step: int) -> None:
-        """Every rank must call it: some state, such as running means, is gathered from all."""
-        state = {name: thing.state_dict() for name, thing in self.things.items()}
-        if self.world.largest(int(not all(tensor.isfinite().all() for tensor in tensors(state)))):
-            raise FloatingPointError(f"step {step}: a weight or its state is not finite; nothing was saved")
-        state |= {"step": step, "identity": self.identity}
-        keep = self.settings.keep_checkpoints
+    def _save(self) -> None:
+        """Save a checkpoint. Every rank must call it: some states, such as running means, need all ranks."""
+        state = {name: part.state_dict() for name, part in self.state.items()}
+        if self.world.largest(int(not is_finite(state))):
+            raise NotFiniteError(self.step, "a weight or a moment is not finite; this step is not saved")
+        state |= {"step": self.step, "identity": self.identity}
+        if self.world.is_main:
+            folder.require_same_folder(self.folder, self.lock)
+        # One more than --keep-checkpoints, until the next loss shows that these weights are good.
+        keep = self.settings.keep_checkpoints + 1
         if self.is_split:
-            save_checkpoint(self.checkpoints, step, state, keep, self.world)
+            save_checkpoint(self.checkpoints, self.step, state, keep, self.world)
         elif self.world.is_main:
-            save_checkpoint(self.checkpoints, step, state, keep)
+            save_checkpoint(self.checkpoints, self.step, state, keep)
+        self.saved_step = self.step
+
+    def _set_aside(self, step: int) -> None:
+        """Set aside the checkpoint of this step, whose weights gave a number that is not finite."""
+        for path in checkpoints(self.checkpoints):
+            if step_of(path) == step:
+                set_aside(path)
+                reason = "its weights give a loss or a gradient that is not finite"
+                print(f"{path}: set aside, because {reason}", flush=True)
 
     def _note_signal(self, number: int, frame) -> None:
-        """Only note it: all ranks must end the step that is under way. A second signal leaves at once."""
-        self.signal = number
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
-        said = f"\n{signal.Signals(number).name}: saving after this step; again to leave at once\n"
-        os.write(2, said.encode())  # Not print(): the signal may have come in the middle of one.
+        """Note the first signal: all ranks must end the current step. A second one stops the process at once.
 
-    # ---- what the main rank does before a run
-
-    def _is_finished(self) -> bool:
-        """Whether the folder contains this run's model. Raises `InputError` for the model of another run.
-
-        The machine may differ: device, precision, ranks and version of torch are not compared.
+        Slurm and systemd send SIGTERM to torchrun and to the ranks, and torchrun forwards it to the ranks. So
+        under torchrun a repeated SIGTERM is not a second signal.
         """
-        if not (self.folder / "model.pt").exists():
-            return False
-        config = json.loads((self.folder / "config.json").read_text("utf-8"))
-        then = {**config.get("settings", {}), **config.get("run", {})}
-        names = {*self.settings.to_dict(), *BY_CONTENT} - {*FREE, "device", "precision"}
-        if other := differences(*({name: run.get(name) for name in names} for run in (then, self.identity))):
-            raise InputError(f"--resume: {self.folder} has finished with other settings: {listed(other)}")
-        print(f"{self.folder}: the run is finished, there is nothing to resume")
-        return True
+        if not self.signal:
+            self.signal, self.signal_time = number, time.monotonic()
+            name = signal.Signals(number).name
+            message = f"\n{name}: saving after this step; a second Ctrl-C stops at once\n"
+            os.write(2, message.encode())  # Not print(): the signal may interrupt a print().
+            return
+        repeated = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self.signal_time < REPEATS
+        if number == signal.SIGINT or not repeated:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
-    def _prepare(self) -> tuple[Path | None, dict | None]:
-        """Take the folder; return the checkpoint to go on from and its state, or None twice."""
+    # ---- on the main rank, before the first step
+
+    def _prepare(self) -> tuple[str | None, dict | None]:
+        """Take the folder. Return the checkpoint to continue from and its state; "" and None for a fresh run.
+
+        The path is None if --resume finds this run's model.
+        """
         start = Path(self.settings.model)
-        if self.folder.exists() and start.exists() and self.folder.samefile(start):
-            raise InputError(f"--out {self.folder} is --model: a run must not write over where it starts")
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
-            for unfinished in (*self.folder.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):
-                remove(unfinished)
-            self._require_room()
-            if self.settings.resume and (found := newest_valid(self.checkpoints, print)):
-                self._require_same_run(found[1]["identity"])
-                return found
-            self._clear()
+            if self.folder.exists() and start.exists() and self.folder.samefile(start):
+                raise InputError(f"--out {self.folder} is --model: a run cannot overwrite where it starts")
+            if self.settings.resume and folder.is_finished(self.folder):
+                self._require_same_finished_run()
+                return None, None
+            return self._take_folder()
         except OSError as error:
-            raise InputError(f"{self.folder}: cannot be written ({error.strerror})") from None
-        return None, None
+            raise InputError(f"{self.folder}: cannot be read or written ({error.strerror})") from None
 
-    def _take_lock(self) -> None:
-        """Own the folder until this process ends, however it ends."""
-        self.lock = open(self.folder / ".lock", "a+")  # noqa: SIM115
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.lock.seek(0)
-            holder = self.lock.read().strip()
-            raise InputError(f"{self.folder}: a run is at work there already (process {holder})") from None
-        self.lock.truncate(0)
-        self.lock.write(f"{os.getpid()}\n")
-        self.lock.flush()
+    def _require_same_finished_run(self) -> None:
+        then = recorded(read_json(self.folder / "config.json").get("run"), self.folder / "config.json")
+        self._take_automatic(then)
+        require_same_finished_run(then, self.identity, self.settings)
+        if self.checkpoints.exists():  # The run was killed before it had removed them.
+            self.lock = folder.take_lock(self.folder)
+            folder.remove_checkpoints(self.folder)
+        print(f"{self.folder}: the run is finished, there is nothing to resume", flush=True)
+
+    def _take_folder(self) -> tuple[str, dict | None]:
+        resumes = self.settings.resume and checkpoints(self.checkpoints)
+        if not resumes:
+            folder.require_no_foreign_files(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = folder.take_lock(self.folder)
+        if not resumes:
+            folder.require_replaceable(self.folder, self.settings.overwrite)
+        folder.remove_unfinished(self.folder)
+        self._require_room()
+        if resumes:
+            path, saved = newest_valid(self.checkpoints, print)
+            then = recorded(saved.get("identity"), path)
+            self._take_automatic(then)
+            require_same_run(then, self.identity, self.settings.override, self.folder)
+            return str(path), saved
+        folder.remove_run(self.folder)
+        self.checkpoints.mkdir(exist_ok=True)
+        return "", None
 
     def _require_room(self) -> None:
-        """Weights and AdamW's two moments, for the checkpoints to keep, the next one and the final model."""
-        weights = sum(tensor.nbytes for tensor in self.things["model"].state_dict().values())
-        needed = weights * (3 * (self.settings.keep_checkpoints + 1) + 1)
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise InputError(
-                f"{self.folder}: {free / 2**20:.0f} MiB are free, this run needs {needed / 2**20:.0f} "
-                "(--keep-checkpoints 1 needs less)"
-            )
+        """Raise `InputError` unless the disk can hold the checkpoints and the model, with merged adapters."""
+        trained = nbytes(self.state["model"])
+        reference = nbytes(self.state["reference"]) if "reference" in self.state else 0
+        model = trained
+        if isinstance(self.state["model"], Adapters):
+            model += nbytes(self.state["model"].model)
+        # AdamW has two moments for each weight that is trained.
+        folder.require_room(self.folder, 3 * trained + reference, model, self.settings.keep_checkpoints)
 
-    def _require_same_run(self, then: dict) -> None:
-        """Refuse to go on with what would change the run, unless it was named."""
-        allowed = {name for name in self.settings.override.split(",") if name}
-        if unknown := allowed - then.keys() - self.identity.keys():
-            known = ", ".join(sorted(self.identity))
-            raise InputError(f"--override {','.join(sorted(unknown))}: no such setting; there are {known}")
-        other = differences(then, self.identity)
-        if other.keys() - allowed:
-            raise InputError(
-                f"--resume: the run in {self.folder} was started otherwise: {listed(other)}; start it as "
-                f"before, or accept the change with --override {','.join(sorted(allowed | other.keys()))}"
-            )
-
-    def _clear(self) -> None:
-        """Make room for a fresh run. A finished one is replaced, a stopped one is not thrown away."""
-        model = self.folder / "model.pt"
-        if not model.exists() and (left := checkpoints(self.checkpoints)):
-            raise InputError(
-                f"{self.folder} holds a run that was stopped after step {step_of(left[0])}: go on with "
-                f"--resume, or remove {self.checkpoints} to start anew"
-            )
-        shutil.rmtree(self.checkpoints)
-        self.checkpoints.mkdir()
-        model.unlink(missing_ok=True)  # What a run leaves half done must not be taken for a model.
-        sync(self.folder)
+    def _take_automatic(self, then: dict) -> None:
+        """Take over the values that "auto" had when the run was started."""
+        self.identity |= {name: then[name] for name in self.automatic if name in then}
 
 
-def differences(then: dict, now: dict) -> dict[str, tuple]:
-    """What two descriptions of a run do not agree in, by name."""
-    names = sorted(then.keys() | now.keys())
-    return {name: (then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)}
+def nbytes(part) -> int:
+    """Bytes of all tensors in the state of a part; of split ones, the parts of all ranks together."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(part.state_dict()))
 
 
-def listed(changes: dict[str, tuple]) -> str:
-    """``lr 0.001, now 0.002; data …``, with digests cut short."""
-    return "; ".join(f"{name} {str(then)[:12]}, now {str(now)[:12]}" for name, (then, now) in changes.items())
+def next_commands(path: Path, model: Transformer) -> str:
+    """What a user can do with a finished run, as commands."""
+    chat = f"talk to it: python -m eval.chat --model {path}; " if model.kind == Transformer.kind else ""
+    return f"{chat}see it: python -m eval.report {path}"

@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from errors import NotFiniteError
 from training.metrics import Meter
 from training.precision import Precision
 
 # Steps in a row that fp16 may skip. The scale starts at 2^16 and halves each time: then it is not too large.
 MOST_SKIPS = 25
+MAX_LINES = 32  # Data lines that an error message names.
 
 
 def cosine_lr(step: int, total_steps: int, peak: float, warmup_steps: int) -> float:
@@ -58,18 +60,20 @@ def clip_gradients(
 
 
 def require_finite(meter: Meter, grad_norm: float, precision: Precision, step: int, lines: np.ndarray):
-    """Stop before the step, on all ranks, if the window's loss or gradient is not finite.
+    """Raise `NotFiniteError` on all ranks, before the step, if the window's loss or gradient is not finite.
 
-    One such element would make every weight NaN at the next step. Under fp16 an overflow is expected now and
-    then: the scaler skips that step and lowers its scale, which is counted, and bounded.
+    One such element would make every weight NaN. Under fp16 gradients overflow now and then: the scaler skips
+    that step and lowers its scale. Skips are counted, and at most `MOST_SKIPS` in a row are accepted.
     """
+    loss_is_finite = meter.is_finite()
     if precision.scaler.is_enabled():
         precision.count_skip(not math.isfinite(grad_norm))
-        if precision.skipped_in_a_row <= MOST_SKIPS:
-            return
-    elif meter.is_finite(grad_norm):
+        gradient_is_fine = precision.skipped_in_a_row <= MOST_SKIPS
+    else:
+        gradient_is_fine = math.isfinite(grad_norm)
+    if loss_is_finite and gradient_is_fine:
         return
-    loss = "the loss, on this rank or another, is not finite"
-    wrong = loss if math.isfinite(grad_norm) else f"the gradient norm is {grad_norm}"
-    where = ", ".join(map(str, sorted(lines.tolist())))
-    raise FloatingPointError(f"step {step}: {wrong}; the data lines were {where}")
+    reason = f"the gradient norm is {grad_norm}" if loss_is_finite else "the loss is not finite"
+    where = ", ".join(map(str, sorted(lines.tolist())[:MAX_LINES]))
+    more = f" and {len(lines) - MAX_LINES} more" if len(lines) > MAX_LINES else ""
+    raise NotFiniteError(step, f"{reason}; the step used the data lines {where}{more}")

@@ -1,13 +1,13 @@
-"""A checkpoint of a model that is split among ranks: each writes its part, any number of them can read it.
+"""Checkpoints of a model that is split among ranks: each writes its part, any number can read them.
 
     OUT/checkpoints/00000120-<SHA-256 of state.pt>.shards/
-        state.pt          what is small, the shapes of what is split, and the SHA-256 of every other file
-        metadata.pt       where each part of each tensor lies, as torch.distributed.checkpoint (DCP) has it
+        state.pt          small values, the shapes of split tensors, and the SHA-256 of every other file
+        metadata.pt       the place of each part of each tensor, by torch.distributed.checkpoint (DCP)
         __0_0.distcp …    the parts of rank 0, …
 
-What holds of a checkpoint of one file holds here: the name of the folder is the digest of its digests, and
-renaming the folder is the moment at which all of it becomes valid. DCP would pickle its metadata, which
-whoever reads it would unpickle; here they are written and read like weights.
+The name of the folder contains the digest of state.pt, so it covers all files. They are on the disk before
+the folder is renamed to that name, which makes the checkpoint valid. DCP would pickle its metadata, and
+unpickling can run code; here metadata are written and read like weights.
 """
 
 import os
@@ -28,8 +28,8 @@ from files import file_hash, sync, unwritable, write_whole
 from training.distributed import World
 
 STATE, METADATA = "state.pt", "metadata.pt"
-# Plain records, all that metadata consist of. BytesStorageMetadata is none of them on purpose: it says that
-# something other than a tensor is to be read, which DCP would unpickle.
+# The classes of DCP's metadata, plain records. BytesStorageMetadata is left out on purpose: it stands for an
+# object that is not a tensor, which DCP would unpickle.
 RECORDS = [
     metadata.ChunkStorageMetadata,
     metadata.Metadata,
@@ -42,7 +42,7 @@ RECORDS = [
 
 
 class Writer(dcp.FileSystemWriter):
-    """DCP's, but for how metadata are written, and what is said of a disk that fails."""
+    """DCP's writer, with metadata that are not pickled, and the system's reason if the disk fails."""
 
     def write_data(self, plan, planner):
         try:
@@ -56,7 +56,7 @@ class Writer(dcp.FileSystemWriter):
 
 
 class Reader(dcp.FileSystemReader):
-    """DCP's, but for how metadata are read."""
+    """DCP's reader, with metadata that are not unpickled."""
 
     def read_metadata(self) -> metadata.Metadata:
         with torch.serialization.safe_globals(RECORDS):
@@ -64,15 +64,15 @@ class Reader(dcp.FileSystemReader):
 
 
 def write_shards(path: Path, state: dict, world: World) -> None:
-    """Write a state whose split tensors lie on all ranks, each of which must call it.
+    """Write a state with split tensors into a folder. Every rank must call it.
 
-    ``{sha256}`` in the folder's name becomes the digest of its state.pt.
+    The digest of state.pt replaces ``{sha256}`` in the folder's name. Raises `InputError` if a disk fails.
     """
     unfinished = path.with_name(path.name + ".tmp")
     split: dict[str, Tensor] = {}
 
     def leave_out(name: str, tensor: Tensor) -> Tensor:
-        """Type and shape alone of a tensor that is split."""
+        """A split tensor's type and shape on "meta"; other tensors unchanged."""
         if not isinstance(tensor, DTensor):
             return tensor
         split[name] = tensor
@@ -94,41 +94,44 @@ def write_shards(path: Path, state: dict, world: World) -> None:
     except (OSError, InputError, dcp.CheckpointException) as error:
         if world.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
-        raise told(path, error) from None
+        raise unwritable(path, first_failure(error)) from None
 
 
-def told(path: Path, error: BaseException) -> BaseException:
-    """What went wrong, as the first of the ranks tells it on which something did."""
+def first_failure(error: BaseException) -> BaseException:
+    """The error of the first rank that failed: DCP collects the errors of all ranks in one exception."""
     if isinstance(error, dcp.CheckpointException):
-        error = next(first for first, _ in error.failures.values())
-    return unwritable(path, error)
+        return next(failure for failure, _ in error.failures.values())
+    return error
 
 
 def check_shards(path: Path, state: dict) -> None:
-    """Raise `InputError` unless the files beside state.pt are those it was written with."""
+    """Raise `InputError` unless the files beside state.pt have the digests that it contains for them."""
     for name, digest in state["files"].items():
         file = path / name
         if Path(name).name != name or file.is_symlink():
-            raise InputError(f"{path}: {name} is no file of this checkpoint")
+            raise InputError(f"{path}: {name} is not a file of this checkpoint")
         if file_hash(file) != digest:
-            raise InputError(f"{file}: damaged, its content is not that of the digest in {STATE}")
+            raise InputError(f"{file}: damaged, the content does not have the digest in {STATE}")
     parts = Reader(path).read_metadata().storage_data.values()
-    if strangers := {part.relative_path for part in parts} - state["files"].keys():
-        raise InputError(f"{path}: {strangers.pop()} is no file of this checkpoint")
+    if other := {part.relative_path for part in parts} - state["files"].keys():
+        raise InputError(f"{path}: {other.pop()} is not a file of this checkpoint")
 
 
-def settle(state: dict, path: Path, mesh: DeviceMesh | None) -> dict:
-    """The state of a checkpoint in tensors as this run holds them: split among the ranks of `mesh`, or whole.
+def place_tensors(state: dict, path: Path | None, mesh: DeviceMesh | None) -> dict:
+    """The state of a checkpoint with its tensors split among the ranks of `mesh`, or complete if it is None.
 
-    Tensors that were split are read here, however many ranks wrote them. Every rank must call it.
+    Tensors on "meta" are read from the folder `path`, whatever number of ranks wrote it. Every rank must call
+    it. Raises `InputError` if they cannot be read.
     """
     missing: dict[str, Tensor] = {}
 
     def place(name: str, tensor: Tensor) -> Tensor:
         if tensor.is_meta:
-            shape, dtype = tensor.shape, tensor.dtype
-            how = {"dtype": dtype, "device_mesh": mesh, "placements": [Shard(0)]}
-            missing[name] = empty(shape, **how) if mesh else torch.empty(shape, dtype=dtype)
+            if mesh:
+                split = [Shard(0)]
+                missing[name] = empty(tensor.shape, dtype=tensor.dtype, device_mesh=mesh, placements=split)
+            else:
+                missing[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
             return missing[name]
         if not mesh or not tensor.dim():
             return tensor  # A count of steps has no dimension to split.
@@ -139,13 +142,13 @@ def settle(state: dict, path: Path, mesh: DeviceMesh | None) -> dict:
         try:
             dcp.load(missing, storage_reader=Reader(path))
         except dcp.CheckpointException as error:
-            reason = next(str(first) for first, _ in error.failures.values())
-            raise InputError(f"{path}: no checkpoint ({reason.partition(chr(10))[0]})") from None
+            reason = str(first_failure(error)).partition("\n")[0]
+            raise InputError(f"{path}: not a checkpoint ({reason})") from None
     return state
 
 
 def each_tensor(function: Callable[[str, Tensor], Tensor], state, name: str = ""):
-    """Nested dicts and lists with `function(name, tensor)` in the place of every tensor."""
+    """Nested dicts and lists with `function(name, tensor)` in place of every tensor."""
     if isinstance(state, Tensor):
         return function(name, state)
     if isinstance(state, dict):

@@ -1,11 +1,11 @@
-"""DPO against DPOP on pairs that differ in one or two tokens: what becomes of the chosen answers?
+"""DPO against DPOP on pairs that differ in one or two tokens: does the chosen answer become less likely?
 
     python -m eval.experiments.edit_distance --model runs/sft --out runs/edit_distance
 
-DPO asks only that the rejected answer fall further than the chosen one. Where both consist of almost the same
-tokens, pushing one down takes the other with it, and the chosen answers end up less likely than they were
-(Pal et al. 2024, arXiv 2402.13228). DPOP charges for that fall. Both are trained here on the same pairs, with
-several orders of the data each. Writes OUT/results.json and OUT/edit_distance.png.
+DPO's loss depends only on the difference of the two log-ratios. If both answers consist of almost the same
+tokens, a step that lowers one lowers the other too, and the chosen answers become less likely than they were
+(Pal et al. 2024, arXiv 2402.13228). DPOP adds a penalty for that. Both losses train on the same pairs, in
+several orders of the data. Writes OUT/results.json and OUT/edit_distance.png.
 """
 
 import json
@@ -26,13 +26,13 @@ SIDES = {"chosen": "Chosen answers", "rejected": "Rejected answers"}
 @dataclass
 class Settings:
     model: str = flag("runs/sft", "model folder to start from; its frozen copy is the reference")
-    data: str = flag(str(SAMPLE / "close.jsonl"), "pairs whose sides differ in a token or two")
-    out: str = flag("runs/edit_distance", "folder of the runs, the figures and the picture")
-    seeds: int = flag(3, "runs of each loss, with other orders of the data")
-    epochs: int = flag(8, "times every pair is seen")
+    data: str = flag(str(SAMPLE / "close.jsonl"), "pairs whose sides differ in one or two tokens")
+    out: str = flag("runs/edit_distance", "folder for the runs, the figures and the picture")
+    seeds: int = flag(3, "runs of each loss, each with its own order of the data")
+    epochs: int = flag(8, "passes over the pairs")
     batch_size: int = flag(32, "pairs per optimizer step")
     lr: float = flag(5e-4, "peak learning rate")
-    beta: float = flag(0.1, "how strongly the reference holds the policy back")
+    beta: float = flag(0.1, "KL strength: a larger beta keeps the policy closer to the reference")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     runs = {name: [run(settings, name, seed) for seed in range(settings.seeds)] for name in LOSSES}
     write_json(out / "results.json", {"settings": asdict(settings), "runs": runs})
     draw(runs, out / "edit_distance.png")
-    print(f"\nlog π/π_ref, nats an answer, in the last epoch: mean (range) of {settings.seeds} runs")
+    print(f"\nlog π/π_ref, nats per answer, in the last epoch: mean (range) of {settings.seeds} runs")
     for name, (label, _) in LOSSES.items():
         for side in SIDES:
             low, middle, high = spread([curve[side][-1] for curve in runs[name]])
@@ -50,15 +50,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(settings: Settings, loss: str, seed: int) -> dict[str, list[float]]:
-    """Train once. Of each epoch: its middle in optimizer steps, and the mean log-ratios of the two sides."""
+    """Train once. Returns the middle step of each epoch, and the mean log-ratio of each side in it."""
     folder = Path(settings.out) / f"{loss}-{seed}"
-    same = ("model", "data", "epochs", "batch_size", "lr", "beta")
-    flags = [f"--{name.replace('_', '-')}={getattr(settings, name)}" for name in same]
-    flags += [f"--loss={loss}", f"--seed={seed}", "--eval-data=", "--log-every=1", f"--out={folder}"]
+    names = ("model", "data", "epochs", "batch_size", "lr", "beta")
+    flags = [f"--{name.replace('_', '-')}={getattr(settings, name)}" for name in names]
+    flags += [f"--loss={loss}", f"--seed={seed}", "--eval-data=", "--log-every=1"]
+    flags += ["--overwrite", f"--out={folder}"]
     train_dpo.main(flags)
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-    steps = len(rows) // settings.epochs  # of an epoch: it ends with a short window, so all are alike
+    steps = len(rows) // settings.epochs  # per epoch; each epoch ends with a short window
     epochs = [rows[i : i + steps] for i in range(0, len(rows), steps)]
     ratios = {
         side: [mean(row[f"rewards/{side}"] for row in epoch) / settings.beta for epoch in epochs]
@@ -68,14 +69,15 @@ def run(settings: Settings, loss: str, seed: int) -> dict[str, list[float]]:
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
+    """Lowest value, mean, highest value."""
     return min(values), mean(values), max(values)
 
 
 def draw(runs: dict[str, list[dict]], out: Path) -> None:
-    """Both sides of the pairs next to each other: the mean over the runs, shaded from lowest to highest."""
+    """One plot per side of the pairs: the mean over the runs, shaded from the lowest to the highest run."""
     with canvas(9, 3.9, out) as figure:
         for axes, (side, title) in zip(figure.subplots(1, 2), SIDES.items(), strict=True):
-            plain(axes, title, "log π / π_ref, nats an answer, mean of each epoch")
+            plain(axes, title, "log π / π_ref, nats per answer, mean of each epoch")
             axes.axhline(0, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             axes.set_xlabel("optimizer step", color=PALE)
             for name, (label, colour) in LOSSES.items():

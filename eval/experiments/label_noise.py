@@ -1,11 +1,11 @@
-"""Pairs whose labels are wrong: which objective still learns what was meant?
+"""Train on pairs with wrong labels: which objective still learns the true preferences?
 
     python -m eval.experiments.label_noise --model runs/sft --out runs/label_noise
 
-Exchanges the two sides of a share of the training pairs and trains on them with DPO, with cDPO and robust
-DPO, which are told that share, and with soft labels: the scores of a reward model that was trained on the
-same noisy pairs and never saw others. Held-out pairs keep their true labels. A seed draws the pairs, the
-flips and the order, the same for every objective. Writes OUT/results.json and OUT/label_noise.png.
+Exchanges the two sides of a share of the training pairs. Trains on them with DPO, with cDPO and robust DPO,
+whose label smoothing is that share, and with soft labels: scores of a reward model trained on the same noisy
+pairs. Held-out pairs keep their true labels. A seed draws pairs, flips and order, which are the same for
+every objective. Writes OUT/results.json and OUT/label_noise.png.
 """
 
 import json
@@ -18,31 +18,32 @@ import train_dpo
 import train_reward
 from dataset.records import DataError, Preference, read_records
 from errors import InputError, run_script
+from eval import score
 from eval.common import write_json
 from eval.experiments.real_data import as_json
 from eval.report import BLUE, INK, ORANGE, PALE, VIOLET, canvas, need_matplotlib, plain
 from training.settings import SAMPLE, flag, parse
 
 NOISE = (0.0, 0.2, 0.4)  # shares of flipped pairs
-OBJECTIVES = {  # label: flags, colour; cDPO and robust DPO are also told the share
+OBJECTIVES = {  # label: flags, colour
     "DPO": (["--loss", "sigmoid"], INK),
     "cDPO": (["--loss", "sigmoid"], ORANGE),
     "robust": (["--loss", "robust"], VIOLET),
     "soft": (["--loss", "soft"], BLUE),
 }
-TOLD = ("cDPO", "robust")
+SMOOTHED = ("cDPO", "robust")  # --label-smoothing is the share of flipped pairs
 
 
 @dataclass
 class Settings:
-    model: str = flag("runs/sft", "model folder to start from, also of the reward model")
-    data: str = flag(str(SAMPLE / "preferences.jsonl"), "pairs to draw from and to flip")
-    eval_data: str = flag(str(SAMPLE / "heldout.jsonl"), "held-out pairs, whose labels are left alone")
-    out: str = flag("runs/label_noise", "folder of the runs, the figures and the picture")
-    seeds: int = flag(3, "runs of each objective, each on pairs and flips of its own")
-    pairs: int = flag(200, "training pairs of a run")
-    eval_pairs: int = flag(200, "held-out pairs, the first of the file")
-    epochs: int = flag(3, "times every pair is seen: enough to learn wrong labels by heart")
+    model: str = flag("runs/sft", "model folder to start from, also for the reward model")
+    data: str = flag(str(SAMPLE / "preferences.jsonl"), "pairs to draw training pairs from")
+    eval_data: str = flag(str(SAMPLE / "heldout.jsonl"), "held-out pairs, whose labels stay true")
+    out: str = flag("runs/label_noise", "folder for the runs, the figures and the picture")
+    seeds: int = flag(3, "runs of each objective, each with its own pairs and flips")
+    pairs: int = flag(200, "number of training pairs")
+    eval_pairs: int = flag(200, "number of held-out pairs, from the start of the file")
+    epochs: int = flag(3, "passes over the pairs; three are enough to memorise wrong labels")
     batch_size: int = flag(16, "pairs per optimizer step")
     lr: float = flag(5e-4, "peak learning rate of the objectives")
     reward_lr: float = flag(1e-3, "peak learning rate of the reward model")
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     if len(pairs) < settings.pairs:
         raise InputError(f"{settings.data}: has {len(pairs)} pairs, fewer than --pairs {settings.pairs}")
     write(out / "heldout.jsonl", held_out)
-    accuracies: dict[str, dict[str, list[float]]] = {}  # of an objective, by the share of flipped pairs
+    accuracies: dict[str, dict[str, list[float]]] = {}  # objective: share of flipped pairs: seeds
     for seed in range(settings.seeds):
         for share in NOISE:
             folder = out / f"{share:.0%}-{seed}"
@@ -72,6 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def read(path: str) -> list[Preference]:
+    """The pairs of a file. Raises `InputError` at the first bad record."""
     records = list(read_records(path))
     if bad := next((record for record in records if isinstance(record, DataError)), None):
         raise InputError(str(bad))
@@ -79,15 +81,16 @@ def read(path: str) -> list[Preference]:
 
 
 def write(path: Path, records: list[Preference]) -> None:
+    """Write pairs as JSON lines. Creates the folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(as_json(record), ensure_ascii=False) + "\n" for record in records)
     path.write_text("".join(lines), encoding="utf-8")
 
 
 def flipped(pairs: list[Preference], count: int, share: float, seed: int) -> list[Preference]:
-    """`count` of the pairs, drawn by `seed`, of which exactly `share` have their sides exchanged.
+    """`count` random pairs; exactly the first `share` of them have their sides exchanged.
 
-    With one seed the pairs are the same for every share, and a larger share flips what a smaller one did.
+    For one seed every share has the same pairs, and a larger share also flips the pairs of a smaller one.
     """
     drawn = random.Random(seed).sample(pairs, count)
     wrong = round(share * count)
@@ -95,41 +98,41 @@ def flipped(pairs: list[Preference], count: int, share: float, seed: int) -> lis
 
 
 def compare(settings: Settings, folder: Path, share: float, seed: int) -> dict[str, float]:
-    """Train with every objective on the noisy pairs of `folder`; the held-out accuracy of each.
+    """Train every objective on the noisy pairs of `folder`; return the held-out accuracy of each.
 
-    Without flips DPO alone: it is what the others can hope for.
+    Without flips only DPO is trained: its accuracy is the upper limit for the others.
     """
     noisy, held_out = folder / "noisy.jsonl", Path(settings.out) / "heldout.jsonl"
-    how = ["--model", settings.model, f"--seed={seed}"]
-    how += [f"--epochs={settings.epochs}", f"--batch-size={settings.batch_size}"]
+    common = ["--model", settings.model, f"--seed={seed}", "--overwrite"]
+    common += [f"--epochs={settings.epochs}", f"--batch-size={settings.batch_size}"]
     accuracies = {}
     for name, (flags, _) in OBJECTIVES.items():
         if share == 0 and name != "DPO":
             continue
         data = [f"--data={noisy}", f"--eval-data={held_out}"]
-        if name in TOLD:
+        if name in SMOOTHED:
             flags = [*flags, f"--label-smoothing={share}"]
         if name == "soft":
             reward = folder / "reward"
             scored, scored_held_out = folder / "scored.jsonl", folder / "scored-heldout.jsonl"
-            train_reward.main([*how, *data, f"--out={reward}", f"--lr={settings.reward_lr}"])
-            train_reward.main([f"--model={reward}", f"--score={noisy}", f"--to={scored}"])
-            train_reward.main([f"--model={reward}", f"--score={held_out}", f"--to={scored_held_out}"])
+            train_reward.main([*common, *data, f"--out={reward}", f"--lr={settings.reward_lr}"])
+            score.main([f"--model={reward}", f"--data={noisy}", f"--out={scored}"])
+            score.main([f"--model={reward}", f"--data={held_out}", f"--out={scored_held_out}"])
             accuracies["reward model"] = held_out_accuracy(reward)
             data = [f"--data={scored}", f"--eval-data={scored_held_out}"]
-        train_dpo.main([*how, *data, f"--out={folder / name}", f"--lr={settings.lr}", *flags])
+        train_dpo.main([*common, *data, f"--out={folder / name}", f"--lr={settings.lr}", *flags])
         accuracies[name] = held_out_accuracy(folder / name)
     return accuracies
 
 
 def held_out_accuracy(run: Path) -> float:
-    """As the run's last evaluation, after its last step, found it."""
+    """Reward accuracy of the run's last evaluation, after its last step."""
     *_, last = (run / "metrics.jsonl").read_text("utf-8").splitlines()
     return json.loads(last)["eval_rewards/accuracies"]
 
 
 def draw(accuracies: dict[str, dict[str, list[float]]], out: Path) -> None:
-    """A point an objective and share: the mean over the runs, with a line from the lowest to the highest."""
+    """A point per objective and share: the mean over the runs, with a line from the lowest to the highest."""
     with canvas(7, 3.9, out) as figure:
         axes = figure.subplots()
         plain(axes, "Held-out reward accuracy", "share of pairs; mean and range over the runs")

@@ -1,25 +1,24 @@
-"""Train on data that people really use, and measure on prompts that were held out.
+"""Train on public preference data, and measure on held-out prompts.
 
     python -m eval.experiments.real_data ../shared/data --out runs/real
 
-Takes a folder with public preference data (see its MANIFEST.md) and, with a tokenizer trained on the same
-text: SFT on rasbt's instructions, DPO on rasbt's polite-against-rude pairs; then, from the same SFT model,
-some DPO steps on Anthropic's HH and on UltraFeedback. A tenth of each file, split by prompt, is held out.
+The argument is a folder of public preference data (see its MANIFEST.md). Trains a tokenizer on the same text,
+then SFT on rasbt's instructions, DPO on rasbt's polite and rude answers, and, from the same SFT model, a few
+DPO steps on Anthropic's HH and on UltraFeedback. A tenth of the prompts of each file is held out.
 Writes OUT/results.json and prints a table.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import train_dpo
 import train_sft
 from dataset import tokenizer
-from dataset.inspect import prompt_digest
-from dataset.records import DataError, Preference, read_records
+from dataset.records import DataError, Preference, prompt_digest, read_records
 from errors import InputError, run_script
 from eval import common, preference
 from training.distributed import World, pick_device
+from training.settings import OneLineParser
 
 SFT = "sft/rasbt_instruction-data.json.gz"
 RASBT = "preferences/rasbt_instruction-data-with-preference.json.gz"
@@ -32,10 +31,10 @@ PAIRS = {
 
 
 def split_by_prompt(source: Path, train: Path, held_out: Path) -> dict[str, int]:
-    """Write a tenth of the prompts, and all records with them, apart. Returns what was counted.
+    """Write the records of a tenth of the prompts to `held_out`, the others to `train`. Returns the counts.
 
-    By the digest of the prompt, so that a prompt never stands on both sides, nor changes sides when records
-    are added. Bad records are left out.
+    The digest of a prompt decides. So a prompt is never on both sides and keeps its side when records are
+    added. Bad records are skipped.
     """
     counts = {"train": 0, "held_out": 0, "bad": 0}
     train.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +54,7 @@ def split_by_prompt(source: Path, train: Path, held_out: Path) -> dict[str, int]
 
 
 def as_json(record) -> dict:
+    """A record as this project reads it back: `prompt`, `chosen` and `rejected`, or `messages`."""
     if not isinstance(record, Preference):
         return {"messages": [vars(turn) for turn in record.messages]}
     prompt = [vars(turn) for turn in record.prompt]
@@ -62,55 +62,48 @@ def as_json(record) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.experiments.real_data", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("shared", type=Path, help="folder with preferences/ and sft/")
-    parser.add_argument("--out", type=Path, default=Path("runs/real"))
+    parser = OneLineParser(prog="python -m eval.experiments.real_data", description=__doc__.split("\n")[0])
+    parser.add_argument("shared", type=Path, help="folder that contains preferences/ and sft/")
+    parser.add_argument("--out", type=Path, default=Path("runs/real"), help="folder for runs and figures")
     settings = parser.parse_args(arguments)
-    if not (settings.shared / SFT).is_file():
-        raise InputError(f"{settings.shared}: there is no {SFT}")
+    shared, out = settings.shared, settings.out
+    if not (shared / SFT).is_file():
+        raise InputError(f"{shared}: {SFT} not found")
 
-    out = settings.out
     results = {"split": {}, "held out": {}}
     for name, (file, _) in PAIRS.items():
         train, held_out = out / f"{name}.train.jsonl", out / f"{name}.heldout.jsonl"
-        results["split"][name] = split_by_prompt(settings.shared / file, train, held_out)
-    texts = tokenizer.texts_of([settings.shared / SFT, *(out / f"{name}.train.jsonl" for name in PAIRS)])
+        results["split"][name] = split_by_prompt(shared / file, train, held_out)
+    texts = tokenizer.texts_of([shared / SFT, *(out / f"{name}.train.jsonl" for name in PAIRS)])
     tokenizer.train(texts, 4096).save(str(out / "tokenizer.json"))
+    write_instructions(shared / SFT, out / "sft.jsonl", out / "rasbt.heldout.jsonl")
 
-    # The preference file has the prompts of the instructions: what is held out there must not be taught here.
-    held_out = {prompt_digest(record) for record in read_records(out / "rasbt.heldout.jsonl")}
-    with open(out / "sft.jsonl", "w", encoding="utf-8") as file:
-        for record in read_records(settings.shared / SFT):
-            if prompt_digest(record) not in held_out:
-                file.write(json.dumps(as_json(record), ensure_ascii=False) + "\n")
-    train_sft.main(
-        [
-            "--tokenizer",
-            f"{out}/tokenizer.json",
-            "--data",
-            f"{out}/sft.jsonl",
-            "--out",
-            f"{out}/sft",
-            "--epochs",
-            "8",
-        ]
-    )
+    paths = ["--tokenizer", f"{out}/tokenizer.json", "--data", f"{out}/sft.jsonl", "--out", f"{out}/sft"]
+    train_sft.main([*paths, "--epochs", "8", "--overwrite"])
     world = World(0, 1, pick_device("auto"))
     for name, (_, flags) in PAIRS.items():
         data = ["--data", f"{out}/{name}.train.jsonl", "--eval-data", "", "--out", f"{out}/dpo-{name}"]
-        train_dpo.main(["--model", f"{out}/sft", "--batch-size", "16", *data, *flags])
-        asked = preference.Settings(
-            model=f"{out}/dpo-{name}", reference=f"{out}/sft", data=f"{out}/{name}.heldout.jsonl"
-        )
-        results["held out"][name] = preference.measure(asked, world)
+        train_dpo.main(["--model", f"{out}/sft", "--batch-size", "16", "--overwrite", *data, *flags])
+        given = preference.Settings(model=f"{out}/dpo-{name}", data=f"{out}/{name}.heldout.jsonl")
+        results["held out"][name] = preference.measure(given, world)
     common.write_json(out / "results.json", results)
     print(f"\n{'held-out pairs':<16}{'pairs':>6}{'accuracy':>10}{'margin':>8}{'loss':>8}{'KL/token':>10}")
     for name, figures in results["held out"].items():
         accuracy, margin = figures["rewards/accuracies"], figures["rewards/margins"]
         print(f"{name:<16}{figures['pairs']:>6}{accuracy:>10.3f}{margin:>8.3f}", end="")
         print(f"{figures['loss']:>8.3f}{figures['kl_per_token']:>10.4f}")
+
+
+def write_instructions(source: Path, target: Path, held_out: Path) -> None:
+    """Copy the conversations of `source` except those with a prompt of the held-out pairs.
+
+    The pairs have the same prompts as the instructions. SFT must not see the held-out ones.
+    """
+    prompts = {prompt_digest(record) for record in read_records(held_out)}
+    with open(target, "w", encoding="utf-8") as file:
+        for record in read_records(source):
+            if not isinstance(record, DataError) and prompt_digest(record) not in prompts:
+                file.write(json.dumps(as_json(record), ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Said(NamedTuple):
 class Rows(list):
     """Pairs of token ids, (prompt, chosen, rejected), where a `TokenStore` is expected."""
 
-    reference_logps = None  # nothing is cached
+    reference_logps = score_margins = None  # nothing is cached, nothing is scored
 
     def row(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
         return [(np.array(ids), np.ones(len(ids), dtype=bool)) for ids in self[index]]

@@ -11,8 +11,8 @@ MUTANTS = [
         "train_dpo",
         "train",
         "total * world.ranks / len(window)",
-        "total / len(rows) * world.ranks / len(micro_batches)",
-        LOOPS + "test_accumulation_equals_one_big_batch[3-dpo]",
+        "total / len(losses) * world.ranks / len([*micro_batches(pairs, window, world, max_tokens)])",
+        LOOPS + "test_accumulation_equals_one_big_batch[130-dpo]",
     ),
     Mutant(
         "sft-mean-of-micro-batches",
@@ -20,7 +20,7 @@ MUTANTS = [
         "train_sft",
         "train",
         "total * world.ranks / window_tokens",
-        "total / len(losses) * world.ranks / len(micro_batches)",
+        "total / len(losses) * world.ranks / len([*micro_batches(conversations, window, world, max_tokens)])",
         LOOPS + "test_accumulation_equals_one_big_batch[1-sft]",
     ),
     Mutant(
@@ -51,12 +51,12 @@ MUTANTS = [
         LOOPS + "test_two_ranks_equal_one_process[train_dpo-pairs]",
     ),
     Mutant(
-        "exchange-on-the-first-micro-batch",
-        "Gradients meet too early, and what later micro-batches add stays on its rank.",
+        "exchange-before-the-last-micro-batch",
+        "Gradients meet too early, and what the last micro-batch adds stays on its rank.",
         "train_sft",
         "train",
-        "len(micro_batches)",
-        "1",
+        "exchange_gradients(policy, when=last)",
+        "exchange_gradients(policy, when=not last)",
         LOOPS + "test_two_ranks_equal_one_process[train_sft-chats]",
     ),
     Mutant(
@@ -146,8 +146,8 @@ MUTANTS = [
         "Loading a model runs whatever code its file holds.",
         "model.weights",
         "read_ours",
-        "torch.load(path, map_location=device, weights_only=True)",
-        "torch.load(path, map_location=device, weights_only=False)",
+        "torch.load(path, map_location=device, weights_only=True, mmap=not on_meta)",
+        "torch.load(path, map_location=device, weights_only=False, mmap=not on_meta)",
         "tests/test_weights.py::test_a_hostile_file_runs_nothing",
     ),
 ]

@@ -3,8 +3,8 @@
 from tests.planted.mutant import Mutant
 
 REWARD = "tests/test_reward.py::"
+SCORE = "tests/test_score.py::"
 RESUME = "tests/test_resume.py::"
-LORA = "tests/test_lora.py::"
 
 MUTANTS = [
     Mutant(
@@ -49,7 +49,7 @@ MUTANTS = [
         "Autocast rounds the head's product to bf16, and close answers tie.",
         "model.reward",
         "RewardModel.forward",
-        "(hidden.to(torch.promote_types(hidden.dtype, torch.float32)) * self.score.weight).sum(dim=-1)",
+        "(at_least_float32(hidden) * self.score.weight).sum(dim=-1)",
         "self.score(hidden)[:, 0].float()",
         REWARD + "test_rewards_are_float32_under_autocast",
     ),
@@ -70,8 +70,8 @@ MUTANTS = [
         "train_reward",
         "train",
         "total * world.ranks / len(window)",
-        "total / len(rows) * world.ranks / len(micro_batches)",
-        REWARD + "test_accumulation_equals_one_big_batch[3]",
+        "total / len(losses) * world.ranks / len([*micro_batches(pairs, window, world, max_tokens)])",
+        REWARD + "test_accumulation_equals_one_big_batch[200]",
     ),
     Mutant(
         "reward-ranks-average-away",
@@ -85,11 +85,11 @@ MUTANTS = [
     Mutant(
         "scores-by-row",
         "Rows are counted without the pairs that were dropped: every score after one goes to another pair.",
-        "train_reward",
+        "eval.score",
         "write_scored",
         "pairs.records.tolist()",
         "range(len(pairs))",
-        REWARD + "test_scores_are_written_back[pairs.jsonl]",
+        "tests/test_score.py::test_scores_are_written_back[pairs.jsonl]",
     ),
     Mutant(
         "scores-by-line",
@@ -98,16 +98,16 @@ MUTANTS = [
         "_write",
         "places.append(place)",
         "places.append(record.line - 1)",
-        REWARD + "test_scores_are_written_back[pairs.json]",
+        "tests/test_score.py::test_scores_are_written_back[pairs.json]",
     ),
     Mutant(
         "scores-swapped",
         "Soft labels then say of every pair that the rejected answer is the better one.",
-        "train_reward",
+        "eval.score",
         "write_scored.write",
         'record["score_chosen"], record["score_rejected"] = scores[place]',
         'record["score_rejected"], record["score_chosen"] = scores[place]',
-        REWARD + "test_scores_are_written_back[pairs.jsonl]",
+        "tests/test_score.py::test_scores_are_written_back[pairs.jsonl]",
     ),
     Mutant(
         "any-model-for-any",
@@ -135,16 +135,5 @@ MUTANTS = [
         "objective.moves_reference",
         "False",
         RESUME + "test_what_an_objective_remembers_is_resumed[hard]",
-    ),
-    Mutant(
-        "balance-of-the-reference-with-adapters",
-        "With adapters the reference is the same model: asked after it, the layers tell its balance.",
-        "train_dpo",
-        "train",
-        "policy_logps = policy(stream)",
-        "policy_logps = policy(stream)\n"
-        "with torch.no_grad():\n"
-        "    reference(stream)",
-        LORA + "test_experts_balance_is_the_policys",
     ),
 ]

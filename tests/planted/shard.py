@@ -30,7 +30,7 @@ MUTANTS = [
         "first_device",
         '"cpu" if world.is_main else "meta"',
         '"cpu"',
-        SHARD + "test_one_rank_alone_loads_the_model[dpo]",
+        SHARD + "test_one_rank_alone_loads_the_model[sft]",
     ),
     Mutant(
         "a-fresh-model-on-every-rank",
@@ -48,13 +48,13 @@ MUTANTS = [
         "gather",
         "weight.full_tensor",
         "weight.to_local",
-        SHARD + "test_a_split_model_trains_like_copies_and_like_one_process[dpo]",
+        SHARD + "test_a_split_model_trains_like_copies_and_like_one_process[sft]",
     ),
     Mutant(
         "parts-are-not-read",
         "What was split is left as it was allocated: noise, or zeros.",
         "training.sharded",
-        "settle",
+        "place_tensors",
         "if missing:\n"
         "    ...",
         "if False:\n"

@@ -1,0 +1,117 @@
+"""Score preference pairs with a reward model.
+
+    python -m eval.score --model runs/reward --data pairs.jsonl --out scored.jsonl
+    torchrun --standalone --nproc-per-node 4 -m eval.score --model DIR --data pairs.jsonl --out scored.jsonl
+
+Writes the records as JSON lines in their order. Each keeps its fields and gets `score_chosen` and
+`score_rejected`, the soft labels of ``train_dpo.py --loss soft``. A `win_probability` is removed, because
+training would use it instead of the scores. Pairs that training drops (too long, or equal sides) are left
+out and counted, so that every record of the file has scores.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from dataset.jsonl import read_values
+from dataset.packing import LAYOUTS
+from dataset.store import TokenStore, open_store
+from errors import InputError, run_script
+from eval.common import (
+    DEVICE_WHY,
+    DEVICES,
+    length_limit,
+    load_model_and_tokenizer,
+    precision_and_reason,
+    print_note,
+    print_start,
+    require,
+    write_file,
+)
+from model.reward import RewardModel
+from train_reward import mean_metrics, score_pairs
+from training.distributed import World, join
+from training.precision import Precision
+from training.settings import flag, parse
+
+
+@dataclass
+class Settings:
+    model: str = flag("runs/reward", "reward model folder")
+    data: str = flag("", "preference pairs to score: .jsonl or .json, also .gz")
+    out: str = flag("", ".jsonl file for the scored pairs; may be --data itself")
+    micro_batch_tokens: int = flag(8192, "most tokens in a forward; changes the speed, not the scores")
+    max_length: int = flag(
+        0, "maximum tokens of prompt and response, longer pairs are dropped; 0: as in training"
+    )
+    layout: str = flag("forked", "forked computes a prompt once for both sides, twin once for each", LAYOUTS)
+    shape: str = flag("auto", "data format (see dataset/formats.py); auto detects it from the first record")
+    skip_bad: bool = flag(False, "skip bad records (at most 1 %) instead of stopping at the first")
+    device: str = flag("auto", DEVICE_WHY, DEVICES)
+    precision: str = flag("auto", "of the forward pass, as in training", ("auto", "fp32", "bf16", "fp16"))
+
+    def __post_init__(self) -> None:
+        if not self.data or not self.out:
+            raise InputError("give --data, the pairs to score, and --out, the file for the scored pairs")
+        if not self.out.endswith(".jsonl"):
+            raise InputError(f"--out {self.out}: the name must end in .jsonl, the format of scored pairs")
+        tokens = self.micro_batch_tokens
+        require(tokens >= 1, "--micro-batch-tokens", tokens, "must be at least 1")
+        require(self.max_length >= 0, "--max-length", self.max_length, "must not be negative")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    settings = parse(Settings, __doc__.split("\n")[0], arguments)
+    with join(settings.device) as world:
+        score(settings, world)
+
+
+def score(settings: Settings, world: World) -> None:
+    """Write the scored pairs, and print how often the chosen answer has the higher score."""
+    model, tokenizer = load_model_and_tokenizer(settings.model, world.device, RewardModel)
+    length = length_limit(settings.max_length, settings.model, model.config)
+    precision = Precision(settings.precision, world.device)
+    if world.is_main:
+        reason = precision_and_reason(settings.precision, precision.name, world.device)
+        print_start({settings.model: model}, world.device, reason)
+    read = length, settings.shape, settings.skip_bad
+    pairs = world.main_first(lambda: open_store(settings.data, "preferences", tokenizer, *read))
+    rewards = score_pairs(model, pairs, world, precision, settings.layout, settings.micro_batch_tokens)
+    if not world.is_main:
+        return
+    print_note(f"{settings.data}: {pairs.report}")
+    if removed := write_scored(Path(settings.out), settings.data, pairs, rewards):
+        print_note(f"removed win_probability from {removed} records: training would prefer it to the scores")
+    figures = mean_metrics(rewards)
+    print_note(
+        f"{settings.out}: {len(pairs)} pairs; the chosen answer has the higher score in "
+        f"{figures['rewards/accuracies']:.1%}, by {figures['rewards/margins']:.3g} on average"
+    )
+
+
+def write_scored(path: Path, source: str, pairs: TokenStore, rewards: Tensor) -> int:
+    """Write the records of `source` that are rows of `pairs`, with their (P, 2) rewards as scores.
+
+    Returns the number of records that had a `win_probability`. The file appears complete or not at all.
+    """
+    scores = dict(zip(pairs.records.tolist(), rewards.tolist(), strict=True))  # place in the file: scores
+    removed = 0
+
+    def write(file) -> None:
+        nonlocal removed
+        for place, (_, record) in enumerate(read_values(source)):
+            if place in scores:
+                removed += record.pop("win_probability", None) is not None
+                record["score_chosen"], record["score_rejected"] = scores[place]
+                # UTF-8 cannot encode a lone surrogate. Texts have none; in other fields JSON escapes it.
+                line = json.dumps(record, ensure_ascii=False) + "\n"
+                file.write(line.encode("utf-8", "backslashreplace"))
+
+    write_file(path, write)
+    return removed
+
+
+if __name__ == "__main__":
+    run_script(main)

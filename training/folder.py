@@ -1,0 +1,147 @@
+"""Run folders: the names that a run writes, the lock of its owner, and the room that its disk must have.
+
+    OUT/.lock              process id of the run, which locks this file as long as it lives
+    OUT/checkpoints/       while the run is unfinished
+    OUT/metrics.jsonl      the log
+    OUT/config.json, tokenizer files, adapter.pt, model.pt      written at the end, model.pt last
+
+A run overwrites and removes only files that a run wrote; their names identify them.
+"""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+from errors import InputError
+from files import UNFINISHED, sync
+from training.checkpoint import checkpoints, is_checkpoint_file, remove, step_of
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+WEIGHTS = ("model.pt", "adapter.pt")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json",
+             "tokenizer.model", "added_tokens.json")  # fmt: skip
+WRITTEN = (*WEIGHTS, "config.json", "metrics.jsonl", *TOKENIZER)
+CHECKPOINTS, LOCK = "checkpoints", ".lock"
+
+
+def require_locks() -> None:
+    if fcntl is None:
+        raise InputError("training locks its run folder with fcntl, which Windows does not have: use WSL")
+
+
+def take_lock(folder: Path):
+    """Own the folder until this process ends, however it ends; return the locked file.
+
+    Raises `InputError` if another process is the owner.
+    """
+    lock = open(folder / LOCK, "ab+", buffering=0)  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read().decode(errors="replace").strip()
+        raise InputError(f"{folder}: another run writes to this folder (process {owner})") from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n".encode())
+    return lock
+
+
+def require_same_folder(folder: Path, lock) -> None:
+    """Raise `InputError` if the folder was removed or replaced since this process locked it."""
+    try:
+        same = os.path.samestat(os.stat(folder / LOCK), os.fstat(lock.fileno()))
+    except OSError:
+        same = False
+    if not same:
+        raise InputError(
+            f"{folder} was removed, renamed or replaced while the run wrote to it: the run stops; if the "
+            "folder still exists elsewhere, continue with --out there and --resume"
+        )
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the folder contains the model of a finished run. An empty model.pt is not a model."""
+    model = folder / "model.pt"
+    return model.is_file() and model.stat().st_size > 0
+
+
+def require_no_foreign_files(folder: Path) -> None:
+    """Raise `InputError` if a new run would overwrite or remove files that no run wrote."""
+    foreign = [path for path in listed(folder / CHECKPOINTS) if not is_checkpoint_file(path.name)]
+    if not (folder / LOCK).exists():
+        foreign += [folder / name for name in WRITTEN if (folder / name).exists()]
+    if foreign:
+        raise InputError(f"--out {folder}: a run did not write {foreign[0]}; choose another folder")
+
+
+def require_replaceable(folder: Path, overwrite: bool) -> None:
+    """Raise `InputError` if the folder contains a finished or stopped run, unless `overwrite` is true."""
+    if overwrite:
+        return
+    if is_finished(folder):
+        raise InputError(
+            f"--out {folder} contains a finished run ({folder / 'model.pt'}): choose another folder, or "
+            "replace the run with --overwrite"
+        )
+    if left := checkpoints(folder / CHECKPOINTS):
+        raise InputError(
+            f"--out {folder} contains a run that was stopped after step {step_of(left[0])}: continue it with "
+            "--resume, or replace it with --overwrite"
+        )
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the incomplete files that a killed run left."""
+    for path in listed(folder):
+        if (name := UNFINISHED.fullmatch(path.name)) and name[1] in WRITTEN:
+            remove(path)
+    for path in listed(folder / CHECKPOINTS):
+        if is_checkpoint_file(path.name) and path.suffix == ".tmp":
+            remove(path)
+
+
+def remove_run(folder: Path) -> None:
+    """Remove weights and checkpoints of an earlier run, so that its model is not taken for the new one."""
+    for name in WEIGHTS:
+        (folder / name).unlink(missing_ok=True)
+    sync(folder)
+    remove_checkpoints(folder)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove all checkpoints, also damaged ones, and their folder if it is then empty."""
+    for path in listed(folder / CHECKPOINTS):
+        if is_checkpoint_file(path.name):
+            remove(path)
+    with contextlib.suppress(OSError):
+        (folder / CHECKPOINTS).rmdir()
+
+
+def require_room(folder: Path, checkpoint: int, model: int, keep: int) -> None:
+    """Raise `InputError` unless the disk has room for `keep` + 1 checkpoints and the model, sizes in bytes.
+
+    The space of the files that the run replaces or prunes counts as free.
+    """
+    replaced = [folder / name for name in WEIGHTS] + checkpoints(folder / CHECKPOINTS)
+    free = shutil.disk_usage(folder).free + sum(map(size, replaced))
+    needed = checkpoint * (keep + 1) + model
+    if free < needed:
+        raise InputError(
+            f"{folder}: the disk has {free / 2**20:.0f} MiB for this run, which needs {needed / 2**20:.0f} "
+            "MiB; --keep-checkpoints 1 needs less"
+        )
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder; 0 if it does not exist."""
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def listed(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
