@@ -521,7 +521,7 @@ REFUSED = [
     (dict(beta=0.0), "--beta must be above 0, not 0.0"),
     (dict(beta=math.nan), "--beta must be above 0, not nan"),
     (dict(label_smoothing=0.5), "--label-smoothing must be at least 0 and below 0.5, not 0.5"),
-    (dict(loss="hinge", label_smoothing=0.1), "--label-smoothing has no effect on --loss hinge; it is an option"),
+    (dict(loss="hinge", label_smoothing=0.1), "--label-smoothing has no effect on --loss hinge; it is an"),
     (dict(loss="soft", label_smoothing=0.1), "--label-smoothing has no effect on --loss soft"),
     (dict(loss="exo_pair", label_smoothing=0.0), "exo_pair takes the logarithm of --label-smoothing"),
     (dict(loss="robust"), "--loss robust needs --label-smoothing, the share of flipped labels"),

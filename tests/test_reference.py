@@ -167,7 +167,11 @@ def test_an_interrupted_file_is_no_file(flags, tmp_path, tokenizer, monkeypatch)
 
 @pytest.mark.parametrize(
     "options, reason",
-    [({"tr_alpha": 0.5}, "--tr-alpha and --tr-every change it"), ({"tr_every": 3}, "--tr-alpha and --tr-every change it"), ({"loss": "simpo"}, "does not use a reference")],
+    [
+        ({"tr_alpha": 0.5}, "--tr-alpha and --tr-every change it"),
+        ({"tr_every": 3}, "--tr-alpha and --tr-every change it"),
+        ({"loss": "simpo"}, "does not use a reference"),
+    ],
 )
 def test_what_cannot_be_cached_is_refused(options, reason):
     """A reference that moves is not the one that was asked."""

@@ -23,6 +23,7 @@ from tests.conftest import MODEL_OPTIONS, RAGGED, as_record, make_model, plain_h
 from tests.loops import metrics, record_gradients, weights
 from tests.ranks import forked
 from training.distributed import World
+from training.evaluate import score_pairs
 from training.precision import Precision
 from training.schedule import adamw
 from training.settings import SAMPLE
@@ -339,7 +340,7 @@ def test_every_pair_is_scored_once_on_any_ranks(count, ranks, tokenizer, write_j
     cpu = torch.device("cpu")
     precision = Precision("fp32", cpu)
     worlds = [OneOfMany(rank, ranks, cpu) for rank in range(ranks)]
-    parts = [train_reward.score_pairs(model, store, world, precision, "forked", 100) for world in worlds]
+    parts = [score_pairs(model, store, world, precision, "forked", 100) for world in worlds]
     parts = torch.stack(parts)
     assert (parts != 0).sum(dim=0).eq(1).all()
     with torch.no_grad():

@@ -27,7 +27,7 @@ def prepare(model: Transformer, tokenizer: ChatTokenizer, settings: TrainSetting
     That is --max-length in tokens, or what the model allows. Raises `InputError` if something does not fit.
     """
     max_length = settings.length_limit(model.config)
-    model.config.admit(tokenizer.vocab_size, max_length)
+    model.config.check_fits(tokenizer.vocab_size, max_length)
     model.checkpoint_activations = settings.checkpoint_activations
     if settings.fused_attention:
         model.fuse_attention(world.device)
