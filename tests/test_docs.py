@@ -19,12 +19,12 @@ from dataset.packing import build_stream
 from dataset.store import open_store
 from dataset.tokenizer import ChatTokenizer
 from tests.loops import ROOT
-from training.settings import SAMPLE
+from training.settings import REPLACED, SAMPLE
 
 ARCHITECTURE, READMES = "docs/ARCHITECTURE.md", ["README.md", "README.zh.md"]
-# Flags of other programs, and one that the figures of PERFORMANCE.md were measured with.
+# Flags of other programs, and those that the project had once.
 FOREIGN = {"--standalone", "--nproc-per-node", "--nnodes", "--max-restarts", "--outfile"}
-FOREIGN |= {"--micro-batch-size"}
+FOREIGN |= {"--local-dir", "--repo-type", *REPLACED}
 
 
 def listed(pattern: str) -> list[str]:
@@ -166,6 +166,7 @@ def anchors(text: str) -> set[str]:
 def test_every_command_and_flag_of_a_page_exists(name):
     """A command that a reader copies must start, and a flag that a page explains must be there."""
     for program, arguments in our_commands(page(name)):
+        assert (ROOT / file_of(program)).exists(), f"{name}: there is no {program}"
         known = flags_of(program)
         for argument in arguments:
             flag = argument.split("=")[0]
@@ -195,10 +196,14 @@ def programs() -> list[str]:
     return [name.removesuffix(".py").replace("/", ".") for name in mains]
 
 
+def file_of(program: str) -> str:
+    return f"{program.replace('.', '/')}.py"
+
+
 @cache
 def flags_of(program: str) -> frozenset[str]:
     """The flags of a module, from its --help; none where it does not read the command line."""
-    source = page(f"{program.replace('.', '/')}.py")
+    source = page(file_of(program))
     if not re.search(r"Parser\(|parse\(", source):
         return frozenset()
     arguments = ["export", "--help"] if '"export"' in source else ["--help"]
