@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         judged = compare(records, replies)
         write_json(out / "judge.json", judged | {"tasks": compare_tasks(records, replies)})
     with stage("5. DPO answers unrelated questions in one conversation", "turns", seconds):
-        model, tokenizer = load_speaker(dpo, pick_device("auto"))
+        model, tokenizer = load_model_and_tokenizer(dpo, pick_device("auto"))
         few = 40 if not settings.prompts else 2
         by_turn = turns.right_by_turn(model, tokenizer, read_judged(HELD_OUT), few, seed=settings.seed)
 
