@@ -19,7 +19,7 @@ from dataset.packing import build_stream
 from dataset.store import open_store
 from dataset.tokenizer import ChatTokenizer
 from tests.loops import ROOT
-from training.settings import REPLACED, SAMPLE
+from training.settings import REPLACED, SAMPLE, parse
 
 ARCHITECTURE, READMES = "docs/ARCHITECTURE.md", ["README.md", "README.zh.md"]
 # Flags of other programs, and those that the project had once.
@@ -167,10 +167,12 @@ def test_every_command_and_flag_of_a_page_exists(name):
     """A command that a reader copies must start, and a flag that a page explains must be there."""
     for program, arguments in our_commands(page(name)):
         assert (ROOT / file_of(program)).exists(), f"{name}: there is no {program}"
-        known = flags_of(program)
         for argument in arguments:
             flag = argument.split("=")[0]
-            assert flag in known or not flag.startswith("--"), f"{name}: {program} has no {flag}"
+            assert flag in flags_of(program) or not flag.startswith("--"), f"{name}: {program} has no {flag}"
+        settings = getattr(importlib.import_module(program), "Settings", None)
+        if settings and "--help" not in arguments:
+            parse(settings, "", arguments)
     known = FOREIGN.union(*map(flags_of, programs()))
     for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*(?![\w…-])", page(name)):
         assert flag in known, f"{name}: {flag}"
