@@ -135,6 +135,14 @@ def test_a_hostile_file_runs_nothing(folder, monkeypatch):
     assert not (folder / "PWNED").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_checkpoint_is_mapped(folder):
+    """Eight ranks of a node that each read 100 GB need 800 GB of memory; mapped, they share the pages."""
+    path = checkpoints(folder)[0]
+    state = load_checkpoint(path)
+    assert state and path.name in Path("/proc/self/maps").read_text()
+
+
 def test_nothing_in_the_project_unpickles():
     """With one call without `weights_only=True`, a downloaded file could run any code."""
     sources = [p for p in ROOT.glob("**/*.py") if p.relative_to(ROOT).parts[0] not in ("tests", ".venv")]
