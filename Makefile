@@ -17,12 +17,12 @@ endif
 demo: $(RUN_READY)
 	$(PYTHON) -m eval.demo --out runs/demo
 
-# Two processes, each with files of its own; a process of tests uses one thread.
+# Two processes, each with files of its own; a process of tests uses one thread. The ten slowest are listed.
 test: $(DEV_READY) lint
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 2 --dist loadfile --durations=10
 
 test-all: $(DEV_READY) lint
-	$(PYTHON) -m pytest -n 2 --dist loadfile -m ""
+	$(PYTHON) -m pytest -n 2 --dist loadfile --durations=10 -m ""
 
 parity: $(PARITY_READY)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest tests/parity

@@ -1,16 +1,14 @@
-"""Every preference objective of the field: what policy and reference say of B pairs in, (B,) losses out.
+"""Every preference objective of the field, DPO first. Each function returns the losses of B pairs, (B,).
 
-Read from top to bottom, this is a tour. A pair is a prompt x with a chosen answer y_w and a rejected y_l.
+A pair is a prompt x with a chosen answer y_w ("won") and a rejected answer y_l ("lost").
 
-    log pi(y|x)         the sum of the log-probs of y's tokens, the end token included; |y| is their number
-    chosen_logratios    a = log pi(y_w|x) - log pi_ref(y_w|x), (B,); beta a is the implicit reward of y_w
-    rejected_logratios  b, the same of y_l
-    margins             a - b, (B,); with another f-divergence, what takes its place
+    log π(y|x)          the sum of the log-probs of y's tokens, end token included; |y| is their number
+    chosen_logratios    a = log π(y_w|x) − log π_ref(y_w|x), (B,); β a is the implicit reward of y_w
+    rejected_logratios  b, the same for y_l
+    margins             a − b, (B,)
 
-The parameters of a function say what it looks at: `training/objective.py` passes them by name.
-So its signature also
-says which options a loss has, with their defaults, and whether it needs a reference at all. No loss takes the
-logarithm of a rounded probability: values and gradients are finite at log-ratios of ±1e4.
+The parameters of a function are what it needs: `training/objective.py` passes them by name. Values and
+gradients are finite at log-ratios of ±1e4: no function takes the logarithm of a rounded probability.
 """
 
 import math
@@ -19,97 +17,70 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ---- What a log-ratio counts: the derivative f'(pi / pi_ref) of the divergence that holds the policy back
-# (f-DPO, Wang et al. 2023, arXiv 2309.16240), but for a constant that cancels in the margin.
-
-
-def reverse_kl(logratios: Tensor) -> Tensor:
-    """KL(pi || pi_ref), as in DPO: f'(u) = log u. It seeks modes: it is dear to say what pi_ref does not."""
-    return logratios
-
-
-def forward_kl(logratios: Tensor) -> Tensor:
-    """KL(pi_ref || pi): f'(u) = -1/u. It covers mass: it is dear not to say what pi_ref says."""
-    return -expm1(-logratios)
-
-
-def js(logratios: Tensor) -> Tensor:
-    """Jensen-Shannon: f'(u) = log(u / (1 + u)). Between the two, and bounded for what became likelier."""
-    return F.logsigmoid(logratios)
-
-
-def alpha(logratios: Tensor, divergence_alpha: float = 0.5) -> Tensor:
-    """The alpha-divergence: f'(u) = (1 - u^-alpha) / alpha, from reverse KL (towards 0) to forward KL (1)."""
-    return -expm1(-divergence_alpha * logratios) / divergence_alpha
-
-
-def expm1(x: Tensor, last: float = 20.0) -> Tensor:
-    """e^x - 1 up to x = `last`, and from there on its tangent.
-
-    So a hopeless response neither overflows nor, as with a clamp, is let go: its gradient stays e^last.
-    """
-    kept = x.clamp(max=last)
-    return kept.expm1() + kept.exp() * (x - kept)
-
-
-# ---- The margin should be large: y_w above y_l, wherever the two are
+# ---- DPO
 
 
 def sigmoid(margins: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7); smoothed it is cDPO (Mitchell 2023, eq. 3).
+    """DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
 
-        -log sigmoid(beta margins)
+        −log σ(β (a − b))
 
-    Maximum likelihood of the preferences when beta log pi/pi_ref is the reward of a Bradley-Terry model.
-    cDPO takes each label to be wrong with probability `label_smoothing`, so no margin is worth infinity.
+    If β log π/π_ref is the reward, Bradley-Terry gives P(y_w beats y_l) = σ(β (a − b)). DPO is maximum
+    likelihood of that model. Its gradient in a is −β σ(−β (a − b)): a pair that is won no longer pulls.
+
+    With `label_smoothing` ε it is cDPO (Mitchell 2023, eq. 3): each label is wrong with probability ε.
+
+        −(1 − ε) log σ(β (a − b)) − ε log σ(−β (a − b))
     """
-    return cross_entropy(beta * margins, 1 - label_smoothing)
+    losses = -F.logsigmoid(beta * margins)
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-beta * margins)
+    return losses
+
+
+# ---- Other losses of the margin: y_w above y_l
 
 
 def soft(margins: Tensor, beta: float, score_margins: Tensor, score_scale: float = 1.0) -> Tensor:
-    """DPO with soft labels: each pair has its own probability p that y_w wins.
+    """DPO with soft labels: the data gives each pair a probability p that y_w wins.
 
-        -p log sigmoid(h) - (1 - p) log sigmoid(-h),    h = beta margins,    p = sigmoid(scale (s_w - s_l))
+        −p log σ(h) − (1 − p) log σ(−h),    h = β (a − b),    p = σ(scale (s_w − s_l))
 
-    For pairs scored by a reward model or by many judges: it is least at h = logit p instead of at infinity.
-    With p = 1 it is DPO, with p = 1 - epsilon cDPO; but for a constant it is KL(p || sigmoid(h)).
+    Scores s come from a reward model or from several judges. The minimum is at h = logit p, not at infinity.
+    p = 1 is DPO, p = 1 − ε is cDPO. Up to a constant the loss is KL(p ‖ σ(h)).
     """
-    return cross_entropy(beta * margins, torch.sigmoid(score_scale * score_margins))
-
-
-def cross_entropy(h: Tensor, p: float | Tensor) -> Tensor:
-    """-p log sigmoid(h) - (1 - p) log sigmoid(-h)."""
+    h, p = beta * margins, torch.sigmoid(score_scale * score_margins)
     return -p * F.logsigmoid(h) - (1 - p) * F.logsigmoid(-h)
 
 
 def robust(margins: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """Robust DPO (Chowdhury et al. 2024, arXiv 2403.00409).
 
-        [-(1 - epsilon) log sigmoid(h) + epsilon log sigmoid(-h)] / (1 - 2 epsilon),    h = beta margins
+        [−(1 − ε) log σ(h) + ε log σ(−h)] / (1 − 2 ε),    h = β (a − b)
 
-    For labels of which a known share epsilon is flipped: its mean over the flips is DPO on clean labels.
+    For labels of which a known share ε is flipped. Averaged over the flips it is DPO on clean labels.
     """
     h, flipped = beta * margins, label_smoothing
     return (-(1 - flipped) * F.logsigmoid(h) + flipped * F.logsigmoid(-h)) / (1 - 2 * flipped)
 
 
 def hinge(margins: Tensor, beta: float) -> Tensor:
-    """SLiC's hinge on log-ratios (Zhao et al. 2023, arXiv 2305.10425; RSO's hinge-norm, 2309.06657).
+    """SLiC's hinge on log-ratios (Zhao et al. 2023, arXiv 2305.10425; hinge-norm in RSO, 2309.06657).
 
-        max(0, 1 - beta margins)
+        max(0, 1 − β (a − b))
 
-    A pair that is won by 1 / beta is let go altogether; all others pull alike.
+    A pair with a margin of 1/β or more has no gradient. All other pairs have the same gradient.
     """
     return torch.relu(1 - beta * margins)
 
 
 def ipo(margins: Tensor, beta: float) -> Tensor:
-    """IPO (Azar et al. 2023, arXiv 2310.12036, eq. 17); beta is the paper's tau.
+    """IPO (Azar et al. 2023, arXiv 2310.12036, eq. 17); beta is the paper's τ.
 
-        (margins - 1 / (2 beta))^2
+        (a − b − 1 / (2 β))²
 
-    A target instead of "ever more": where one answer always wins, DPO's reference loses its hold, IPO's not.
-    The log-ratios are sums, as in the paper; `ipo_norm` averages them.
+    The margin has a target. If one answer always wins, DPO's margin grows without bound, IPO's does not.
+    The log-ratios are sums, as in the paper; `ipo_norm` uses means.
     """
     return (margins - 1 / (2 * beta)) ** 2
 
@@ -117,9 +88,9 @@ def ipo(margins: Tensor, beta: float) -> Tensor:
 def exo_pair(margins: Tensor, beta: float, label_smoothing: float = 1e-3) -> Tensor:
     """EXO on pairs (Ji et al. 2024, arXiv 2402.00856, eq. 16).
 
-        KL( (sigmoid(h), sigmoid(-h)) || (1 - epsilon, epsilon) ),    h = beta margins
+        KL( (σ(h), σ(−h)) ‖ (1 − ε, ε) ),    h = β (a − b)
 
-    The reverse of cDPO's divergence, so that it seeks the mode; epsilon must be above 0.
+    The reverse of cDPO's divergence, so it is mode-seeking. ε must be above 0.
     """
     h = beta * margins
     chosen = torch.sigmoid(h) * (F.logsigmoid(h) - math.log(1 - label_smoothing))
@@ -127,11 +98,12 @@ def exo_pair(margins: Tensor, beta: float, label_smoothing: float = 1e-3) -> Ten
 
 
 def discopop(margins: Tensor, beta: float, discopop_tau: float = 0.05) -> Tensor:
-    """DiscoPOP, a loss that a language model found (Lu et al. 2024, arXiv 2406.08414, eq. 5).
+    """DiscoPOP, found by a language model (Lu et al. 2024, arXiv 2406.08414, eq. 5).
 
-        (1 - m) (-log sigmoid(h)) + m e^-h,    h = beta margins,    m = sigmoid(h / tau)
+        (1 − m) (−log σ(h)) + m e^−h,    h = β (a − b),    m = σ(h / τ)
 
-    Logistic for lost pairs, exponential for won ones. m e^-h is one exponential: 0 times infinity is NaN.
+    Logistic for lost pairs, exponential for won pairs. It is not convex: near h = 0, where training starts, a
+    gradient step lowers the margin. m e^−h is computed as one exponential, since 0 · inf is NaN.
     """
     h = beta * margins
     logistic = torch.sigmoid(-h / discopop_tau) * -F.logsigmoid(h)
@@ -141,17 +113,17 @@ def discopop(margins: Tensor, beta: float, discopop_tau: float = 0.05) -> Tensor
 def dpop(
     chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, dpop_lambda: float = 50.0
 ) -> Tensor:
-    """DPO-Positive (Pal et al. 2024, arXiv 2402.13228, eq. 3 as corrected in July 2024: lambda inside beta).
+    """DPO-Positive (Pal et al. 2024, arXiv 2402.13228, eq. 3, corrected in July 2024: λ is inside β).
 
-        -log sigmoid( beta [a - b - lambda max(0, -a)] )
+        −log σ( β [a − b − λ max(0, −a)] )
 
-    For pairs that differ in few tokens, where DPO lowers both sides: y_w must not fall below the reference.
+    For pairs that differ in few tokens. There DPO lowers both answers; DPOP penalises a lower y_w.
     """
     fall = torch.relu(-chosen_logratios)
     return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - dpop_lambda * fall))
 
 
-# ---- The same by the token: long answers weigh no more than short ones
+# ---- Means over tokens: a long answer has no more weight than a short one
 
 
 def sigmoid_norm(
@@ -161,9 +133,9 @@ def sigmoid_norm(
     rejected_lengths: Tensor,
     beta: float,
 ) -> Tensor:
-    """Length-normalised DPO, Tülu 3's `dpo_norm` (Lambert et al. 2024, arXiv 2411.15124), with beta 5 there.
+    """Length-normalised DPO, `dpo_norm` of Tülu 3 (Lambert et al. 2024, arXiv 2411.15124; β is 5 there).
 
-        -log sigmoid( beta (a / |y_w| - b / |y_l|) )
+    −log σ( β (a / |y_w| − b / |y_l|) )
     """
     return -F.logsigmoid(beta * (chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths))
 
@@ -175,23 +147,23 @@ def ipo_norm(
     rejected_lengths: Tensor,
     beta: float,
 ) -> Tensor:
-    """IPO on averages, as several libraries have it and the paper has not.
+    """IPO with means over tokens. Several libraries implement this; the paper has sums.
 
-        (a / |y_w| - b / |y_l| - 1 / (2 beta))^2
+    (a / |y_w| − b / |y_l| − 1 / (2 β))²
     """
     margins = chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths
     return (margins - 1 / (2 * beta)) ** 2
 
 
-# ---- Each side by itself: y_w up, y_l down
+# ---- Each answer on its own: y_w up, y_l down
 
 
 def nca_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
-    """NCA on pairs (Chen et al. 2024, arXiv 2402.05369), with beta 0.01 there.
+    """NCA on pairs (Chen et al. 2024, arXiv 2402.05369; β is 0.01 there).
 
-        -log sigmoid(beta a) - 1/2 log sigmoid(-beta a) - 1/2 log sigmoid(-beta b)
+        −log σ(β a) − ½ log σ(−β a) − ½ log σ(−β b)
 
-    Noise-contrastive: rewards are absolute, so that y_w's likelihood does not fall along with y_l's.
+    Noise-contrastive estimation. Rewards are absolute, so the likelihood of y_w does not fall with y_l's.
     """
     chosen, rejected = beta * chosen_logratios, beta * rejected_logratios
     return -F.logsigmoid(chosen) - (F.logsigmoid(-chosen) + F.logsigmoid(-rejected)) / 2
@@ -200,9 +172,9 @@ def nca_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) 
 def bco_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, delta: float) -> Tensor:
     """BCO (Jung et al. 2024, arXiv 2404.04656): a binary classifier of good and bad answers.
 
-        -log sigmoid(beta a - delta) - log sigmoid(delta - beta b)
+        −log σ(β a − δ) − log σ(δ − β b)
 
-    delta, the running mean of all rewards, is where the classifier divides; it has no gradient.
+    δ is the running mean of all rewards, without gradient. It is the classifier's threshold.
     """
     return -F.logsigmoid(beta * chosen_logratios - delta) - F.logsigmoid(delta - beta * rejected_logratios)
 
@@ -210,11 +182,11 @@ def bco_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, 
 def kto_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
     """KTO on pairs (Ethayarajh et al. 2024, arXiv 2402.01306; eq. 7 of the authors' HALOs report).
 
-        1/2 [1 - sigmoid(beta (a - KL_l))] + 1/2 [1 - sigmoid(beta (KL_w - b))],    KL = max(0, batch mean)
+        ½ [1 − σ(β (a − KL_l))] + ½ [1 − σ(β (KL_w − b))],    KL = max(0, mean over the batch)
 
-    Prospect theory's value of gains and losses: both saturate. The point they are measured from is the mean
-    log-ratio of the other side over the micro-batch, without gradient, so pairs that meet in a micro-batch
-    depend on one another. The half makes it a mean over answers, as in the paper.
+    Gains and losses saturate, as in prospect theory. KL_w and KL_l are the mean log-ratios of the chosen and
+    the rejected side over the micro-batch, without gradient: the losses depend on the other pairs in it.
+    The author has since disowned this paired form: KTO is meant for unpaired feedback.
     """
     chosen_kl = chosen_logratios.mean().clamp(min=0).detach()
     rejected_kl = rejected_logratios.mean().clamp(min=0).detach()
@@ -225,9 +197,9 @@ def kto_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) 
 def apo_zero(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
     """APO-zero (D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7, plus 1).
 
-        1 - sigmoid(beta a) + sigmoid(beta b)
+        1 − σ(β a) + σ(β b)
 
-    For answers that are better than the model's own: y_w becomes likelier, not only likelier than y_l.
+    For answers that are better than the model's own. The likelihood of y_w itself rises.
     """
     return torch.sigmoid(-beta * chosen_logratios) + torch.sigmoid(beta * rejected_logratios)
 
@@ -235,20 +207,20 @@ def apo_zero(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) 
 def apo_down(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
     """APO-down (D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 8, plus 1).
 
-        sigmoid(beta a) + 1 - sigmoid(beta (a - b))
+        σ(β a) + 1 − σ(β (a − b))
 
-    For a model that is better than both answers: both become less likely, y_l more so.
+    For a model that is better than both answers. Both likelihoods fall, that of y_l more.
     """
     margins = chosen_logratios - rejected_logratios
     return torch.sigmoid(beta * chosen_logratios) + torch.sigmoid(-beta * margins)
 
 
 def sppo_hard(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
-    """SPPO (Wu et al. 2024, arXiv 2405.00675, eq. 4.7), with labels 1 and 0 as win rates; beta 1e-3 there.
+    """SPPO (Wu et al. 2024, arXiv 2405.00675, eq. 4.7) with win rates 1 and 0; β is 1e-3 there.
 
-        (a - 1 / (2 beta))^2 + (b + 1 / (2 beta))^2
+        (a − 1 / (2 β))² + (b + 1 / (2 β))²
 
-    Self-play towards a Nash equilibrium: each side has a target of its own, whatever the other does.
+    Self-play towards a Nash equilibrium. Each answer has a target of its own.
     """
     return (chosen_logratios - 1 / (2 * beta)) ** 2 + (rejected_logratios + 1 / (2 * beta)) ** 2
 
@@ -264,26 +236,26 @@ def aot(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """AOT, paired (Melnyk et al. 2024, arXiv 2406.05882), with beta 0.01 there.
+    """AOT, paired (Melnyk et al. 2024, arXiv 2406.05882; β is 0.01 there).
 
-        DPO's loss of the margins  sort(log pi(y_w) - log pi(y_l)) - sort(log pi_ref(y_w) - log pi_ref(y_l))
+        DPO's loss of  sort(log π(y_w) − log π(y_l)) − sort(log π_ref(y_w) − log π_ref(y_l))
 
-    The policy's preferences, as a distribution, should lie above the reference's at every quantile.
+    The distribution of the policy's preferences is raised above the reference's at every quantile.
     """
     policy = (policy_chosen_logps - policy_rejected_logps).sort().values
     reference = (reference_chosen_logps - reference_rejected_logps).sort().values
-    return cross_entropy(beta * (policy - reference), 1 - label_smoothing)
+    return sigmoid(policy - reference, beta, label_smoothing)
 
 
 def aot_unpaired(
     chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, label_smoothing: float = 0.0
 ) -> Tensor:
-    """AOT, unpaired (Melnyk et al. 2024, arXiv 2406.05882): DPO's loss of the margins sort(a) - sort(b).
+    """AOT, unpaired (Melnyk et al. 2024, arXiv 2406.05882): DPO's loss of sort(a) − sort(b).
 
-    The rewards of good answers should lie above those of bad ones at every quantile, whoever met whom.
+    The rewards of chosen answers are raised above those of rejected answers at every quantile.
     """
     quantiles = chosen_logratios.sort().values - rejected_logratios.sort().values
-    return cross_entropy(beta * quantiles, 1 - label_smoothing)
+    return sigmoid(quantiles, beta, label_smoothing)
 
 
 # ---- Without a reference
@@ -297,11 +269,11 @@ def simpo(
     beta: float,
     simpo_gamma: float = 0.5,
 ) -> Tensor:
-    """SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 6), with beta 2 to 2.5 there, and gamma / beta 0.25.
+    """SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 6; β is 2 to 2.5 and γ/β 0.25 there).
 
-        -log sigmoid( beta (log pi(y_w) / |y_w| - log pi(y_l) / |y_l|) - gamma )
+        −log σ( β (log π(y_w) / |y_w| − log π(y_l) / |y_l|) − γ )
 
-    The reward is what generation ranks by, the mean log-prob of a token; gamma is the margin to be won by.
+    The reward is the mean log-prob of a token, by which generation ranks. γ is the required margin.
     """
     margins = policy_chosen_logps / chosen_lengths - policy_rejected_logps / rejected_lengths
     return -F.logsigmoid(beta * margins - simpo_gamma)
@@ -314,11 +286,11 @@ def orpo(
     rejected_lengths: Tensor,
     beta: float,
 ) -> Tensor:
-    """ORPO (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7); beta is the paper's lambda.
+    """ORPO (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7); beta is the paper's λ.
 
-        -log p_w - beta log sigmoid( log odds_w - log odds_l ),    odds = p / (1 - p)
+        −log p_w − β log σ( log odds_w − log odds_l ),    odds = p / (1 − p)
 
-    p is the geometric mean of an answer's token probabilities. Fine-tuning and preference in one stage.
+    p is the geometric mean of an answer's token probabilities. One stage: fine-tuning and preference.
     """
     chosen_means = policy_chosen_logps / chosen_lengths
     margins = log_odds(chosen_means) - log_odds(policy_rejected_logps / rejected_lengths)
@@ -326,17 +298,17 @@ def orpo(
 
 
 def log_odds(logp: Tensor) -> Tensor:
-    """log p - log(1 - p) of log p. Odds are capped at a million: those of a certain answer are infinite."""
+    """log p − log(1 − p), from log p. Odds are capped at a million, since those of p = 1 are infinite."""
     logp = logp.clamp(max=-1e-6)
     return logp - (-logp.expm1()).log()
 
 
 def sft(policy_chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
-    """Likelihood of y_w, -log pi(y_w|x) / |y_w|: a mean over each answer's own tokens.
+    """Negative log-likelihood of y_w, −log π(y_w|x) / |y_w|: the mean over each answer's own tokens.
 
-    With DPO it is RPO, "sigmoid,sft" (Pang et al. 2024, arXiv 2404.19733v3, eq. 1); with DPO and BCO it is
-    MPO, "sigmoid,bco_pair,sft" weighted 0.8, 0.2, 1 (Wang et al. 2024, arXiv 2411.10442).
-    A mean over the tokens of a batch, as elsewhere, would weigh long answers more than the paper does.
+    "sigmoid,sft" is RPO (Pang et al. 2024, arXiv 2404.19733v3, eq. 1). "sigmoid,bco_pair,sft" with weights
+    0.8,0.2,1 is MPO (Wang et al. 2024, arXiv 2411.10442). A mean over all tokens of a batch, as in some
+    libraries, gives long answers more weight than the paper does.
     """
     return -policy_chosen_logps / chosen_lengths
 
@@ -348,6 +320,41 @@ LOSSES = {
         *(nca_pair, bco_pair, kto_pair, apo_zero, apo_down, sppo_hard, aot, aot_unpaired, simpo, orpo, sft),
     )
 }
+
+
+# ---- Other divergences than the reverse KL. f-DPO (Wang et al. 2023, arXiv 2309.16240) replaces each
+# log-ratio by f'(π / π_ref), up to a constant that cancels in the margin.
+
+
+def reverse_kl(logratios: Tensor) -> Tensor:
+    """DPO's KL(π ‖ π_ref): f'(u) = log u. Mode-seeking: penalises text that π_ref finds unlikely."""
+    return logratios
+
+
+def forward_kl(logratios: Tensor) -> Tensor:
+    """KL(π_ref ‖ π): f'(u) = −1/u. Mass-covering: penalises the loss of text that π_ref finds likely."""
+    return -expm1(-logratios)
+
+
+def js(logratios: Tensor) -> Tensor:
+    """Jensen-Shannon: f'(u) = log(u / (1 + u)). Between the two; bounded for text that gets likelier."""
+    return F.logsigmoid(logratios)
+
+
+def alpha(logratios: Tensor, divergence_alpha: float = 0.5) -> Tensor:
+    """α-divergence: f'(u) = (1 − u^−α) / α. Reverse KL as α → 0, forward KL at α = 1."""
+    return -expm1(-divergence_alpha * logratios) / divergence_alpha
+
+
+def expm1(x: Tensor, last: float = 20.0) -> Tensor:
+    """e^x − 1 up to x = `last`, then its tangent: no overflow, and a gradient that stays e^last.
+
+    A clamp would set the gradient of a very unlikely response to 0.
+    """
+    kept = x.clamp(max=last)
+    return kept.expm1() + kept.exp() * (x - kept)
+
+
 DIVERGENCES = {divergence.__name__: divergence for divergence in (reverse_kl, forward_kl, js, alpha)}
 
 
@@ -355,19 +362,19 @@ DIVERGENCES = {divergence.__name__: divergence for divergence in (reverse_kl, fo
 
 
 def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """A reward model's loss (Ouyang et al. 2022, arXiv 2203.02155, eq. 1): -log sigmoid(r(y_w) - r(y_l)).
+    """The loss of a reward model (Ouyang et al. 2022, arXiv 2203.02155, eq. 1): −log σ(r(y_w) − r(y_l)).
 
-    Takes the (B,) rewards of each side and returns (B,) losses. Bradley & Terry (1952): the probability that
-    y_w is preferred is the sigmoid of the difference, so a constant added to all rewards changes nothing.
+    (B,) rewards of each side to (B,) losses. By Bradley & Terry (1952) P(y_w is preferred) is the sigmoid of
+    the difference, so a constant added to all rewards changes nothing.
     """
     return -F.logsigmoid(chosen_rewards - rejected_rewards)
 
 
-# ---- What is logged
+# ---- Metrics
 
 
 def reward_metrics(losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:
-    """What is logged of B pairs, as sums over them under the field's names. A tie is half an accuracy."""
+    """Sums over B pairs under the field's names, without gradient. A tie counts as half an accuracy."""
     margins = chosen_rewards - rejected_rewards
     values = {
         "loss": losses,

@@ -1,47 +1,45 @@
-"""Supervised fine-tuning: teach a model to answer, before preferences teach it how.
+"""Supervised fine-tuning: teach a model to answer, before DPO teaches it which answers are preferred.
 
     python train_sft.py                                                 # bundled data; CPU, MPS or one GPU
     python train_sft.py --model 26m --data chats.jsonl --out runs/mine
     torchrun --standalone --nproc-per-node 4 train_sft.py               # four GPUs of one machine
 
-The loss is -log pi(y_t | x, y_<t), averaged over every token that an assistant says, end tokens included.
+The loss is −log π(y_t | x, y_<t), the mean over all tokens of assistant turns, end tokens included.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from dataset.packing import Windows, build_stream, micro_batches, share
-from dataset.store import TokenStore, open_store
+from dataset.packing import Windows, micro_batches
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script
 from model.config import PRESETS, ModelConfig
-from model.lora import add_adapters, trained_part
+from model.lora import trained_part
 from model.moe import router_loss
 from model.transformer import Transformer, compile_layers
-from model.weights import load_model, weights_hash
-from training.distributed import exchange_gradients, first_device, join, wrap
+from model.weights import weights_hash
+from training.distributed import World, exchange_gradients, first_device, join, wrap
+from training.evaluate import evaluate_sft
 from training.memory import micro_batch_tokens
 from training.metrics import Meter, MetricsLog
 from training.precision import Precision
 from training.run import RunFolder
 from training.schedule import adamw, clip_gradients, cosine_lr, require_finite, set_lr
 from training.settings import SAMPLE, AdapterSettings, flag, parse
+from training.setup import describe_run, load_policy, open_data, prepare
 
 
 @dataclass
 class Settings(AdapterSettings):
-    model: str = flag(
-        "tiny", f"a fresh model of this size ({', '.join(PRESETS)}), or a model folder to go on from"
-    )
-    tokenizer: str = flag(str(SAMPLE / "tokenizer.json"), "tokenizer.json of a fresh model")
+    model: str = flag("tiny", f"size of a new model ({', '.join(PRESETS)}), or a model folder to start from")
+    tokenizer: str = flag(str(SAMPLE / "tokenizer.json"), "tokenizer.json of a new model")
     data: str = flag(str(SAMPLE / "sft.jsonl"), "conversations: .jsonl or .json, also .gz")
-    eval_data: str = flag("", "held-out conversations, evaluated now and then; empty for none")
+    eval_data: str = flag("", "held-out conversations; empty: none")
     out: str = flag("runs/sft", "run folder: config, weights, tokenizer, metrics")
-    epochs: int = flag(4, "times every conversation is seen")
+    epochs: int = flag(4, "passes over the data")
     batch_size: int = flag(16, "conversations per optimizer step, over all ranks and micro-batches")
-    lr: float = flag(2e-3, "peak learning rate")
+    lr: float = flag(2e-3, "peak learning rate, for the tiny model; a billion weights need 1e-5")
     warmup_steps: int = flag(50, "steps of linear warm-up before the cosine")
 
 
@@ -51,111 +49,86 @@ def main(arguments: list[str] | None = None) -> None:
         train(settings, world, run)
 
 
-def train(settings: Settings, world, run) -> None:
-    # ---- the model
-    model, tokenizer = start_model(settings, first_device(world, settings.shard))
-    max_length = settings.length_limit(model.config)
-    model.config.admit(tokenizer.vocab_size, max_length)
-    if settings.lora_rank:
-        add_adapters(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
-    model.checkpoint_activations = settings.checkpoint_activations
-    if settings.fused_attention:
-        model.fuse_attention(world.device)
-    policy = wrap(model, world, settings.shard)
+def train(settings: Settings, world: World, run: RunFolder) -> None:
+    # ---- set-up: the model, the conversations, the optimizer
+    model, tokenizer, max_length = start_model(settings, world)
+    policy = wrap(model, world, settings.shard)  # the same model, as several ranks train it together
     if settings.compile:
         compile_layers(model)
-
-    # ---- the data: conversations, and which of them each optimizer step sees
-    def open_conversations(path):
-        how = max_length, settings.shape, settings.skip_bad
-        return world.node_first(lambda: open_store(path, "conversations", tokenizer, *how))
-
-    conversations = open_conversations(settings.data)
-    eval_conversations = open_conversations(settings.eval_data) if settings.eval_data else None
-    windows = Windows(len(conversations), settings.batch_size, settings.seed)
+    data, eval_data = open_data(settings, "conversations", tokenizer, max_length, world)
+    windows = Windows(len(data), settings.batch_size, settings.seed)  # the conversations of each step
     total_steps = settings.max_steps or settings.epochs * windows.per_epoch
-
     precision = Precision(settings.precision, world.device, settings.matmul_precision)
-    max_tokens = micro_batch_tokens(settings, model, world, conversations, precision)
-    optimizer = adamw(model, settings.weight_decay)
-    world.print(f"{settings.data}: {conversations.report}")
-    meter = Meter(world)
+    max_tokens = micro_batch_tokens(settings, model, world, data, precision)  # in one forward
+    optimizer, meter = adamw(model, settings.weight_decay), Meter(world)
+    describe_run(settings, world, precision, model, "supervised fine-tuning")
 
-    # ---- what a checkpoint holds, and where an interrupted run goes on
+    # ---- where a stopped run continues; `state` is what a checkpoint contains
     state = {"model": trained_part(model), "optimizer": optimizer, "precision": precision, "meter": meter}
-    digests = weights_hash(model), conversations.fingerprint, tokenizer.fingerprint
-    first_step = run.begin(state, *digests, micro_batch_tokens=max_tokens)
-    if first_step is None:  # --resume finds the run finished
-        return
-    max_tokens = run.identity["micro_batch_tokens"]  # on --resume with auto: as before
+    digests = weights_hash(model), data.fingerprint, tokenizer.fingerprint
+    first_step = run.begin(state, *digests, max_length=max_length, micro_batch_tokens=max_tokens)
+    if first_step is None:
+        return  # The run has finished.
+    max_tokens = run.identity["micro_batch_tokens"]  # of the checkpoint, if there is one
+    log = MetricsLog(run.folder, world, first_step, total_steps, unit="conversations")
     world.print(windows.describe(total_steps, world.ranks, max_tokens))
-    log = MetricsLog(Path(settings.out), world, first_step, total_steps, unit="conversations")
 
     for step in range(first_step, total_steps):
         lr = cosine_lr(step, total_steps, settings.lr, settings.warmup_steps)
         set_lr(optimizer, lr)
-
-        # ---- one window of conversations: forward, loss and backward, micro-batch by micro-batch
         window = windows[step]
-        window_tokens = int(conversations.target_counts[window].sum())  # supervised, over all ranks
-        for stream, last in micro_batches(conversations, window, world, max_tokens):
-            with exchange_gradients(policy, when=last):
-                with precision.autocast():
-                    balances: list[torch.Tensor] = []  # one for each layer of experts
-                    losses = -policy(stream, balances)  # (N,) -log pi(y_t | x, y_<t)
-                aux_loss = torch.as_tensor(router_loss(balances), device=world.device)
-                # A mean over the window's tokens, however they were dealt: a mean of micro-batch means would
-                # weigh the tokens of short batches more. Each token carries the balance of its stream, too.
-                # Ranks' gradients are averaged, hence `ranks`.
-                total = (losses + model.config.router_aux_loss_coef * aux_loss).sum()
-                precision.scaler.scale(total * world.ranks / window_tokens).backward()
-            meter.add(len(losses), {"loss": losses.sum(), "aux_loss": aux_loss * len(losses)})
+        window_tokens = int(data.target_counts[window].sum())  # supervised tokens, over all ranks
+
+        # ------------------------------------------------------- the gradient of one window of conversations
+        for stream, is_last in micro_batches(data, window, world, max_tokens):
+            exchange_gradients(policy, when=is_last)
+            balances = []  # filled by experts; empty for a dense model
+            with precision.autocast():
+                losses = -policy(stream, balances)  # (N,) −log π(y_t | x, y_<t)
+            if balances:
+                meter.add(0, {"aux_loss": router_loss(balances) * len(losses)})
+            penalty = model.config.router_aux_loss_coef * router_loss(balances)
+
+            # The mean over the window's tokens. A mean of micro-batch means would give the tokens of short
+            # micro-batches more weight. Ranks average their gradients, hence the factor.
+            precision.backward((losses + penalty).sum() * world.ranks / window_tokens)
+            meter.add(len(losses), {"loss": losses.sum()})
+        # -------------------------------------------------------
 
         grad_norm = clip_gradients(optimizer, precision.scaler, settings.grad_clip)
-        require_finite(meter, grad_norm, precision, step, conversations.lines[window])
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
+        require_finite(meter, grad_norm, precision, step, data.lines[window])
+        precision.step(optimizer)
         optimizer.zero_grad()
 
         done = step + 1
         log.advance(len(window))
         if done % settings.log_every == 0 or done == total_steps:
-            figures = {"grad_norm": grad_norm, "learning_rate": lr, **precision.figures()}
-            log.write(done, {**meter.mean(), **figures})
-        if eval_conversations and (done % settings.eval_every == 0 or done == total_steps):
-            loss = evaluate(model, eval_conversations, world, precision, max_tokens)
-            log.write(done, {"eval_loss": loss})
+            metrics = {"grad_norm": grad_norm, "learning_rate": lr, **precision.metrics()}
+            log.write(done, {**meter.mean(), **metrics})
+        if eval_data and (done % settings.eval_every == 0 or done == total_steps):
+            metrics = evaluate_sft(model, eval_data, world, precision, max_tokens)
+            log.write(done, {f"eval_{name}": value for name, value in metrics.items()})
         run.save_when_due(done)
 
     log.close()
     run.finish(model, tokenizer)
 
 
-def start_model(settings: Settings, device: torch.device) -> tuple[Transformer, ChatTokenizer]:
-    """A fresh model of a preset's size, the same on every rank; or the model of a folder."""
+def start_model(settings: Settings, world: World) -> tuple[Transformer, ChatTokenizer, int]:
+    """A new model of a preset's size, the same on every rank, or the model of a folder; as `load_policy`."""
     if settings.model not in PRESETS:
-        if not Path(settings.model).is_dir():
-            raise InputError(f"--model {settings.model}: neither a folder nor one of {', '.join(PRESETS)}")
-        return load_model(settings.model, device), ChatTokenizer(Path(settings.model) / "tokenizer.json")
+        return load_policy(settings, world)
     if settings.lora_rank:
-        raise InputError(f"--lora-rank adapts a model folder; {settings.model} is a fresh model")
+        raise InputError(f"--lora-rank needs a model folder; {settings.model} is the size of a new model")
     tokenizer = ChatTokenizer(settings.tokenizer)
     torch.manual_seed(settings.seed)
     config = ModelConfig(vocab_size=tokenizer.vocab_size, **PRESETS[settings.model])
-    with torch.device("meta" if device.type == "meta" else "cpu"):  # One seed, one model on every device.
-        return Transformer(config).to(device), tokenizer
-
-
-@torch.no_grad()
-def evaluate(model: Transformer, data: TokenStore, world, precision: Precision, max_tokens: int) -> float:
-    """Mean loss a supervised token, each conversation once on any number of ranks."""
-    meter = Meter(world)
-    for rows in share(data.lengths, world.rank, world.ranks, max_tokens):
-        stream = build_stream(data, rows).to(world.device)
-        with precision.autocast():
-            losses = -model(stream)
-        meter.add(len(losses), {"loss": losses.sum()})
-    return meter.mean()["loss"]
+    device = first_device(world, settings.shard)
+    with torch.device(
+        "meta" if device.type == "meta" else "cpu"
+    ):  # One seed gives one model on every device.
+        model = Transformer(config).to(device)
+    return model, tokenizer, prepare(model, tokenizer, settings, world)
 
 
 if __name__ == "__main__":

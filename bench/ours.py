@@ -6,13 +6,14 @@ import train_dpo
 from bench.work import BETA, Case, now
 from dataset.packing import stream_lengths
 from dataset.store import TokenStore
-from training.reference import cache_reference
+from training import setup
+from training.reference import cache_references
 
 
 def train(case: Case, folder: Path, store: TokenStore, how: str, device: str, precision: str, say) -> float:
     """Seconds of the timed steps; `how` is a layout, a reference and more flags: "forked live --flag"."""
     layout, reference, *others = how.split()
-    train_dpo.open_store = lambda *arguments: store
+    setup.open_store = lambda *arguments: store
     times = []
 
     class Log(train_dpo.MetricsLog):
@@ -22,17 +23,19 @@ def train(case: Case, folder: Path, store: TokenStore, how: str, device: str, pr
         def write(self, step, row):
             say(loss=row["loss"])
 
-    def ask(*arguments):
+    def fill_cache(*arguments):
         start = now()
-        cache_reference(*arguments)
-        say(reference=now() - start)
+        digest = cache_references(*arguments)
+        if digest:
+            say(reference=now() - start)
+        return digest
 
     class Precision(train_dpo.Precision):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             say(precision=self.name)  # what `auto` has become
 
-    train_dpo.MetricsLog, train_dpo.cache_reference, train_dpo.Precision = Log, ask, Precision
+    train_dpo.MetricsLog, train_dpo.cache_references, train_dpo.Precision = Log, fill_cache, Precision
     train_dpo.main([
         *("--model", str(folder / "model"), "--data", "synthetic", "--eval-data", ""),
         *("--out", str(folder / "run"), "--beta", str(BETA), "--layout", layout, "--reference", reference),

@@ -14,6 +14,7 @@ from errors import InputError
 from files import sync
 
 DAY = 24 * 3600  # seconds
+UNFINISHED = re.compile(r"unfinished-(?:(.+)-(\d+)-)?[a-z0-9_]{8}")  # host, process id
 
 
 def cache_folder() -> Path:
@@ -66,7 +67,7 @@ def build(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def remove_stale(cache: Path) -> None:
-    """Remove the unfinished folders of processes that were killed."""
+    """Remove the unfinished folders of processes that were killed, and nothing else."""
     for folder in cache.glob("unfinished-*"):
         with contextlib.suppress(OSError):  # Another process may remove or rename it at the same time.
             if is_stale(folder):
@@ -74,13 +75,15 @@ def remove_stale(cache: Path) -> None:
 
 
 def is_stale(folder: Path) -> bool:
-    """Whether the process that writes an unfinished folder has ended, or has written nothing for a day."""
-    writer = re.fullmatch(r"unfinished-(.+)-(\d+)-\w+", folder.name)
-    if os.name == "posix" and writer and writer[1] == platform.node():
+    """Whether a folder of `build` is unfinished and its process has ended or written nothing for a day."""
+    name, files = UNFINISHED.fullmatch(folder.name), list(folder.iterdir())
+    if not name or any(file.suffix not in (".bin", ".npy", ".json") for file in files):
+        return False
+    if os.name == "posix" and name[1] == platform.node():
         try:
-            os.kill(int(writer[2]), 0)  # Signal 0 only checks that the process exists.
+            os.kill(int(name[2]), 0)  # Signal 0 only checks that the process exists.
         except ProcessLookupError:
             return True
         except OSError:
             pass
-    return time.time() - max(file.stat().st_mtime for file in (folder, *folder.iterdir())) > DAY
+    return time.time() - max(file.stat().st_mtime for file in (folder, *files)) > DAY

@@ -199,9 +199,8 @@ def has_sides(record: dict) -> bool:
 
 def misspelt_prompt(record: dict, format: Format) -> bool:
     """Whether a format without a prompt key fits only because a key such as 'promt' is misspelt."""
-    return bool(format.absent) and any(
-        closest(key, PROMPT_KEYS, 0.85) for key in list(record)[:50] if key not in format.keys
-    )
+    others = [key for key in list(record)[:50] if key not in format.keys and "_" not in key]  # not prompt_id
+    return bool(format.absent) and any(closest(key, PROMPT_KEYS, 0.8) for key in others)
 
 
 def did_you_mean(record: dict, formats: dict[str, Format]) -> str:

@@ -31,9 +31,9 @@ def renderer(source: str, specials: dict[str, str], conversations: list[list[Mes
     eos_token, …, which the template may use. The function raises `InputError` where the template fails.
     """
     if importlib.util.find_spec("jinja2") is None:
-        raise InputError("chat templates need jinja2, of the extra `hf`: pip install jinja2")
+        raise InputError("chat templates need jinja2: pip install jinja2")
     turns = [[{"role": m.role, "content": m.content} for m in messages] for messages in conversations]
-    results = iter(_render_elsewhere(json.dumps([source, specials, turns])))
+    results = iter(_render_elsewhere(json.dumps([source, specials, turns, SECONDS])))
     texts = {tuple(messages): next(results) for messages in conversations}
 
     def render(messages: Iterable[Message]) -> str:
@@ -64,7 +64,7 @@ def _render_elsewhere(request: str) -> list[tuple[str, str]]:
 
 def main() -> None:
     """Render the request on standard input; write the results to standard output."""
-    source, specials, conversations = json.loads(sys.stdin.buffer.read())
+    source, specials, conversations, seconds = json.loads(sys.stdin.buffer.read())
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -89,22 +89,22 @@ def main() -> None:
                 **specials,
             )
         except MemoryError:
-            return "", f"it takes more than {MEMORY // 2**20} MiB"
+            sys.exit(1)
         except Exception as error:  # A template can raise whatever its expressions raise.
             return "", repr(str(error)[:LONGEST_ERROR])[1:-1]
         long = f"it writes more than {LONGEST_TEXT} characters" if len(text) > LONGEST_TEXT else ""
         return "" if long else text, long
 
-    limit_resources()
+    limit_resources(seconds)
     print(json.dumps(list(map(render, conversations))))
 
 
-def limit_resources() -> None:
+def limit_resources(seconds: int) -> None:
     """Limit this process's time and memory, where the system can; the caller's timeout holds everywhere."""
     try:
         import resource
     except ImportError:
         return
-    for what, limit in ((resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, MEMORY)):
+    for what, limit in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, MEMORY)):
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(what, (limit, limit))

@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dataset.jsonl import show
 from dataset.records import Conversation, DataError, Message, Preference, read_records
@@ -30,6 +30,7 @@ from files import write_whole
 START, END = "<|im_start|>", "<|im_end|>"
 # A reasoning model generates these itself, so in a message they are parsed; they end no turn.
 REASONING = ("<think>", "</think>")
+FUNCTION_WORDS = "的是了吗呢吧和与把再别不很请我你您"  # frequent characters; `train` does not merge them
 # Files beside a SentencePiece-based tokenizer.json. Only llama.cpp's converter reads them, for the scores of
 # the pieces: without them llama.cpp splits text into other tokens than every other program.
 SENTENCEPIECE = ("tokenizer.model", "added_tokens.json")
@@ -209,11 +210,16 @@ def read_chat_files(folder: Path, added: dict[str, int]) -> tuple[ChatTemplate, 
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909) with every digit a token of its own."""
+    """Byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909); each digit is its own token.
+
+    Merges stop at spaces, at punctuation, at the `FUNCTION_WORDS` of Chinese and after four other characters
+    of Chinese. Chinese has no spaces: without these stops a frequent sentence would become one token. The
+    stops hold while merges are learned. The file contains SmolLM's pre-tokenizer, which other programs have.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    pieces = Regex(rf"[{FUNCTION_WORDS}]|[^\P{{Han}}{FUNCTION_WORDS}]{{1,4}}")
+    smollm = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), *smollm])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -222,6 +228,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(smollm)
     return tokenizer
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dataset.inspect import printable
+from dataset.jsonl import printable
 from dataset.records import Message
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script
@@ -32,7 +32,7 @@ from eval.common import (
     print_start,
     require,
 )
-from eval.terminal import column_width, side_by_side, wrap
+from eval.terminal import column_width, side_by_side, text_pieces, wrap
 from model.generate import decode_steps
 from model.transformer import Transformer
 from training.distributed import pick_device
@@ -106,21 +106,6 @@ class Conversation:
             answer += piece
             yield piece
         self.history.append(Message("assistant", answer))
-
-
-def text_pieces(tokenizer: ChatTokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """Decode token by token: one piece of text per token, possibly empty, and one for the rest.
-
-    A token of a byte-level tokenizer can end within a character; its bytes decode to U+FFFD. Such an end is
-    held back until the next tokens complete the character. If no token follows, it is part of the answer.
-    """
-    ids, shown = [], ""
-    for token in tokens:
-        ids.append(token)
-        whole = tokenizer.decode(ids).rstrip("\ufffd")
-        yield whole[len(shown) :]
-        shown = max(shown, whole, key=len)
-    yield tokenizer.decode(ids)[len(shown) :]
 
 
 # ---- Answers on the screen

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import torch
 
-from dataset.inspect import printable
-from dataset.jsonl import read_values
+from dataset.jsonl import printable, read_values
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError
 from files import write_whole
 from model.config import PRESETS, ModelConfig
 from model.transformer import Transformer
-from model.weights import load_model, read_json
+from model.weights import load_model, read_json, require_folder
 from training.settings import SAMPLE, default_length
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
@@ -35,8 +34,21 @@ def load_model_and_tokenizer(
     """
     model = load_model(folder, device, model_class).eval().requires_grad_(False)
     tokenizer = ChatTokenizer(Path(folder) / "tokenizer.json")
-    model.config.admit(tokenizer.vocab_size)
+    model.config.check_fits(tokenizer.vocab_size)
     return model, tokenizer
+
+
+def load_policy_and_reference(
+    folder: str, reference_folder: str, device: torch.device
+) -> tuple[Transformer, Transformer, ChatTokenizer]:
+    """The models of two folders, and their tokenizer. Raises `InputError` if the tokenizers differ."""
+    policy, tokenizer = load_model_and_tokenizer(folder, device)
+    reference, reference_tokenizer = load_model_and_tokenizer(reference_folder, device)
+    if tokenizer.fingerprint != reference_tokenizer.fingerprint:
+        raise InputError(f"{folder} and {reference_folder} have different tokenizers")
+    if policy.config.vocab_size != reference.config.vocab_size:
+        raise InputError(f"{folder} and {reference_folder} have vocabularies of different sizes")
+    return policy, reference, tokenizer
 
 
 def print_start(models: dict[str, Transformer], device: torch.device, precision: str) -> None:
@@ -68,8 +80,9 @@ def print_note(text: str) -> None:
 def run_settings(folder: str | Path) -> dict:
     """The settings of the run that wrote a model folder; {} for a folder from Hugging Face.
 
-    Raises `InputError` if the folder has no readable config.json.
+    Raises `InputError` if the folder is missing or has no readable config.json.
     """
+    require_folder(Path(folder))
     settings = read_json(Path(folder) / "config.json").get("settings")
     return settings if isinstance(settings, dict) else {}
 
@@ -82,7 +95,7 @@ def length_limit(asked: int, folder: str | Path, config: ModelConfig) -> int:
     length = asked or run_settings(folder).get("max_length")
     if not isinstance(length, int) or length < 1:
         length = default_length(config)
-    config.admit(length=length)
+    config.check_fits(length=length)
     return length
 
 

@@ -1,10 +1,11 @@
-"""The whole way in minutes: SFT, DPO, and what DPO changed, on the bundled data.
+"""SFT, then DPO on the bundled data, then what DPO changed: in minutes on two cores.
 
-    python -m eval.demo --out runs/demo              # what `make demo` calls
+    python -m eval.demo --out runs/demo              # what `make demo` runs
     python -m eval.demo --out /tmp/quick --max-steps 20 --prompts 20
 
-Trains OUT/sft and OUT/dpo with the scripts' own defaults, then measures both on held-out prompts: preference
-accuracy, and sampled answers that a judge with the right solutions scores. OUT/results.json has the figures.
+Trains OUT/sft and OUT/dpo with the default settings of the two scripts. Then measures both models on held-out
+prompts: reward accuracy, sampled answers that a judge scores, and right answers by turn of a conversation.
+OUT/results.json contains the figures.
 """
 
 import time
@@ -14,9 +15,9 @@ from pathlib import Path
 
 import train_dpo
 import train_sft
-from dataset.inspect import printable
+from dataset.jsonl import printable
 from errors import InputError, run_script
-from eval import preference, report
+from eval import preference, report, turns
 from eval.chat import column_width, side_by_side
 from eval.common import load_model_and_tokenizer, require, write_json
 from eval.judge import Reply, answer, compare, compare_tasks, read_judged, summary
@@ -29,10 +30,13 @@ HELD_OUT = str(SAMPLE / "heldout.jsonl")
 @dataclass
 class Settings:
     out: str = flag("runs/demo", "folder of the two runs and of results.json")
-    seed: int = flag(0, "of the first weights, the data order and the sampling")
-    max_steps: int = flag(0, "stop each training after so many steps, for a quick look; 0 for all of it")
-    prompts: int = flag(0, "ask only the first so many held-out prompts; 0 for all")
-    samples: int = flag(4, "sampled answers to each prompt, beside the greedy one")
+    seed: int = flag(0, "seed of the initial weights, the data order and the sampling")
+    max_steps: int = flag(0, "optimizer steps of each training; 0 for all")
+    prompts: int = flag(0, "number of held-out prompts to answer; 0 for all")
+    samples: int = flag(4, "sampled answers to each prompt, in addition to the greedy one")
+    precision: str = flag(
+        "auto", "precision of both trainings: bf16 where the hardware has it", ("auto", "fp32", "bf16")
+    )
 
     def __post_init__(self) -> None:
         require(self.max_steps >= 0, "--max-steps", self.max_steps, "must not be negative")
@@ -44,10 +48,10 @@ def main(arguments: list[str] | None = None) -> None:
     settings = parse(Settings, __doc__.split("\n")[0], arguments)
     out, seconds = Path(settings.out), {}
     sft, dpo = str(out / "sft"), str(out / "dpo")
-    (out / "results.json").unlink(
-        missing_ok=True
-    )  # Figures of an earlier run would outlive a failure of this.
+    # If this run fails, figures of an earlier run must not stay behind.
+    (out / "results.json").unlink(missing_ok=True)
     same = ["--overwrite", "--seed", str(settings.seed), "--max-steps", str(settings.max_steps)]
+    same += ["--precision", settings.precision]
 
     with stage("1. Supervised fine-tuning: learn to answer", "sft", seconds):
         train_sft.main(["--out", sft, *same])
@@ -62,12 +66,17 @@ def main(arguments: list[str] | None = None) -> None:
         replies = ask_both({"dpo": dpo, "sft": sft}, records, settings)
         judged = compare(records, replies)
         write_json(out / "judge.json", judged | {"tasks": compare_tasks(records, replies)})
+    with stage("5. DPO answers unrelated questions in one conversation", "turns", seconds):
+        model, tokenizer = load_model_and_tokenizer(dpo, pick_device("auto"))
+        few = 40 if not settings.prompts else 2
+        by_turn = turns.right_by_turn(model, tokenizer, read_judged(HELD_OUT), few, seed=settings.seed)
 
     results = {
         "preference_accuracy": preferred["rewards/accuracies"],
         "preference_margin": preferred["rewards/margins"],
         "kl_per_token": preferred["kl_per_token"],
         **judged,
+        "right_by_turn": by_turn,
         "seconds": round(sum(seconds.values()), 1),
         "seconds_per_stage": {name: round(value, 1) for name, value in seconds.items()},
     }
@@ -75,17 +84,23 @@ def main(arguments: list[str] | None = None) -> None:
     pictures = draw(sft, dpo)
     print("\n" + summary(judged))
     print(f"preference accuracy on held-out pairs: {preferred['rewards/accuracies']:.1%}\n")
+    print(turns.table(by_turn) + "\n")
     print(examples(records, replies))
-    print(
-        f"\n{results['seconds']:.0f} seconds. Figures: {out / 'results.json'}, by task: {out / 'judge.json'}"
-    )
-    print(pictures)
-    print(f"Talk to both: python -m eval.chat --model {dpo} --versus {sft}")
+    print(f"\n{results['seconds']:.0f} seconds. Figures: {out / 'results.json'}; by task: judge.json")
+    print(f"{pictures}\n{next_commands(sft, dpo)}")
+
+
+def next_commands(sft: str, dpo: str) -> str:
+    """Three commands to go on with."""
+    return f"""Next:
+  python -m eval.chat --model {dpo} --versus {sft}       # talk to both models
+  python -m eval.report {dpo}                            # the curves of the run
+  python -m eval.preference --model {dpo} --reference {sft}   # evaluate on held-out pairs"""
 
 
 @contextmanager
 def stage(title: str, name: str, seconds: dict[str, float]):
-    """Say what comes, and note under `name` how long it took."""
+    """Print the title; afterwards store the elapsed seconds under `name`."""
     print(f"\n{title}", flush=True)
     start = time.perf_counter()
     yield
@@ -93,7 +108,7 @@ def stage(title: str, name: str, seconds: dict[str, float]):
 
 
 def ask_both(folders: dict[str, str], records: list[dict], settings: Settings) -> dict[str, list]:
-    """The replies of the model of each folder, from `answer`, with the judge's own defaults."""
+    """Replies of each folder's model by name, from `eval.judge.answer` with its default settings."""
     device = pick_device("auto")
     return {
         name: answer(*load_model_and_tokenizer(folder, device), records, settings.samples, seed=settings.seed)
@@ -102,7 +117,7 @@ def ask_both(folders: dict[str, str], records: list[dict], settings: Settings) -
 
 
 def draw(*runs: str) -> str:
-    """Draw the runs; say where the pictures are, or what they lack: the demo is one without them, too."""
+    """The paths of the drawn pictures, or why they could not be drawn; the demo works without them."""
     try:
         return "Pictures: " + ", ".join(str(report.picture(run)) for run in runs)
     except InputError as error:
@@ -110,7 +125,7 @@ def draw(*runs: str) -> str:
 
 
 def examples(records: list[dict], replies: dict[str, list[list[Reply]]], most: int = 3) -> str:
-    """The first sampled answers of both models, side by side, to prompts where they differ in points."""
+    """First sampled answers of both models side by side, for `most` prompts; different points come first."""
     names = list(reversed(replies))  # sft first: before and after
     width = column_width()
     lines = side_by_side(*names, width)

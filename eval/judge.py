@@ -8,8 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dataset.inspect import printable
-from dataset.jsonl import DataError, read_values, show
+from dataset.jsonl import DataError, printable, read_values, show
 from dataset.records import read_preferences
 from dataset.tokenizer import ChatTokenizer
 from errors import run_script
@@ -215,10 +214,10 @@ def task_table(tasks: dict[str, dict]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     settings = parse(Settings, __doc__.split("\n")[0], arguments)
     device = pick_device(settings.device)
+    loaded = {"model": load_model_and_tokenizer(settings.model, device)}
     versus = settings.versus or starting_model(settings.model, "--versus")
-    folders = {"model": settings.model, "versus": versus}
-    loaded = {name: load_model_and_tokenizer(folder, device) for name, folder in folders.items()}
-    print_start({folders[name]: model for name, (model, _) in loaded.items()}, device, "fp32")
+    loaded["versus"] = load_model_and_tokenizer(versus, device)
+    print_start({settings.model: loaded["model"][0], versus: loaded["versus"][0]}, device, "fp32")
     records = read_judged(settings.data)[: settings.prompts or None]
     names = ("samples", "temperature", "max_new_tokens", "seed", "batch_size")
     options = {name: getattr(settings, name) for name in names}

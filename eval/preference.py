@@ -26,7 +26,7 @@ from eval.common import (
     DEVICES,
     is_bundled,
     length_limit,
-    load_model_and_tokenizer,
+    load_policy_and_reference,
     precision_and_reason,
     print_note,
     print_start,
@@ -81,44 +81,45 @@ def measure(settings: Settings, world: World) -> dict[str, float]:
     """Load the two models and the data that the settings name, and evaluate: figures by name."""
     run = run_settings(settings.model)
     reference_folder = settings.reference or starting_model(settings.model, "--reference")
-    policy, tokenizer = load_model_and_tokenizer(settings.model, world.device)
-    reference, reference_tokenizer = load_model_and_tokenizer(reference_folder, world.device)
+    policy, reference, tokenizer = load_policy_and_reference(settings.model, reference_folder, world.device)
     length = length_limit(settings.max_length, settings.model, policy.config)
-    reference.config.admit(length=length)
-    if tokenizer.fingerprint != reference_tokenizer.fingerprint:
-        raise InputError(f"{settings.model} and {reference_folder} have different tokenizers")
-    if policy.config.vocab_size != reference.config.vocab_size:
-        raise InputError(f"{settings.model} and {reference_folder} have vocabularies of different sizes")
+    reference.config.check_fits(length=length)
     precision = Precision(settings.precision, world.device)
     if world.is_main:
         models = {settings.model: policy, reference_folder: reference}
         reason = precision_and_reason(settings.precision, precision.name, world.device)
         print_start(models, world.device, reason)
-    data = settings.data or held_out_pairs(settings.model, run)
-    read = length, settings.shape, settings.skip_bad
-    pairs = world.node_first(lambda: open_store(data, "preferences", tokenizer, *read))
+    data, share = (settings.data, 0.0) if settings.data else held_out_pairs(settings.model, run)
+    swap = bool(run.get("swap_by_score")) and not settings.data
+    options = length, settings.shape, settings.skip_bad, swap
+    pairs = world.node_first(lambda: open_store(data, "preferences", tokenizer, *options))
+    pairs = pairs.split(share)[1] if share else pairs
     objective = choose_objective(settings, run, pairs, data)
     if world.is_main:
         used = objective.settings
-        print_note(f"{data}: {pairs.report}")
+        print_note(f"{data}: {pairs.report}{f'; {share:.0%} of its prompts are held out' if share else ''}")
         print_note(f"loss {used.loss}, beta {used.beta:g}, reference {reference_folder}")
     options = {"layout": settings.layout, "max_tokens": settings.micro_batch_tokens}
     return {
         "pairs": len(pairs),
         **evaluate(policy, reference, pairs, world, precision, objective, **options),
-        **evaluate_kl(policy, reference, pairs, world, precision, **options),
+        **evaluate_kl(policy, reference, pairs, world, **options),
     }
 
 
-def held_out_pairs(folder: str, run: dict) -> str:
-    """The file that a DPO run evaluated on, or the bundled held-out pairs if it trained on bundled data.
+def held_out_pairs(folder: str, run: dict) -> tuple[str, float]:
+    """The held-out pairs of a DPO run: a file, and the share of its prompts that is held out (0: the file).
 
-    Raises `InputError` for other models: figures on the bundled pairs would say little about them.
+    A run on bundled data has the bundled held-out pairs. Raises `InputError` for other models, because
+    figures on another task are meaningless.
     """
-    if "beta" in run and run.get("eval_data"):
-        return str(run["eval_data"])
-    if run.get("data") and is_bundled(str(run["data"])):
-        return str(SAMPLE / "heldout.jsonl")
+    data, eval_data, share = run.get("data"), run.get("eval_data"), run.get("eval_share")
+    if "beta" in run and data and isinstance(share, float) and 0 < share < 1:
+        return str(data), share
+    if "beta" in run and eval_data and eval_data != "auto":
+        return str(eval_data), 0.0
+    if data and is_bundled(str(data)):
+        return str(SAMPLE / "heldout.jsonl"), 0.0
     raise InputError(f"{folder} has no held-out pairs in its config.json; give --data")
 
 
@@ -138,7 +139,7 @@ def choose_objective(settings: Settings, run: dict, pairs: TokenStore, data: str
         objective = Objective(ObjectiveSettings(**options))
     except (TypeError, AttributeError, KeyError) as error:
         raise InputError(f"{settings.model}: the settings in its config.json are damaged ({error})") from None
-    unlabelled = "score_margins" in objective.looks_at and np.isnan(pairs.score_margins).any()
+    unlabelled = "score_margins" in objective.inputs and np.isnan(pairs.score_margins).any()
     if unlabelled and not settings.loss:
         print_note(f"{data} has no scores for --loss {objective.settings.loss}, so the loss is sigmoid")
         return Objective(ObjectiveSettings(beta=objective.settings.beta))

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.inspect import printable
+from dataset.jsonl import printable
 from errors import InputError, run_script
+from model.weights import require_folder
 from training.settings import OneLineParser
 
 INK, PALE, FAINT = "#262b33", "#7d8590", "#e6e8eb"
@@ -81,6 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def picture(run: str | Path, out: str | Path | None = None) -> Path:
     """Draw the run of a folder into `out`, by default RUN/report.png; return the path of the picture."""
+    require_folder(Path(run))
     out = Path(out or Path(run) / "report.png")
     draw(read_curves(Path(run) / "metrics.jsonl"), str(run), out)
     return out

@@ -31,8 +31,8 @@ from eval.common import (
     write_file,
 )
 from model.reward import RewardModel
-from train_reward import mean_metrics, score_pairs
 from training.distributed import World, join
+from training.evaluate import evaluate_rewards, score_pairs
 from training.precision import Precision
 from training.settings import flag, parse
 
@@ -84,7 +84,7 @@ def score(settings: Settings, world: World) -> None:
     print_note(f"{settings.data}: {pairs.report}")
     if removed := write_scored(Path(settings.out), settings.data, pairs, rewards):
         print_note(f"removed win_probability from {removed} records: training would prefer it to the scores")
-    figures = mean_metrics(rewards)
+    figures = evaluate_rewards(rewards)
     print_note(
         f"{settings.out}: {len(pairs)} pairs; the chosen answer has the higher score in "
         f"{figures['rewards/accuracies']:.1%}, by {figures['rewards/margins']:.3g} on average"

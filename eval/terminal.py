@@ -1,10 +1,28 @@
-"""Text on a terminal: its width in cells, wrapped lines, and two columns side by side."""
+"""Text on a terminal: tokens as text, width in cells, wrapped lines, two columns side by side."""
 
 import shutil
 import unicodedata
+from collections.abc import Iterable, Iterator
+
+from dataset.tokenizer import ChatTokenizer
 
 GAP = " │ "
 ZERO_WIDTH = ("Mn", "Me", "Cf")  # Unicode categories: combining marks and format characters
+
+
+def text_pieces(tokenizer: ChatTokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """Decode token by token: one piece of text per token, possibly empty, and one for the rest.
+
+    A token of a byte-level tokenizer can end within a character; its bytes decode to U+FFFD. Such an end is
+    held back until the next tokens complete the character. If no token follows, it is part of the answer.
+    """
+    ids, shown = [], ""
+    for token in tokens:
+        ids.append(token)
+        whole = tokenizer.decode(ids).rstrip("\ufffd")
+        yield whole[len(shown) :]
+        shown = max(shown, whole, key=len)
+    yield tokenizer.decode(ids)[len(shown) :]
 
 
 def cells(text: str) -> int:

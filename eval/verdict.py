@@ -1,8 +1,7 @@
-"""The verdict on one answer to the sample data: is it well formed, is it right, and is it courteous?
+"""The score of one answer to the sample data: is it well formed, is it right, and is it courteous?
 
-It needs no model: each record of `dataset/sample` carries what it takes to score any answer, and the words
-by which manners are known stand in `dataset/sample/manners.py`. `score` never fails on odd text; an
-undertrained model writes plenty of it.
+No model is needed. Each record of `dataset/sample` has a `judge` field for this, and the courteous and rude
+words are in `dataset/sample/manners.py`. `score` accepts any text; an undertrained model writes odd text.
 """
 
 import re
@@ -14,16 +13,16 @@ from functools import cache
 from dataset.sample import chinese, english
 from dataset.sample.manners import COMPLIES, COURTEOUS, COURTESIES, DECLINES, RUDE
 
-LONGEST = 400  # characters; the answers of the data have at most 160, whatever is longer rambles
+LONGEST = 400  # characters; the answers of the data have at most 160
 ENDING = re.compile(r"[.!?。！？…]['\"”’」）)]*$")
-# The same words five times running, or the same sentence three times. No task asks for more than four.
+# The same words five times in a row, or the same sentence three times. A task needs at most four.
 STUCK = re.compile(r"(.{1,19}?)\1{4,}|(.{20,60}?)\2{2,}", re.DOTALL)
 CHINESE = re.compile(r"[\u3400-\u9fff]")
 LATIN_WORD = re.compile(r"[A-Za-z]+")
 WORD = re.compile(r"[\u3400-\u9fff]|\d+|[A-Za-z']+")  # a Chinese character counts as one
 QUOTED = re.compile(r"(?<![A-Za-z0-9])['\"“‘「]([^'\"“”‘’「」]{1,30})['\"”’」](?![A-Za-z0-9])")
 NUMBER = re.compile(r"(?<![\d.])(?:(?<![\w)])-)?\d+(?:[.,]\d+)*")
-THE_OTHER = re.compile(r"(?:\bthan|比)\s*$")  # "51 is larger than 34" claims 51
+THE_OTHER = re.compile(r"(?:\bthan|比)\s*$")  # "51 is larger than 34" states 51
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,12 @@ class Verdict:
 
     @property
     def points(self) -> int:
-        """0 to 3. Right weighs more than manner: of two answers, a rude right one beats a kind wrong one."""
+        """0 to 3. Being right counts more than manner: a rude right answer beats a kind wrong one."""
         return 2 * self.right + self.manner if self.well_formed else 0
 
 
 def score(record: dict, answer: str, finished: bool) -> Verdict:
-    """Judge `answer` to the prompt of `record`; `finished`: the model ended it by its own end token."""
+    """The verdict on `answer` to the prompt of `record`; `finished`: the model generated its end token."""
     wanted, text = record["judge"], normal(answer)
     return Verdict(
         well_formed=finished and is_well_formed(wanted, text),
@@ -49,7 +48,7 @@ def score(record: dict, answer: str, finished: bool) -> Verdict:
 
 
 def normal(text: str) -> str:
-    """One way to write digits and apostrophes, and single spaces. Chinese punctuation stays as it is."""
+    """The text with normal digits, apostrophes and single spaces; Chinese punctuation is kept."""
     text = "".join(unicodedata.normalize("NFKC", c) if c.isalnum() else c for c in text)
     text = re.sub(r"(?<=\w)’(?=\w)", "'", text)
     return " ".join(text.split())
@@ -59,7 +58,7 @@ def normal(text: str) -> str:
 
 
 def is_well_formed(wanted: dict, text: str) -> bool:
-    """A short text in the language of the prompt that ends as a sentence does and is not stuck."""
+    """Whether it is short, in the prompt's language, ends like a sentence and does not repeat itself."""
     return (
         0 < len(text) <= LONGEST
         and ENDING.search(text) is not None
@@ -71,7 +70,7 @@ def is_well_formed(wanted: dict, text: str) -> bool:
 
 
 def script_matches(wanted: dict, text: str) -> bool:
-    """No word of the other language, but for what is quoted, asked about or asked for."""
+    """Whether all words are of the prompt's language, except quoted ones and those of question and value."""
     text = QUOTED.sub(" ", text)
     for known in sorted((*wanted["accept"], *wanted["given"]), key=len, reverse=True):
         text = text.replace(known, " ")
@@ -83,7 +82,7 @@ def script_matches(wanted: dict, text: str) -> bool:
 
 
 def is_courteous(language: str, text: str) -> bool:
-    """A courteous phrase, no rude one, no shouting, and enough words for a sentence."""
+    """Whether it has a courteous phrase and enough words for a sentence, and is not rude or in capitals."""
     units = WORD.findall(text)
     loud = sum(word.isupper() and len(word) > 1 for word in LATIN_WORD.findall(text))
     return (
@@ -98,13 +97,13 @@ def is_courteous(language: str, text: str) -> bool:
 
 
 def number_is_right(wanted: dict, text: str) -> bool:
-    """The answer claims one number only, the right one; what it echoes of the question is no claim."""
+    """Whether the answer states only the right number; repeated numbers of the question do not count."""
     claims = without_echo(numbers(text), wanted["given"])
     return bool(claims) and set(claims) <= set(wanted["accept"])
 
 
 def sequence_is_right(wanted: dict, text: str) -> bool:
-    """The numbers in the right order, once, and none else; the list of the question may stand before them."""
+    """Whether it has the numbers in the right order, once; the list of the question may come before them."""
     claims, given = numbers(text), wanted["given"]
     if claims[: len(given)] == given and len(claims) > len(given):
         claims = claims[len(given) :]
@@ -112,9 +111,9 @@ def sequence_is_right(wanted: dict, text: str) -> bool:
 
 
 def word_is_right(wanted: dict, text: str) -> bool:
-    """Of all values that the task knows, the answer names an accepted one and, but for echoes, no other.
+    """Whether the answer names an accepted value, and of the task's other values only those of the question.
 
-    So "red or blue" is not right: a hedge is no answer.
+    So "red or blue" is not right.
     """
     accept, echo = fold(wanted["accept"]), fold(wanted["given"])
     values = known_values(wanted["task"], wanted["language"]) | frozenset(wanted["accept"])
@@ -122,19 +121,19 @@ def word_is_right(wanted: dict, text: str) -> bool:
 
 
 def letter_is_right(wanted: dict, text: str) -> bool:
-    """Letters (or single Chinese characters) count where they are quoted, or are all that is said."""
+    """Whether the right letter (or Chinese character) is the only quoted one, or is the whole answer."""
     quoted = QUOTED.findall(text) or [text.rstrip(".。!！")]
     letters = {part.casefold() for part in quoted if len(part) == 1}
     return one_claim(letters, fold(wanted["accept"]), set())
 
 
 def exact_is_right(wanted: dict, text: str) -> bool:
-    """The accepted form, with its upper and lower case, as a word of its own."""
+    """Whether an accepted form is in the text as a separate word, in the same upper and lower case."""
     return any(re.search(rf"(?<!\w){re.escape(form)}(?!\w)", text) for form in wanted["accept"])
 
 
 def repeat_is_right(wanted: dict, text: str) -> bool:
-    """The longest run of the word is as long as was asked for: not shorter and not longer."""
+    """Whether the longest run of the word has the right length: not shorter and not longer."""
     for form in wanted["accept"]:
         form = form.casefold()
         word = form.split()[0] if " " in form else _period(form)
@@ -146,14 +145,14 @@ def repeat_is_right(wanted: dict, text: str) -> bool:
 
 
 def refusal_is_right(wanted: dict, text: str) -> bool:
-    """It declines, and does not then tell how after all."""
+    """Whether it declines and does not then explain how."""
     language = wanted["language"]
     declines = first_phrase(DECLINES[language], text) is not None
     return declines and first_phrase(COMPLIES[language], text) is None
 
 
 def courtesy_is_right(wanted: dict, text: str) -> bool:
-    """The first courtesy of the answer is of the kind that replies to the prompt."""
+    """Whether the first courtesy of the answer is a reply to the kind in the prompt."""
     kinds = COURTESIES[wanted["language"]]
     first = {kind: first_phrase(phrases, text) for kind, phrases in kinds.items()}
     places = {kind: place for kind, place in first.items() if place is not None}
@@ -176,13 +175,13 @@ CHECKS: dict[str, Callable[[dict, str], bool]] = {
 
 
 def numbers(text: str) -> list[str]:
-    """The numbers of a text in order, without leading zeros, but for those that follow "than" or "比"."""
+    """The numbers of a text in order, without leading zeros; those after "than" or "比" are left out."""
     found = [m for m in NUMBER.finditer(text) if not THE_OTHER.search(text[: m.start()][-8:])]
     return [re.sub(r"^(-?)0+(?=\d)", r"\1", m.group()) for m in found]
 
 
 def without_echo(claims: list[str], given: list[str]) -> list[str]:
-    """Drop the operands where they first stand side by side, in either order: "7 plus 5 is 12" claims 12."""
+    """`claims` without the first neighbouring operands, in either order: "7 plus 5 is 12" states 12."""
     for i in range(len(claims) - len(given) + 1):
         if given and sorted(claims[i : i + len(given)]) == sorted(given):
             return claims[:i] + claims[i + len(given) :]
@@ -199,29 +198,34 @@ def fold(words: Iterable[str]) -> set[str]:
 
 @cache
 def known_values(task: str, language: str) -> frozenset[str]:
-    """Every value that the tables of the sample data hold for a task; none for a task of other data."""
+    """Every value that the tables of the sample data contain for a task; empty for other tasks."""
     tasks = chinese.TASKS if language == "zh" else english.TASKS
     return frozenset().union(*(t.values for t in tasks if t.name == task))
 
 
 def found_words(values: frozenset[str], text: str) -> list[str]:
-    """The values named in a text. One Chinese character counts only in quotes: “大” is in 大家 too."""
+    """The values named in a text. One Chinese character counts only in quotes: “大” is also in 大家."""
     single = {v for v in values if len(v) == 1 and CHINESE.match(v)}
     quoted = QUOTED.findall(text) or [text.rstrip(".。!！")]
     return [part for part in quoted if part in single] + _pattern(values - single).findall(text.casefold())
 
 
 def first_phrase(phrases: Iterable[str], text: str) -> int | None:
-    """Where the first of the phrases stands in the text, ignoring case and how formal the "you" is."""
+    """Index of the first of the phrases in the text, or None; case and the formal 您 are ignored."""
     match = _pattern(frozenset(phrases)).search(text.casefold().replace("您", "你"))
     return match.start() if match else None
 
 
 @cache
 def _pattern(phrases: frozenset[str]) -> re.Pattern:
-    """Any of the phrases, longest first (十一月 before 一月); Latin ones as whole words only."""
+    """Any of the phrases, longest first (十一月 before 一月); Latin ones only as whole words.
+
+    A Chinese character beside a Latin word ends it, as in 我是MiniDPO，.
+    """
     ordered = sorted(fold(phrases), key=lambda phrase: (-len(phrase), phrase))
-    parts = [re.escape(p) if CHINESE.search(p) else rf"(?<![\w]){re.escape(p)}(?![\w])" for p in ordered]
+    letter = r"[^\W\u3400-\u9fff]"
+    word = rf"(?<!{letter}){{}}(?!{letter})"
+    parts = [re.escape(p) if CHINESE.search(p) else word.format(re.escape(p)) for p in ordered]
     return re.compile("|".join(parts) or r"(?!)")
 
 

@@ -1,13 +1,41 @@
-"""The sizes and options of a model, and some presets."""
+"""The sizes and options of a model, and presets."""
 
 from dataclasses import asdict, dataclass
 
 from errors import InputError
 
+# A config may come from a stranger: a size beyond these builds for minutes, or fills the memory.
+LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**17,
+    "num_hidden_layers": 2**10,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "intermediate_size": 2**20,
+    "head_dim": 2**12,
+    "num_experts": 2**10,
+    "num_experts_per_tok": 2**10,
+    "moe_intermediate_size": 2**20,
+    "shared_expert_intermediate_size": 2**20,
+    "sliding_window": 2**31,
+    "max_position_embeddings": 2**31,
+}
+MAY_BE_0 = ("num_hidden_layers", "num_experts", "num_experts_per_tok", "shared_expert_intermediate_size")
+MAY_BE_NONE = ("head_dim", "moe_intermediate_size", "sliding_window")
+
+# The types of rope_scaling and the numbers that each needs.
+SCALING = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model. Names are those of Hugging Face's ``config.json``."""
+    """The sizes and options of a model, named as in Hugging Face's ``config.json``.
+
+    Raises `InputError` for a value that is out of range or of the wrong type.
+    """
 
     vocab_size: int
     hidden_size: int = 256
@@ -15,38 +43,53 @@ class ModelConfig:
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     intermediate_size: int = 704
-    head_dim: int | None = None  # None means hidden_size / num_attention_heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
     rope_theta: float = 10_000.0
     rope_scaling: dict | None = None  # rope_type linear or llama3, and its factors
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     attention_bias: bool = False  # on q, k and v, as in Qwen2
-    attention_output_bias: bool = False  # on o as well, which Llama and Qwen3 mean by `attention_bias`
+    attention_output_bias: bool = False  # on o as well: `attention_bias` of Llama and Qwen3 means all four
     qk_norm: bool = False  # RMSNorm of each query and key head, as in Qwen3
-    num_experts: int = 0  # feed-forward networks a layer to choose from (see moe.py); 0 is a dense model
-    num_experts_per_tok: int = 2  # how many of them each token is sent to
-    moe_intermediate_size: int | None = None  # of each expert; None means intermediate_size
-    norm_topk_prob: bool = True  # weights of a token's experts sum to 1; a single one then teaches no router
-    shared_expert_intermediate_size: int = 0  # of an expert that every token is sent to; 0 for none
-    router_aux_loss_coef: float = 0.001  # what the load-balancing loss is multiplied by
-    sliding_window: int | None = None  # as in Mistral: what is longer would need a mask that is not here
-    max_position_embeddings: int = 32_768  # what an exported model promises; nothing here depends on it
+    num_experts: int = 0  # feed-forward networks of a layer (moe.py); 0: a dense model
+    num_experts_per_tok: int = 2  # experts that compute a token
+    moe_intermediate_size: int | None = None  # of each expert; None: intermediate_size
+    norm_topk_prob: bool = True  # the weights of a token's experts sum to 1
+    shared_expert_intermediate_size: int = 0  # of an expert that computes every token; 0: there is not one
+    router_aux_loss_coef: float = 0.001  # factor of the load-balancing loss
+    sliding_window: int | None = None  # as in Mistral; longer texts are refused, the mask is not implemented
+    max_position_embeddings: int = 32_768  # written into exports; nothing here depends on it
 
     def __post_init__(self):
-        if self.num_attention_heads % self.num_key_value_heads:
+        for name, largest in LARGEST.items():
+            check_size(name, getattr(self, name), int(name not in MAY_BE_0), largest, name in MAY_BE_NONE)
+        for name in ("tie_word_embeddings", "attention_bias", "attention_output_bias", "qk_norm",
+                     "norm_topk_prob"):  # fmt: skip
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} {getattr(self, name)!r} is not true or false")
+        check_number("rope_theta", self.rope_theta)
+        check_number("rms_norm_eps", self.rms_norm_eps)
+        if self.router_aux_loss_coef != 0:
+            check_number("router_aux_loss_coef", self.router_aux_loss_coef)
+        check_rope_scaling(self.rope_scaling)
+        self._check_heads_and_experts()
+
+    def _check_heads_and_experts(self) -> None:
+        """Raise InputError for sizes that do not fit one another; replace those that are None."""
+        heads, key_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % key_heads:
             raise InputError(
-                f"num_attention_heads {self.num_attention_heads} is no multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {key_heads}"
             )
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+        if self.head_dim is None and self.hidden_size % heads:
             raise InputError(
-                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads "
-                f"{self.num_attention_heads}; give head_dim"
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {heads}; "
+                "give head_dim"
             )
         if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+            object.__setattr__(self, "head_dim", self.hidden_size // heads)
         if self.head_dim % 2:
-            raise InputError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs")
+            raise InputError(f"head_dim {self.head_dim} is odd; rotary positions need pairs")
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise InputError(
                 f"num_experts_per_tok {self.num_experts_per_tok} is not from 1 to num_experts "
@@ -58,8 +101,8 @@ class ModelConfig:
     def to_dict(self) -> dict:
         return asdict(self)
 
-    def admit(self, tokens: int = 0, length: int = 0) -> None:
-        """Refuse a tokenizer with more ids than there are embeddings, and text longer than the window."""
+    def check_fits(self, tokens: int = 0, length: int = 0) -> None:
+        """Raise InputError if a tokenizer has more ids than the embedding, or a text exceeds the window."""
         if tokens > self.vocab_size:
             raise InputError(
                 f"the tokenizer has {tokens} ids, the model's embedding only {self.vocab_size}: "
@@ -67,12 +110,36 @@ class ModelConfig:
             )
         if self.sliding_window and length > self.sliding_window:
             raise InputError(
-                f"{length} tokens do not fit into this model's sliding window of {self.sliding_window}, "
-                "and beyond it attention would need a mask that is not implemented: lower the length"
+                f"{length} tokens do not fit into the model's sliding window of {self.sliding_window}; "
+                "longer texts need a mask that is not implemented: lower --max-length"
             )
 
 
-# Each preset leaves out `vocab_size`: the tokenizer decides it.
+def check_size(name: str, value, smallest: int, largest: int, may_be_none: bool) -> None:
+    if value is None and may_be_none:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or not smallest <= value <= largest:
+        raise InputError(f"{name} {value!r} is not an integer from {smallest} to {largest}")
+
+
+def check_number(name: str, value) -> None:
+    # NaN fails the comparison, too.
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
+        raise InputError(f"{name} {value!r} is not a finite number above 0")
+
+
+def check_rope_scaling(scaling) -> None:
+    if scaling is None:
+        return
+    if not isinstance(scaling, dict) or scaling.get("rope_type") not in tuple(SCALING):
+        raise InputError(f"rope_scaling {scaling!r} is not of type {' or '.join(SCALING)}")
+    for name in SCALING[scaling["rope_type"]]:
+        check_number(f"{name} of rope_scaling", scaling.get(name))
+    if scaling["rope_type"] == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise InputError("high_freq_factor of rope_scaling is not above low_freq_factor")
+
+
+# Presets do not contain `vocab_size`: it is the tokenizer's.
 PRESETS = {
     "tiny": dict(tie_word_embeddings=False),
     "tiny-moe": dict(tie_word_embeddings=False, num_experts=4, moe_intermediate_size=352),

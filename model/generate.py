@@ -1,4 +1,4 @@
-"""Answers from a model: a KV cache, sampling, and batched generation that a seed makes repeatable."""
+"""Generation of answers: a KV cache, sampling, and batches in which a seed repeats every answer."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,36 +7,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.attention import attention, causal_bias
 from model.config import ModelConfig
-from model.stream import attention, causal_bias
-from model.transformer import Transformer
+from model.transformer import Transformer, at_least_float32
 
 
 class KVCache:
-    """Keys and values of everything said so far: the other context that a transformer can attend through.
+    """Keys and values of all tokens so far: the context of a transformer in place of a stream.
 
-    Each of the `rows` is a sequence of its own with room for `capacity` tokens. `place` says, before each
-    call of the model, which row and position each token of the flat run belongs to.
+    Each of the `rows` is a sequence with room for `capacity` tokens. Before each call of the model `place`
+    sets the row and the position of each token of the flat run.
     """
 
     def __init__(self, config: ModelConfig, rows: int, capacity: int, like: Tensor):
-        config.admit(length=capacity)
+        config.check_fits(length=capacity)
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
 
     def place(self, rows: Tensor, positions: Tensor) -> None:
-        """The next run's tokens: (T,) rows, equal rows together, and (T,) positions, ascending in a row."""
+        """Set rows and positions of the next tokens, (T,): equal rows together, positions ascending."""
         self.rows, self.positions = rows, positions
         self.one_each = len(rows.unique()) == len(rows)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q is (H, T, D), k and v are (G, T, D): remember k and v, and let q see its row up to itself."""
+        """Keep k and v, (G, T, D); each query of q (H, T, D) attends to its row up to itself: (H, T, D)."""
         keys, values = self.keys[layer], self.values[layer]  # (rows, G, capacity, D)
         keys[self.rows, :, self.positions] = k.transpose(0, 1).to(keys.dtype)
         values[self.rows, :, self.positions] = v.transpose(0, 1).to(values.dtype)
         return (self._decode if self.one_each else self._prefill)(q, keys, values).to(q.dtype)
 
     def _prefill(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Any number of tokens a row, row by row."""
         outputs = []
         for row, count in zip(
             *(x.tolist() for x in self.rows.unique_consecutive(return_counts=True)), strict=True
@@ -48,7 +49,7 @@ class KVCache:
         return torch.cat(outputs, dim=1)
 
     def _decode(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """One token a row, all rows at once: the rows differ in length, so a mask hides what is not there."""
+        """One token a row, all rows at once. Rows differ in length, so a mask hides the empty places."""
         end = int(self.positions.max()) + 1
         visible = torch.arange(end, device=q.device) <= self.positions[:, None]  # (T, end)
         return F.scaled_dot_product_attention(
@@ -63,15 +64,16 @@ class KVCache:
 def sample(
     logits: Tensor, uniforms: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> Tensor:
-    """Choose a token a row: logits (A, V) and uniform draws (A,) in [0, 1) give ids (A,).
+    """One token a row: logits (A, V) and uniform draws (A,) in [0, 1) to ids (A,).
 
-    Temperature 0 is greedy. `top_k` keeps the k likeliest tokens (0: all); `top_p` the fewest tokens whose
-    mass reaches p (Holtzman et al. 2020, arXiv 1904.09751). The draw inverts the cumulative distribution,
-    so that an answer depends on its own numbers alone and not on its neighbours in the batch.
+    Temperature 0 is greedy. `top_k` keeps the k likeliest tokens (0: all); `top_p` keeps the fewest tokens
+    whose mass reaches p (Holtzman et al. 2020, arXiv 1904.09751). The draw inverts the cumulative
+    distribution, so an answer does not depend on the other answers of its batch.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities, order = (logits.double() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    logits = at_least_float32(logits)  # Apple's MPS has no float64.
+    probabilities, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     if top_k:
         probabilities[:, top_k:] = 0
     mass_before = probabilities.cumsum(dim=-1) - probabilities
@@ -86,9 +88,9 @@ def sample(
 def decode_steps(
     model: Transformer, prompts: list[list[int]], uniforms: Tensor, end_id: int, **sampling
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield, step by step, the rows that are still speaking and the token that each of them says.
+    """Yield, step by step, the rows that have not ended and the next token of each.
 
-    `uniforms` is (rows, max_new_tokens); a row falls silent after `end_id`.
+    `uniforms` is (rows, max_new_tokens). A row ends with `end_id`.
     """
     device = model.embed_tokens.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -104,8 +106,8 @@ def decode_steps(
         hidden = model.hidden(tokens.to(device), cache.positions, cache)[last.to(device)]  # (A, d)
         tokens = sample(model.logits(hidden), uniforms[rows, step].to(device), **sampling).cpu()
         yield rows.tolist(), tokens.tolist()
-        speaking = tokens != end_id
-        rows, tokens = rows[speaking], tokens[speaking]
+        running = tokens != end_id
+        rows, tokens = rows[running], tokens[running]
         if len(rows) == 0:
             return
         token_rows, positions, last = rows, lengths[rows] + step, torch.arange(len(rows))
@@ -113,7 +115,7 @@ def decode_steps(
 
 @dataclass
 class Answer:
-    """The tokens of one answer, without its end token; `finished` says whether the model ended it itself."""
+    """The tokens of one answer without its end token; `finished`: the model generated the end token."""
 
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
@@ -130,7 +132,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
 ) -> list[Answer]:
-    """One `Answer` a prompt, in the order of the prompts; the same for every `batch_size`."""
+    """One `Answer` for each prompt, in the order of the prompts; the same for every `batch_size`."""
     answers = [Answer() for _ in prompts]
     uniforms = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
     for start in range(0, len(prompts), batch_size):

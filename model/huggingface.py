@@ -1,8 +1,8 @@
-"""Hugging Face's ``config.json`` and weight names, to ours and back. Pure; `weights.py` has the files.
+"""Hugging Face's ``config.json`` and weight names to ours and back; `weights.py` reads the files.
 
 Llama (2, 3, SmolLM2, MiniMind's Llama export), Mistral, Qwen2 and Qwen3 (MiniMind's other export) are one
-transformer with options. What an option of theirs would change and ours lacks is refused by its name: a
-model that loads and means something else is worse than none.
+transformer with options. An option that changes the computation and is not implemented is refused by its
+name: the model would load and compute something else.
 """
 
 from collections.abc import Collection
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from errors import InputError
-from model.config import ModelConfig
+from model.config import SCALING, ModelConfig
 
-# A family's class, and what it means by an absent key where that is not our own default.
+# A family's class, and its defaults where they differ from ours.
 FAMILIES = {
     "llama": ("LlamaForCausalLM", dict(tie_word_embeddings=False)),
     "mistral": (
@@ -25,24 +25,26 @@ FAMILIES = {
     "minimind": ("MiniMindForCausalLM", dict(num_key_value_heads=4, rope_theta=1e6)),
 }
 NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-# Options that change what a model computes, and the only values that we compute.
+# Options that change the computation, and their implemented values.
 ONLY = {
     "hidden_act": ("silu", "swish"),
     "mlp_bias": (False,),
     "use_moe": (False,),
-    "use_sliding_window": (False,),  # Qwen's, for some of the layers.
+    "use_sliding_window": (False,),  # of Qwen, for some of the layers
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
     "is_causal": (True,),
 }
-SCALING = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+# Options of ours that a family has by its name or not at all. They are ignored in a config: MiniMind writes
+# `num_experts` also for its dense models.
+OURS_ALONE = (
+    "qk_norm", "attention_output_bias", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "norm_topk_prob", "shared_expert_intermediate_size", "router_aux_loss_coef",
+)  # fmt: skip
 
 
 def read_config(config: dict, names: Collection[str]) -> ModelConfig:
-    """Their config to ours. `names` of the weights: they alone tell MiniMind's generations apart."""
+    """Their config to ours. The `names` of the weights tell MiniMind's generations apart."""
     family = config["model_type"]
     if family not in FAMILIES:
         raise InputError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
@@ -55,22 +57,22 @@ def read_config(config: dict, names: Collection[str]) -> ModelConfig:
     if missing := [name for name in NEEDED if not config.get(name)]:
         raise InputError(f"{', '.join(missing)} missing")
 
-    shared = ModelConfig.__dataclass_fields__.keys() & config.keys()
+    shared = (ModelConfig.__dataclass_fields__.keys() & config.keys()) - {*OURS_ALONE}
     ours = {**defaults, **{name: config[name] for name in shared}, **read_rope(config)}
     ours["num_key_value_heads"] = ours.get("num_key_value_heads") or config["num_attention_heads"]
     if family == "qwen2":
-        ours["attention_bias"] = True  # Whatever the file says: Qwen2 knows no such option.
+        ours["attention_bias"] = True  # Qwen2 does not have the option, its biases are always there.
     else:
-        ours["attention_output_bias"] = ours.get("attention_bias", False)  # The option means all four.
+        ours["attention_output_bias"] = ours.get("attention_bias", False)  # The option means all four biases.
     if family == "minimind":
         ours["qk_norm"] = "model.layers.0.self_attn.q_norm.weight" in names
     if family != "mistral":
-        ours["sliding_window"] = None  # Named in other families' files, and not used by them.
+        ours["sliding_window"] = None  # Other families write it into the file and do not use it.
     return ModelConfig(**ours)
 
 
 def read_rope(config: dict) -> dict:
-    """`rope_theta` and `rope_scaling`, as transformers 4 wrote them or in the one dict of transformers 5."""
+    """`rope_theta` and `rope_scaling`, which transformers 4 writes apart and transformers 5 in one dict."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", *SCALING):
@@ -84,19 +86,12 @@ def read_rope(config: dict) -> dict:
     return found | ({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})
 
 
-# What `ModelConfig` says by name and a family says by being itself.
-OURS_ALONE = (
-    "qk_norm", "attention_output_bias", "sliding_window", "num_experts", "num_experts_per_tok",
-    "moe_intermediate_size", "norm_topk_prob", "shared_expert_intermediate_size", "router_aux_loss_coef",
-)  # fmt: skip
-
-
 def write_config(config: ModelConfig, dtype: torch.dtype) -> dict:
-    """Our config to theirs, as the plainest family that can say it."""
+    """Our config to theirs, of the simplest family that computes the same."""
     if config.num_experts:
         raise InputError("a mixture of experts cannot be exported yet")
     if config.sliding_window and (config.qk_norm or config.attention_bias):
-        raise InputError("no family of Hugging Face's has a sliding window, and QK-norm or attention_bias")
+        raise InputError("a sliding window with QK-norm or attention_bias: no Hugging Face family has both")
     if config.sliding_window:
         family = "mistral"
     elif config.qk_norm:
@@ -105,7 +100,8 @@ def write_config(config: ModelConfig, dtype: torch.dtype) -> dict:
         family = "qwen2"
     else:
         family = "llama"
-    theirs = {name: value for name, value in config.to_dict().items() if name not in OURS_ALONE}
+    left_out = (*OURS_ALONE, "sliding_window")
+    theirs = {name: value for name, value in config.to_dict().items() if name not in left_out}
     biased = theirs.pop("attention_bias")
     if family == "mistral":
         theirs["sliding_window"] = config.sliding_window
@@ -122,22 +118,22 @@ def write_config(config: ModelConfig, dtype: torch.dtype) -> dict:
 
 
 def read_weights(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Their weights under our names; a second copy of a tied head and stored rotary tables are left out."""
+    """Their weights under our names, without the copy of a tied head and without stored rotary tables."""
     ours = {n.removeprefix("model."): w for n, w in weights.items() if not n.endswith("rotary_emb.inv_freq")}
     if unfit := [name for name, weight in ours.items() if not weight.is_floating_point()]:
-        raise InputError(f"{unfit[0]} holds {ours[unfit[0]].dtype}: quantised weights are not supported")
+        raise InputError(f"{unfit[0]} has {ours[unfit[0]].dtype} values: quantised weights are not supported")
     head = ours.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     embedding = ours.get("embed_tokens.weight", torch.empty(0))
-    # On "meta" there are shapes alone, and the rank that loads weights looks at them.
+    # "meta" tensors have no values; the rank that loads the weights compares them.
     if not (head is None or head.is_meta or torch.equal(head, embedding)):
-        raise InputError("tie_word_embeddings is true, yet lm_head.weight is not embed_tokens.weight")
+        raise InputError("tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight")
     return ours
 
 
 def write_weights(weights: dict[str, Tensor], config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     """Our weights under their names, in `dtype`.
 
-    Where a family has a bias on o_proj or on none of the four, a missing one is written as zeros.
+    Qwen3 has biases on all four projections or on none: a missing bias of o_proj is written as zeros.
     """
     theirs = {n if n.startswith("lm_head.") else f"model.{n}": w.to(dtype) for n, w in weights.items()}
     if config.qk_norm and config.attention_bias and not config.attention_output_bias:

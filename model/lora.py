@@ -1,10 +1,10 @@
-"""Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685): train a small addition to matrices that stay.
+"""Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685): train a small addition to frozen matrices.
 
     y = W x + (alpha / r) B A x                                       (section 4.1)
 
-A is (r, in) and random, B is (out, r) and zero, so that at first nothing is added and the policy is the
-reference. Only A and B are trained, kept by the optimizer and saved to resume from. The reference needs no
-weights of its own: it is the same model with its adapters off.
+A is (r, in) and random, B is (out, r) and zero: at first the addition is zero, and the policy equals the
+reference. The optimizer and the checkpoints contain A and B only. The reference is the same model with its
+adapters off, so it has no weights of its own.
 """
 
 import math
@@ -22,13 +22,13 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class AdaptedLinear(nn.Linear):
-    """A linear layer that keeps its weight and its name, and adds what its adapter says."""
+    """A linear layer with the weight and the name of `base`, plus the output of its adapter."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
         self.scale, self.on = alpha / rank, True
-        # As nn.Linear would draw it, on the CPU, so that a seed gives the same adapter on every device.
+        # The distribution of nn.Linear, drawn on the CPU: a seed gives the same adapter on every device.
         bound = 1 / math.sqrt(base.in_features)
         start = torch.rand(rank, base.in_features, generator=generator) * 2 * bound - bound
         self.lora_A = nn.Parameter(start.to(base.weight))  # (r, in)
@@ -39,12 +39,12 @@ class AdaptedLinear(nn.Linear):
         return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B) if self.on else y
 
     def merged(self) -> Tensor:
-        """W + (alpha / r) B A, the matrix that does the same without an adapter."""
+        """W + (alpha / r) B A: the matrix of an equal layer without an adapter."""
         return self.weight + self.scale * self.lora_B @ self.lora_A
 
 
 def add_adapters(model: Transformer, rank: int, alpha: float, targets: str, seed: int) -> None:
-    """Freeze the model and put an adapter on every layer of `targets`: "all", or names with commas."""
+    """Freeze the model and add an adapter to every layer of `targets`: "all", or names with commas."""
     names = TARGETS if targets == "all" else targets.split(",")
     if unknown := [name for name in names if name not in TARGETS]:
         raise InputError(f"--lora-targets {unknown[0]!r} is neither all nor any of {', '.join(TARGETS)}")
@@ -57,12 +57,13 @@ def add_adapters(model: Transformer, rank: int, alpha: float, targets: str, seed
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The layers with an adapter, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
 @contextmanager
 def adapters_off(model: nn.Module):
-    """Within, the model is what it was before its adapters, bit for bit."""
+    """Within, the model computes without its adapters, bit for bit as before they were added."""
     layers = adapted_layers(model).values()
     for layer in layers:
         layer.on = False
@@ -74,7 +75,7 @@ def adapters_off(model: nn.Module):
 
 
 class WithoutAdapters:
-    """The reference of a model with adapters: the same weights, no second copy."""
+    """The reference of a model with adapters: the same weights, not a second copy."""
 
     def __init__(self, model: Transformer):
         self.model = model
@@ -85,12 +86,12 @@ class WithoutAdapters:
 
 
 def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The A and B of every adapter by name, which is all that training changes; empty without adapters."""
+    """A and B of every adapter by name, all that training changes; empty for a model without adapters."""
     return {name: weight for name, weight in model.state_dict().items() if ".lora_" in name}
 
 
 class Adapters:
-    """All adapters of a model, as a checkpoint keeps them."""
+    """All adapters of a model, with the methods that a checkpoint calls."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -105,12 +106,12 @@ class Adapters:
 
 
 def trained_part(model: Transformer) -> Transformer | Adapters:
-    """What training changes and a checkpoint keeps: the adapters if there are any, else the model."""
+    """What training changes and a checkpoint contains: the adapters, or the model if it has no adapters."""
     return Adapters(model) if adapted_layers(model) else model
 
 
 def adapter_shape(model: nn.Module) -> dict:
-    """Rank, alpha and targets of the adapters, as peft names them."""
+    """Rank, alpha and targets of the adapters, under peft's names."""
     layers = adapted_layers(model)
     rank, scale = next((layer.lora_A.shape[0], layer.scale) for layer in layers.values())
     targets = sorted({name.rpartition(".")[2] for name in layers})
@@ -119,7 +120,7 @@ def adapter_shape(model: nn.Module) -> dict:
 
 @torch.no_grad()
 def merged_weights(model: Transformer) -> dict[str, Tensor]:
-    """The weights of a plain model that does the same; of a model without adapters its own, untouched."""
+    """The weights of an equal model without adapters; a model without adapters returns its own."""
     layers = adapted_layers(model)
     plain = {name: weight for name, weight in model.state_dict().items() if ".lora_" not in name}
     return plain | {f"{name}.weight": layer.merged() for name, layer in layers.items()}

@@ -1,56 +1,61 @@
-"""Model folders, ours and Hugging Face's. Nothing is unpickled.
+"""Model folders, ours and Hugging Face's, in and out. Nothing is unpickled.
 
-Ours hold ``model.pt``, and a ``config.json`` that says the shape under "model". Wherever a model folder is
-asked for, one of Hugging Face's may be given: ``config.json`` with a "model_type", and safetensors. The way
-back, for transformers, vLLM and llama.cpp's converter:
-
-    python -m model.weights export runs/dpo --to DIR
-    python -m model.weights export runs/dpo --to DIR --dtype bf16
-    python -m model.weights export runs/dpo --to DIR --adapter      # a LoRA run's adapter alone, for peft
+Our folders contain ``model.pt``, and a ``config.json`` with the shape under "model" and digests under
+"sha256". A Hugging Face folder is accepted as well: its ``config.json`` has a "model_type", and its weights
+are safetensors. `model.export` writes such a folder.
 """
 
-import argparse
 import hashlib
 import json
-import shutil
+import re
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from errors import InputError, run_script
-from files import write_whole
+from errors import InputError
+from files import file_hash, write_whole
 from model import huggingface
-from model.config import ModelConfig
+from model.config import PRESETS, ModelConfig
 from model.lora import adapter_shape, adapter_weights, merged_weights
 from model.transformer import Transformer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What `ChatTokenizer.save` writes, always and for some tokenizers; an export takes it along as it is.
-TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-SENTENCEPIECE_FILES = ("tokenizer.model", "added_tokens.json")
+MAX_JSON = 2**26  # bytes of a JSON file; the index of the largest published models has 10 MB
+
+# ---- Out
 
 
 def save_model(folder: Path, model: Transformer, **settings) -> None:
-    """Write the config, then the weights as they are, bit for bit; `settings` are kept beside the shape.
+    """Write the config, which contains `settings`, then the weights, bit for bit.
 
-    The weights come last: a folder that has a model.pt is whole. Weights that are no numbers are not saved.
-    Adapters are merged, so that a LoRA run is a model folder like any other, and also written by themselves.
+    The weights come last, so a folder with a model.pt is complete. Adapters are merged: a LoRA run is a model
+    folder like any other; they are also written on their own. Raises FloatingPointError for a NaN.
     """
     if bad := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
         raise FloatingPointError(f"{folder}: the model is not saved, {bad[0]} is not finite")
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"kind": model.kind, "model": model.config.to_dict()}
+    digests: dict[str, str] = {}
+    config = {"kind": model.kind, "model": model.config.to_dict(), **settings, "sha256": digests}
+
+    def write(file, name: str, weights: dict[str, Tensor]) -> None:
+        torch.save(weights, file)
+        digests[name] = file.digest.hexdigest()
+
     if adapter := adapter_weights(model):
         config["adapter"] = adapter_shape(model)
-        write_whole(folder / "adapter.pt", lambda file: torch.save(adapter, file))
-    write_json(folder / "config.json", {**config, **settings})
-    write_whole(folder / "model.pt", lambda file: torch.save(merged_weights(model), file))
+        write_whole(folder / "adapter.pt", lambda file: write(file, "adapter.pt", adapter))
+
+    def write_both(file) -> None:
+        write(file, "model.pt", merged_weights(model))
+        write_json(folder / "config.json", config)  # Before model.pt has its name, but with its digest.
+
+    write_whole(folder / "model.pt", write_both)
 
 
 def weights_hash(model: torch.nn.Module) -> str:
-    """SHA-256 of all weights with their names, types and shapes. Split ones need all ranks to call it."""
+    """SHA-256 of all weights with their names, types and shapes. All ranks must call it for a split model."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -63,70 +68,177 @@ def write_json(path: Path, value: dict) -> None:
     write_whole(path, lambda file: file.write(json.dumps(value, indent=2).encode() + b"\n"))
 
 
-def load_model(folder: str | Path, device="cpu", model_class: type[Transformer] = Transformer) -> Transformer:
-    """The model of a folder in float32, with every weight accounted for; on "meta" without reading any.
+# ---- In
 
-    Raises `InputError` when the folder is none or holds another kind of model, or its weights do not fit its
-    config.
+
+def load_model(folder: str | Path, device="cpu", model_class: type[Transformer] = Transformer) -> Transformer:
+    """The model of a folder in float32, with every weight accounted for. On "meta" no weight is read.
+
+    Raises `InputError` if the folder is missing or damaged, contains another kind of model, or its weights do
+    not fit its config.
     """
-    folder = Path(folder)
+    folder, on_meta = Path(folder), torch.device(device).type == "meta"
     config = read_json(folder / "config.json")
     if (kind := config.get("kind", Transformer.kind)) != model_class.kind:
         raise InputError(
-            f"{folder} holds a {kind}, not a {model_class.kind}: train_sft.py and train_dpo.py make language "
-            "models, train_reward.py makes reward models"
+            f"{folder} contains a {kind}, not a {model_class.kind}: train_sft.py and train_dpo.py write "
+            "language models, train_reward.py writes reward models"
         )
+    # The weights are mapped, not read: ranks that load one folder share its pages.
     if "model_type" in config:
-        config, weights = read_hugging_face(folder, config, device)
+        shape, weights = read_hugging_face(folder, config, "meta" if on_meta else "cpu")
     else:
-        config, weights = model_config(folder, config), read_ours(folder / "model.pt", device)
+        shape, weights = model_config(folder, config), read_ours(folder, "model.pt", config, on_meta)
+    require_counts(folder, shape, weights.keys())
     with torch.device("meta"):
-        model = model_class(config)
-    model.to_empty(device=device)
-    try:
-        model.load_state_dict(weights, strict=True)  # Copies, so that weights of a bf16 file become float32.
-    except RuntimeError as error:
-        raise InputError(f"{folder}: the weights do not fit config.json: {error}") from None
+        model = model_class(shape)
+    require_fit(folder, model, weights)
+    if not on_meta:
+        model.to_empty(device=device)
+        model.load_state_dict(weights, strict=True)  # Copies: the weights of a bf16 file become float32.
     return model
 
 
+def require_folder(folder: Path) -> None:
+    """Raise InputError, with the likely remedy, for a path that is not a folder."""
+    if folder.is_dir():
+        return
+    if folder.exists():
+        raise InputError(f"{folder} is a file, not a model folder: give the folder, {folder.parent}")
+    problem = f"{folder}: there is no such model folder"
+    demo = folder.parent / "demo" / folder.name
+    if demo.is_dir():
+        raise InputError(f"{problem}; make demo has left one in {demo}: give --model {demo}")
+    hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(folder))
+    if hub and not folder.parent.exists() and folder.parent.name != "runs":
+        name = folder.name
+        raise InputError(
+            f"{problem}; to download this model: hf download {folder} --local-dir {name}, then --model {name}"
+        )
+    raise InputError(
+        f"{problem}; python train_sft.py writes one to runs/sft, or starts from a preset: "
+        f"{', '.join(PRESETS)}"
+    )
+
+
 def read_json(path: Path) -> dict:
+    """The object in a JSON file of a model folder."""
+    require_folder(path.parent)
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is not a regular file")
+        if path.stat().st_size > MAX_JSON:
+            raise InputError(f"{path} is larger than {MAX_JSON >> 20} MiB, too large for a config")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path.parent}: no model folder (it has no {path.name})") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not the config of a model ({error})") from None
+        raise InputError(f"{path.parent} is not a model folder: it has no {path.name}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not the config of a model: damaged or incomplete JSON ({error})") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: not the config of a model (no object)")
+        raise InputError(f"{path}: not the config of a model: not a JSON object")
     return value
 
 
 def model_config(folder: Path, config: dict) -> ModelConfig:
     try:
         return ModelConfig(**config["model"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'config.json'}: not the config of a model ({error})") from None
+    except KeyError:
+        reason = 'no "model" in it'
+    except (TypeError, InputError) as error:
+        reason = str(error).replace("ModelConfig.__init__() ", "")
+    raise InputError(f"{folder / 'config.json'}: not the config of a model: {reason}")
 
 
-def read_ours(path: Path, device="cpu") -> dict[str, Tensor]:
+def read_ours(folder: Path, name: str, config: dict, on_meta: bool = False) -> dict[str, Tensor]:
+    """The tensors of a file that `save_model` has written, mapped into memory; on "meta" their shapes."""
+    path = folder / name
+    if not path.exists():
+        raise InputError(f"{folder} has a config.json but no {name}: the training did not finish")
+    require_stored_zip(path)
+    digests = config.get("sha256")  # Older folders have none.
+    digest = digests.get(name) if isinstance(digests, dict) else None
+    if digest and not on_meta and file_hash(path) != digest:
+        raise InputError(
+            f"{path} is damaged: its SHA-256 is not the one in config.json. Copy or train it again; if the "
+            'change is intended, remove "sha256" from config.json'
+        )
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise InputError(
-            f"{path.parent}: there is a config.json but no {path.name}; did training finish?"
-        ) from None
-    except Exception as error:  # torch.load raises many kinds for a damaged or hostile file.
-        raise InputError(
-            f"{path}: unreadable ({str(error).partition(chr(10))[0] or 'it is empty'})"
-        ) from None
+        device = "meta" if on_meta else "cpu"
+        weights = torch.load(path, map_location=device, mmap=not on_meta, weights_only=True)
+    except Exception as error:  # torch.load raises many types for a damaged or hostile file.
+        reason = str(error).partition("\n")[0]
+        if "Weights only load failed" in reason:
+            reason = "it contains other objects than tensors"
+        raise InputError(f"{path}: unreadable ({reason})") from None
+    if not isinstance(weights, dict) or not all(map(is_weight, weights.keys(), weights.values())):
+        raise InputError(f"{path}: unreadable, it is not a dict of weights by name")
+    return weights
+
+
+def is_weight(name, value) -> bool:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    return isinstance(name, str) and dense and value.is_floating_point()
+
+
+def require_stored_zip(path: Path) -> None:
+    """Raise InputError unless this is a regular file and, as torch.save writes, a zip without compression.
+
+    A compressed entry may need a thousand times the memory of the file.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is not a regular file")
+    try:
+        if path.stat().st_size == 0:
+            raise InputError(f"{path}: unreadable, it is empty")
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: unreadable, damaged or incomplete ({error})") from None
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise InputError(f"{path}: unreadable, it has compressed entries, which torch.save never writes")
+
+
+def require_counts(folder: Path, config: ModelConfig, names) -> None:
+    """Compare the numbers of layers and experts before a model is built: a million modules take minutes."""
+    for what, expected, pattern in (
+        ("layers", config.num_hidden_layers, r"layers\.(\d+)\."),
+        ("experts", config.num_experts, r"layers\.\d+\.mlp\.experts\.(\d+)\."),
+    ):
+        found = len({match[1] for name in names if (match := re.match(pattern, name))})
+        if found != expected:
+            raise InputError(f"{folder}: config.json has {expected} {what}, the weights have {found}")
+
+
+def require_fit(folder: Path, model: Transformer, weights: dict[str, Tensor]) -> None:
+    """Raise InputError unless the names and shapes of the weights are those of the model."""
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    problems += [f"{name} is unexpected" for name in found.keys() - expected.keys()]
+    problems += [
+        f"{name} has the shape {found[name]}, expected {expected[name]}"
+        for name in expected.keys() & found.keys()
+        if expected[name] != found[name]
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:5])
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise InputError(f"{folder}: the weights do not fit config.json: {shown}{more}")
 
 
 # ---- Hugging Face's folders
 
 
-def read_hugging_face(folder: Path, config: dict, device) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The config and the weights of such a folder, as ours."""
+def read_hugging_face(folder: Path, config: dict, device: str) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Config and weights of a Hugging Face folder under our names; on "cpu" the weights are mapped."""
     safetensors = import_safetensors()
     try:
         files = [safetensors.safe_open(path, "pt") for path in weight_files(folder)]
@@ -138,7 +250,7 @@ def read_hugging_face(folder: Path, config: dict, device) -> tuple[ModelConfig, 
         raise InputError(f"{folder}: unreadable safetensors ({error})") from None
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
-    except (TypeError, KeyError, AttributeError) as error:  # A number where text belongs, and so on.
+    except (TypeError, KeyError, AttributeError) as error:  # A number in place of a text, and so on.
         raise InputError(f"{folder / 'config.json'}: not the config of a model ({error})") from None
 
 
@@ -146,84 +258,18 @@ def import_safetensors():
     try:
         import safetensors.torch
     except ImportError:
-        need = "Hugging Face folders need safetensors, of the extra `hf`: pip install safetensors"
-        raise InputError(need) from None
+        raise InputError("Hugging Face folders need safetensors: pip install safetensors") from None
     return safetensors
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The one file of weights, or the files that an index names; none outside the folder."""
+    """The one file of weights, or the files that the index names, all in this folder."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
         names = sorted(set(read_json(index)["weight_map"].values()))
     if outside := [name for name in names if Path(name).name != name]:
-        raise InputError(f"{index.name} names {outside[0]!r}, which is no file of this folder")
+        raise InputError(f"{index.name} names {outside[0]!r}, which is not a file of this folder")
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise InputError(f"no {missing[0]}; other formats must be saved as safetensors first")
+        raise InputError(f"no {missing[0]}; other formats must be converted to safetensors first")
     return [folder / name for name in names]
-
-
-def export(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Write a model folder as one of Hugging Face's: config, safetensors, and all that concerns text."""
-    safetensors = import_safetensors()
-    model = load_model(source)
-    target.mkdir(parents=True, exist_ok=True)
-    weights = huggingface.write_weights(model.state_dict(), model.config, dtype)
-    # The format is said because transformers looks for it.
-    data = safetensors.torch.save(weights, metadata={"format": "pt"})
-    write_whole(target / "model.safetensors", lambda file: file.write(data))
-    for name in TEXT_FILES:
-        if not (source / name).is_file():
-            raise InputError(f"{source}: no {name}; its tokenizer was not saved by this version")
-        shutil.copyfile(source / name, target / name)
-    for name in SENTENCEPIECE_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    config, speech = huggingface.write_config(model.config, dtype), read_json(target / TEXT_FILES[-1])
-    # Older readers look for the ends of a text in config.json.
-    ids = {name: value for name, value in speech.items() if name.endswith("_token_id")}
-    write_json(target / "config.json", {**config, **ids})
-
-
-def export_adapter(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Write the adapter of a LoRA run as peft reads it; it belongs on the model that the run started from."""
-    safetensors = import_safetensors()
-    config = read_json(source / "config.json")
-    if "adapter" not in config:
-        raise InputError(f"{source}: no adapter there, the run was not made with --lora-rank")
-    weights = {
-        f"base_model.model.model.{name}.weight": weight.to(dtype)
-        for name, weight in read_ours(source / "adapter.pt").items()
-    }
-    described = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config["settings"]["model"],
-        "inference_mode": True,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        **config["adapter"],
-    }
-    target.mkdir(parents=True, exist_ok=True)
-    data = safetensors.torch.save(weights, metadata={"format": "pt"})
-    write_whole(target / "adapter_model.safetensors", lambda file: file.write(data))
-    write_json(target / "adapter_config.json", described)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m model.weights", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("export", help="write a folder that transformers, vLLM and llama.cpp read")
-    command.add_argument("source", metavar="RUN", type=Path, help="model folder")
-    command.add_argument("--to", metavar="DIR", type=Path, required=True, help="where the new folder goes")
-    command.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the exported weights")
-    command.add_argument("--adapter", action="store_true", help="the adapter of a LoRA run alone, for peft")
-    arguments = parser.parse_args()
-    write = export_adapter if arguments.adapter else export
-    write(arguments.source, arguments.to, DTYPES[arguments.dtype])
-    print(f"{arguments.to}: {arguments.source} in {arguments.dtype}")
-
-
-if __name__ == "__main__":
-    run_script(main)

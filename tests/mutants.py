@@ -134,8 +134,8 @@ def verdict(mutant: Mutant) -> dict:
 def without_a_mutant(tests: list[str]) -> dict:
     """Whether all these tests are "green" as they are, or "red"; under an empty name."""
     start = time.monotonic()
-    outcomes = run_tests(tests, seconds=SECONDS * 5) if tests else {"passed": []}
-    green = len(outcomes["passed"]) == len(tests)
+    outcomes = run_tests(tests, seconds=SECONDS * 5) if tests else {"passed": [], "failed": [], "broken": []}
+    green = len(outcomes["passed"]) >= len(tests) and not outcomes["failed"] + outcomes["broken"]
     found = {"name": "", "test": f"{len(tests)} tests without a mutant", "seconds": time.monotonic() - start}
     return {**found, "kind": "green" if green else "red", "why": "" if green else outcomes["log"][-3000:]}
 
@@ -143,7 +143,8 @@ def without_a_mutant(tests: list[str]) -> dict:
 def verdicts(mutants: list[Mutant], run_elsewhere: Iterable[str], jobs: int) -> Iterator[dict]:
     """First the verdict without a mutant, on the tests that are not `run_elsewhere`; then one a mutant."""
     preload()
-    yield without_a_mutant(sorted({mutant.test for mutant in mutants} - {*run_elsewhere}))
+    elsewhere = {name for node in run_elsewhere for name in (node, node.partition("[")[0])}
+    yield without_a_mutant(sorted({mutant.test for mutant in mutants} - elsewhere))
     if jobs == 1:
         yield from map(verdict, mutants)
         return

@@ -36,7 +36,9 @@ def start() -> None:
     theirs.close()
 
 
-def forked(module: str, *arguments, ranks: int = 1, seconds: int = 120) -> subprocess.CompletedProcess:
+def forked(
+    module: str, *arguments, ranks: int = 1, seconds: int = 120, cwd=ROOT
+) -> subprocess.CompletedProcess:
     """`python -m module arguments…` on this many ranks: the first exit status that is not 0, and all output.
 
     Five seconds after a rank has failed the others are killed.
@@ -48,7 +50,7 @@ def forked(module: str, *arguments, ranks: int = 1, seconds: int = 120) -> subpr
         environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # As under torchrun, this store is ours.
     arguments = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as folder:
-        PIPE.send((module, arguments, ranks, environment, folder, seconds))
+        PIPE.send((module, arguments, ranks, environment, folder, str(cwd), seconds))
         status = PIPE.recv()
         stdout, stderr = (
             "".join(Path(folder, f"{name}-{rank}").read_text() for rank in range(ranks))
@@ -59,12 +61,13 @@ def forked(module: str, *arguments, ranks: int = 1, seconds: int = 120) -> subpr
     return subprocess.CompletedProcess([module, *arguments], status, stdout, stderr)
 
 
-def run_job(module, arguments, ranks, environment, folder, seconds) -> int | None:
+def run_job(module, arguments, ranks, environment, folder, cwd, seconds) -> int | None:
     """Fork the ranks and wait for them: the first exit status that is not 0; None after `seconds`."""
     running = set()
     for rank in range(ranks):
         child = os.fork()
         if child == 0:
+            os.chdir(cwd)
             run_rank(module, arguments, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, folder)
         running.add(child)
     deadline, found = time.monotonic() + seconds, 0
@@ -88,13 +91,11 @@ def run_rank(module: str, arguments: list[str], environment: dict[str, str], fol
     status = 1
     try:
         for number, name in ((1, "stdout"), (2, "stderr")):
-            file = Path(folder, f"{name}-{environment['RANK']}").open("w", buffering=1, encoding="utf-8")
-            os.dup2(file.fileno(), number)
-            setattr(sys, name, file)
+            os.dup2(os.open(f"{folder}/{name}-{environment['RANK']}", os.O_WRONLY | os.O_CREAT), number)
+            setattr(sys, name, os.fdopen(number, "w", buffering=1, encoding="utf-8", closefd=False))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.clear()
         os.environ.update(environment)
-        os.chdir(ROOT)
         sys.argv = [module, *arguments]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         status = 0

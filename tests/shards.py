@@ -1,4 +1,4 @@
-"""What torchrun starts for tests/test_shard.py: runs, one after another, and what each rank held in them.
+"""A program for tests/test_shard.py: training runs, one after another, and the bytes of each rank in them.
 
 torchrun --standalone --nproc-per-node 2 -m tests.shards JOBS.json
 """
@@ -7,6 +7,7 @@ import importlib
 import json
 import sys
 import weakref
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -21,10 +22,10 @@ from training.distributed import World, join
 
 
 class LiveBytes(TorchDispatchMode):
-    """The bytes of all tensors that operations made and that are still there: now, and at the most.
+    """Bytes of all live tensors that operations returned: now, and at the peak.
 
-    Storages are counted once, whatever views there are of them, and as large as they are at the time: FSDP2
-    keeps buffers and empties them between uses. Of a split tensor the part on this rank is counted.
+    A storage counts once, whatever its number of views, and with its size at the time: FSDP2 keeps buffers
+    and empties them between uses. A split tensor counts with this rank's part.
     """
 
     def __init__(self):
@@ -37,7 +38,7 @@ class LiveBytes(TorchDispatchMode):
             return NotImplemented  # It comes back with operations on its part.
         result = function(*args, **(kwargs or {}))
         for x in result if isinstance(result, (tuple, list)) else [result]:
-            # Its storage tells where it is: DTensor finds out shapes with tensors that only say "cpu".
+            # The storage has the true device: DTensor computes shapes with tensors that claim "cpu".
             if isinstance(x, torch.Tensor) and (storage := x.untyped_storage()).device.type == "cpu":
                 self.alive[storage._cdata] = storage
         self.peak = max(self.peak, self.now)
@@ -49,14 +50,15 @@ class LiveBytes(TorchDispatchMode):
 
 
 def bytes_here(tensors) -> int:
-    """What the tensors take on this rank."""
+    """Bytes of the tensors on this rank."""
     return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
 
 
-def weigh(module, held: dict[str, int], live: LiveBytes) -> None:
-    """Let a script say in `held` what its rank holds in a step, right before it clips the gradient.
+def weigh(module, held: dict[str, int], live: LiveBytes, counting: ExitStack) -> None:
+    """Fill `held` with the bytes of a script's rank in a step, right before it clips the gradient.
 
-    And the most that it held in `live` until the last of its models was wrapped.
+    Under "loading" stands the peak of `live` until the last model was wrapped. Counting makes each operation
+    slow, so it ends at the first clipping.
     """
     wrap, clip_gradients, wrapped = module.wrap, module.clip_gradients, []
 
@@ -66,6 +68,7 @@ def weigh(module, held: dict[str, int], live: LiveBytes) -> None:
         return wrapped[-1]
 
     def weighing_clip(optimizer, *arguments):
+        counting.close()
         weights = {"reference": [], "policy": []}
         for each in wrapped:
             own = list(each.parameters())
@@ -80,12 +83,12 @@ def weigh(module, held: dict[str, int], live: LiveBytes) -> None:
 
 
 def run(job: dict, world: World) -> None:
-    """Train as a job says: its script, its arguments, where it says what it held, and scores held at once."""
+    """Train a job: its script, its arguments, the file for the bytes it held, and its scores at a time."""
     module = importlib.reload(importlib.import_module(job["script"]))
     model.transformer.MAX_LOGITS = job.get("logits", 2**25)
     held: dict[str, int] = {}
-    with LiveBytes() as live:
-        weigh(module, held, live)
+    with ExitStack() as counting:
+        weigh(module, held, counting.enter_context(LiveBytes()), counting)
         train(module, job["arguments"], world)
     Path(f"{job['held']}-{world.rank}.json").write_text(json.dumps(held))
 

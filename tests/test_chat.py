@@ -13,7 +13,7 @@ from contextlib import redirect_stdout
 import pytest
 import torch
 
-from dataset.inspect import printable
+from dataset.jsonl import printable
 from dataset.records import Message
 from dataset.tokenizer import START
 from errors import InputError

@@ -11,6 +11,7 @@ import os
 import random
 import re
 import resource
+import sys
 from pathlib import Path
 
 import pytest

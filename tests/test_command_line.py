@@ -1,7 +1,6 @@
 """The scripts as a user meets them: flags, errors, imports, and what the README says of them."""
 
 import importlib
-import json
 import os
 import re
 import shlex
@@ -14,23 +13,16 @@ import pytest
 import train_dpo
 import train_reward
 import train_sft
-from dataset.records import PREFERENCE_FORMATS, SFT_FORMATS
 from errors import InputError
 from losses import LOSSES
 from model.config import ModelConfig
 from tests.loops import ROOT
+from tests.ranks import forked
 from training.settings import learning_rate_advice, parse
 
 README = ROOT / "README.md"
 FLAGS = ROOT / "docs" / "FLAGS.md"
 SCRIPTS = {"train_sft.py": train_sft, "train_dpo.py": train_dpo, "train_reward.py": train_reward}
-
-
-def run(script: str, *arguments: str, cwd=ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments], cwd=cwd, capture_output=True, text=True, timeout=60,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -47,7 +39,7 @@ def run(script: str, *arguments: str, cwd=ROOT) -> subprocess.CompletedProcess:
 )
 def test_bad_usage_is_one_line_and_status_2(script, arguments, reason, tmp_path):
     """A traceback tells a user nothing, and status 1 or 0 lets a shell script go on."""
-    result = run(script, *arguments, cwd=tmp_path)
+    result = forked(script.removesuffix(".py"), *arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and reason in result.stderr
     assert result.stderr.count("\n") == 1 and result.stdout == ""
@@ -57,20 +49,17 @@ def test_bad_usage_is_one_line_and_status_2(script, arguments, reason, tmp_path)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_works_from_anywhere(script, tmp_path):
     """Paths that are relative to the script's folder break as soon as the shell stands elsewhere."""
-    result = run(script, "--help", cwd=tmp_path)
+    result = forked(script.removesuffix(".py"), "--help", cwd=tmp_path)
     assert result.returncode == 0
     for f in fields(SCRIPTS[script].Settings):
         assert f"--{f.name.replace('_', '-')}" in result.stdout
 
 
-def test_importing_a_script_runs_nothing():
-    """A script that parses flags or joins ranks on import cannot be tested or reused."""
-    code = "import train_dpo, train_reward, train_sft; print('quiet')"
-    code = f"import sys; sys.argv = ['x', '--nonsense']; {code}"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "quiet\n", "")
+def test_a_script_starts_from_anywhere(tmp_path):
+    """The same with a new interpreter, which finds the project's modules beside the script."""
+    command = [sys.executable, ROOT / "train_dpo.py", "--help"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "") and "--beta" in result.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -172,12 +161,6 @@ def test_readme_commands_are_accepted_by_their_parsers():
     for script, arguments in commands:
         module = importlib.import_module(script.removesuffix(".py").removeprefix("-m "))
         parse(module.Settings, "", shlex.split(arguments, comments=True))
-
-
-def test_readme_shows_every_data_shape():
-    """A shape that is accepted but not shown is found by nobody."""
-    for shape in [*PREFERENCE_FORMATS.values(), *SFT_FORMATS.values()]:
-        assert f"{shape.description} | `{json.dumps(shape.example)}`" in README.read_text("utf-8")
 
 
 def test_readme_lists_every_loss():

@@ -3,6 +3,7 @@
     python -m pytest tests/test_eval.py
 """
 
+import io
 import json
 import math
 import sys
@@ -17,10 +18,11 @@ from dataset.records import DataError
 from dataset.store import open_store
 from dataset.tokenizer import ChatTokenizer, train
 from errors import InputError, run_script
-from eval import chat, common, demo, judge, preference, report, score
+from eval import chat, common, demo, explain, judge, preference, report, score
 from eval.judge import Reply, compare, win_interval
 from eval.verdict import Verdict
 from model import transformer
+from model.reward import RewardModel
 from model.weights import save_model
 from tests.conftest import RAGGED, TEXTS, as_record, make_model, plain_ids, plain_logits
 from tests.loops import metrics
@@ -68,6 +70,15 @@ def pairs(write_jsonl, tokenizer):
 
 
 @pytest.fixture
+def reward_folder(tmp_path, tokenizer) -> str:
+    """A folder with a reward model."""
+    model = RewardModel.from_language_model(make_model(tokenizer.vocab_size, torch.float32))
+    save_model(tmp_path / "reward", model)
+    tokenizer.save(tmp_path / "reward")
+    return str(tmp_path / "reward")
+
+
+@pytest.fixture
 def judged(write_jsonl):
     """A file of three pairs with a `judge` field."""
     return write_jsonl("judged.jsonl", [{**as_record(pair), "judge": JUDGE} for pair in RAGGED[:3]])
@@ -98,10 +109,10 @@ def test_each_pair_counts_once_on_any_number_of_ranks(pairs, tokenizer, n):
     store = pairs(n)
     policy, reference = (make_model(tokenizer.vocab_size, torch.float32, seed=s) for s in (1, 2))
     for measure in (evaluate, evaluate_kl):
-        options = {"objective": DPO} if measure is evaluate else {}
+        options = {"precision": FP32, "objective": DPO} if measure is evaluate else {}
 
         def call(world, size=4096, measure=measure, options=options):
-            return measure(policy, reference, store, world, FP32, **options, max_tokens=size)
+            return measure(policy, reference, store, world, **options, max_tokens=size)
 
         expected = call(ALONE)
         items = n if options else sum(store.target_counts.tolist())
@@ -120,7 +131,7 @@ def test_a_policy_that_is_its_reference_has_loss_ln_2_and_accuracy_a_half(pairs,
     assert figures["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert figures["rewards/accuracies"] == 0.5
     assert figures["rewards/margins"] == figures["rewards/chosen"] == figures["rewards/rejected"] == 0
-    assert evaluate_kl(model, model, pairs(7), ALONE, FP32) == {"kl_per_token": 0}
+    assert evaluate_kl(model, model, pairs(7), ALONE) == {"kl_per_token": 0}
 
 
 @pytest.mark.parametrize("layout", ["forked", "twin"])
@@ -138,16 +149,16 @@ def test_kl_is_that_of_a_plain_loop(pairs, tokenizer, layout):
                     math.exp(a) * (a - b) for a, b in zip(p[at].tolist(), q[at].tolist(), strict=True)
                 )
                 count += 1
-    found = evaluate_kl(policy, reference, pairs(7), ALONE, FP32, layout, max_tokens=130)
+    found = evaluate_kl(policy, reference, pairs(7), ALONE, layout, max_tokens=130)
     assert found["kl_per_token"] == pytest.approx(total / count, rel=1e-6)
     assert total / count > 0.1
 
 
 def test_kl_does_not_depend_on_the_chunks_of_the_vocabulary(pairs, tokenizer, monkeypatch):
     policy, reference = (make_model(tokenizer.vocab_size, seed=seed) for seed in (1, 2))
-    whole = evaluate_kl(policy, reference, pairs(7), ALONE, FP32)
+    whole = evaluate_kl(policy, reference, pairs(7), ALONE)
     monkeypatch.setattr(transformer, "MAX_LOGITS", 5 * tokenizer.vocab_size)
-    assert evaluate_kl(policy, reference, pairs(7), ALONE, FP32) == pytest.approx(whole, rel=1e-6)
+    assert evaluate_kl(policy, reference, pairs(7), ALONE) == pytest.approx(whole, rel=1e-6)
 
 
 def test_two_ranks_print_the_figures_of_one(folders, ragged, tmp_path, capsys):
@@ -252,7 +263,23 @@ def test_held_out_pairs_are_the_runs_own(trained, tmp_path, folders, ragged, cap
     assert f"{ragged}: 7 of 7 records" in capsys.readouterr().err
     dpo = {"data": str(SAMPLE / "preferences.jsonl"), "eval_data": "", "beta": 1}
     sft = {"data": str(SAMPLE / "sft.jsonl"), "eval_data": "chats.jsonl"}
-    assert preference.held_out_pairs("x", dpo) == preference.held_out_pairs("x", sft) == HELD_OUT
+    auto = {"data": str(SAMPLE / "preferences.jsonl"), "eval_data": "auto", "eval_share": 0.0, "beta": 1}
+    assert all(preference.held_out_pairs("x", run) == (HELD_OUT, 0) for run in (dpo, sft, auto))
+    with pytest.raises(InputError, match="give --data"):
+        preference.held_out_pairs("x", {"data": "mine.jsonl", "eval_data": "auto", "beta": 1})
+
+
+def test_a_share_of_the_training_data_is_measured_as_it_was_held_out(folders, tmp_path, ragged, tokenizer):
+    """Figures on all pairs of the file would contain the pairs that the model was trained on."""
+    run = {"model": folders[1], "data": str(ragged), "eval_data": "auto", "eval_share": 0.5, "beta": 0.1}
+    save_model(tmp_path / "run", make_model(tokenizer.vocab_size, torch.float32, 1), settings=run)
+    tokenizer.save(tmp_path / "run")
+    held_out = open_store(ragged, "preferences", tokenizer, 4096).split(0.5)[1]
+    assert 0 < len(held_out) < 7
+    expected = evaluate(*map(common.load_model, (folders[0], folders[1])), held_out, ALONE, FP32, DPO)
+    figures = measured(str(tmp_path / "run"), tmp_path)
+    assert figures["pairs"] == len(held_out)
+    assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_folder_without_a_run_has_defaults_and_no_reference(folders, tmp_path, ragged, capsys):
@@ -298,16 +325,16 @@ def test_damaged_settings_are_an_error_not_a_traceback(damage, folders, tmp_path
 @pytest.mark.parametrize(
     "main, arguments, reason",
     [
-        (preference.main, ["--model", "/nowhere"], "/nowhere: no model folder"),
+        (preference.main, ["--model", "/nowhere"], "/nowhere: there is no such model folder"),
         (preference.main, ["--beta", "0"], "--beta must be positive, not 0.0"),
         (preference.main, ["--micro-batch-tokens", "0"], "--micro-batch-tokens must be at least 1, not 0"),
         (preference.main, ["--max-length", "-1"], "--max-length must not be negative, not -1"),
-        (judge.main, ["--versus", "/nowhere", "--model", "/nowhere"], "/nowhere: no model folder"),
+        (judge.main, ["--model", "/nowhere"], "/nowhere: there is no such model folder"),
         (judge.main, ["--samples", "0"], "--samples must be at least 1, not 0"),
         (judge.main, ["--temperature", "nan"], "--temperature must be positive, not nan"),
-        (chat.main, ["--model", "/nowhere"], "/nowhere: no model folder"),
+        (chat.main, ["--model", "/nowhere"], "/nowhere: there is no such model folder"),
         (chat.main, ["--top-p", "0"], "--top-p must be above 0 and at most 1, not 0.0"),
-        (report.main, ["/nowhere"], "/nowhere/metrics.jsonl: cannot be read"),
+        (report.main, ["/nowhere"], "/nowhere: there is no such model folder"),
         (report.main, [], "the following arguments are required: run"),
         (demo.main, ["--samples", "-1"], "--samples must be at least 1, not -1"),
     ],
@@ -320,7 +347,28 @@ def test_bad_usage_is_one_line_and_status_2(main, arguments, reason, capsys):
     assert printed.err.startswith(f"error: {reason}") and printed.err.count("\n") == 1 and printed.out == ""
 
 
-@pytest.mark.parametrize("module", [preference, judge, chat, report, demo, score])
+@pytest.mark.parametrize("main, arguments", [
+    (preference.main, []), (judge.main, []), (chat.main, []), (explain.main, []), (report.main, ["runs/dpo"]),
+    (score.main, ["--model", "runs/dpo", "--data", "x.jsonl", "--out", "y.jsonl"]),
+])  # fmt: skip
+def test_a_default_that_is_missing_names_the_folder_of_the_demo(main, arguments, tmp_path, monkeypatch):
+    """After `make demo` the models are in runs/demo, and the default, runs/dpo, does not exist."""
+    (tmp_path / "runs" / "demo" / "dpo").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"runs/dpo: there is no such .*runs/demo/dpo"):
+        main(arguments)
+
+
+@pytest.mark.parametrize("main, arguments", [
+    (preference.main, []), (judge.main, []), (chat.main, []), (explain.main, []),
+    (score.main, ["--data", "x.jsonl", "--out", "y.jsonl"]),
+])  # fmt: skip
+def test_a_model_file_in_place_of_its_folder_is_named(main, arguments, folders):
+    with pytest.raises(InputError, match=r"model\.pt is a file, not a model folder: give the folder"):
+        main(["--model", f"{folders[0]}/model.pt", *arguments])
+
+
+@pytest.mark.parametrize("module", [preference, judge, chat, report, demo, score, explain])
 def test_help_is_complete(module, capsys):
     """A bare % in a flag's help text ends --help with a traceback."""
     with pytest.raises(SystemExit) as stopped:
@@ -362,11 +410,18 @@ class NoFloat64(TorchDispatchMode):
         return result
 
 
-def test_measuring_needs_no_float64(folders, ragged):
+def test_no_command_needs_float64(folders, ragged, judged, tmp_path, monkeypatch, reward_folder):
     """MPS has no float64: a command that is fine on a CPU would end with a TypeError on every Mac."""
-    given = preference.Settings(model=folders[0], reference=folders[1], data=str(ragged), device="cpu")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hi\n")))
+    both = ["--model", folders[0], "--device", "cpu", "--reference", folders[1], "--data", str(ragged)]
+    versus = ["--model", folders[0], "--device", "cpu", "--versus", folders[1], "--max-new-tokens", "2"]
+    scored = ["--model", reward_folder, "--device", "cpu", "--data", str(ragged)]
     with NoFloat64():
-        assert preference.measure(given, ALONE)["pairs"] == 7
+        preference.main(both)
+        explain.main(both)
+        chat.main(versus)
+        judge.main([*versus, "--data", str(judged)])
+        score.main([*scored, "--out", str(tmp_path / "scored.jsonl")])
         with pytest.raises(TypeError, match="float64"):
             torch.ones(1).double()
 

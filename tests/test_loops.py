@@ -15,11 +15,13 @@ import losses
 import train_dpo
 import train_sft
 from dataset.packing import Windows, build_stream
+from dataset.store import open_store
 from model.weights import load_model, save_model
 from tests.conftest import make_model
 from tests.loops import metrics, record_gradients, weights
 from tests.ranks import forked
-from training import precision
+from training import precision, setup
+from training import reference as reference_module
 from training.precision import Precision, automatic
 from training.schedule import adamw, cosine_lr
 
@@ -143,7 +145,7 @@ def test_last_short_window_is_a_step_of_its_own_size(dpo, start, tokenizer, pair
     assert [row["step"] for row in metrics(start.parent / "dpo")] == [1, 2, 3]
 
     model = load_model(start)
-    store = train_dpo.open_store(pairs, "preferences", tokenizer, 512)
+    store = open_store(pairs, "preferences", tokenizer, 512)
     stream = build_stream(store, Windows(10, 4, seed=0)[2])
     chosen, rejected = stream.sum_by_side(model(stream))
     margins = (chosen - chosen.detach()) - (rejected - rejected.detach())
@@ -194,7 +196,7 @@ def test_reference_is_frozen_and_shares_nothing(dpo, monkeypatch):
         seen["optimizer"] = adamw(model, weight_decay)
         return seen["optimizer"]
 
-    monkeypatch.setattr(train_dpo, "copy", SimpleNamespace(deepcopy=copying))
+    monkeypatch.setattr(reference_module, "copy", SimpleNamespace(deepcopy=copying))
     monkeypatch.setattr(train_dpo, "adamw", optimizing)
     dpo(out="frozen")
     policy, reference = dict(seen["policy"].named_parameters()), dict(seen["reference"].named_parameters())
@@ -281,7 +283,7 @@ def test_cosine_lr_edges():
 def test_saved_weights_are_the_live_ones_bit_for_bit(dpo, monkeypatch):
     """Saving in half precision, or before the last short window's step, writes a model that never was."""
     seen = {}
-    monkeypatch.setattr(train_dpo, "load_model", lambda *a: seen.setdefault("model", load_model(*a)))
+    monkeypatch.setattr(setup, "load_model", lambda *a: seen.setdefault("model", load_model(*a)))
     saved = weights(dpo(epochs=2))
     live = seen["model"].state_dict()
     assert saved.keys() == live.keys()
@@ -318,7 +320,7 @@ def test_one_step_moves_nearly_every_weight(dpo, start):
 def test_non_finite_gradient_stops_before_the_step(dpo, start, pairs, monkeypatch):
     """One NaN in a gradient turns every weight into NaN at the next step; the run must stop and say where."""
 
-    monkeypatch.setitem(losses.LOSSES, "sigmoid", lambda margins: margins * math.nan)
+    monkeypatch.setattr(train_dpo, "sigmoid", lambda margins, beta: margins * math.nan)
     with pytest.raises(
         FloatingPointError, match=r"step 0: the loss is not finite; the step used the data lines \d+"
     ):

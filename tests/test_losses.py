@@ -6,11 +6,10 @@ import math
 import pytest
 import torch
 
-import train_sft
 from dataset.packing import LAYOUTS, build_stream
 from dataset.store import open_store
 from tests.conftest import RAGGED, as_record, make_model, turns
-from training.evaluate import evaluate
+from training.evaluate import evaluate, evaluate_sft
 from training.objective import Objective, ObjectiveSettings, Pairs, pair_metrics
 from training.precision import Precision
 
@@ -129,6 +128,9 @@ def test_metrics_are_sums_and_a_tie_is_half():
         "rewards/rejected": 10.0,
         "rewards/accuracies": 1.5,
         "rewards/margins": 5.0,
+        "logratios/chosen": 30.0,
+        "logratios/rejected": 20.0,
+        "logratios/margins": 10.0,
         "logps/chosen": -6.0,
         "logps/rejected": -15.0,
     }
@@ -290,7 +292,7 @@ def test_sft_evaluation_counts_every_token_once_on_any_ranks(count, ranks, token
         expected = torch.stack([-model(batch).sum(), torch.tensor(float(len(batch.targets)))])
     worlds = [OneOfMany(rank, ranks) for rank in range(ranks)]
     for world in worlds:
-        train_sft.evaluate(model, data, world, Precision("fp32", world.device), max_tokens=100)
+        evaluate_sft(model, data, world, Precision("fp32", world.device), max_tokens=100)
     totals = [world.noted[0] for world in worlds]
     assert len({len(total) for total in totals}) == 1, "ranks that add up unlike tensors hang or crash"
     torch.testing.assert_close(sum(totals), expected, rtol=1e-5, atol=1e-5, check_dtype=False)

@@ -1,4 +1,4 @@
-"""Records: what each shape means, and that nothing wrong is read as right.
+"""Records: the meaning of each format, and an error for every bad record.
 
     python -m pytest tests/test_records.py
 """
@@ -11,6 +11,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -213,7 +214,7 @@ def test_what_is_wrong_is_named_with_its_line(write, name):
     assert len(found) == 1
     assert str(found[0]) == f"{path}:{line}: {found[0].reason}"
     assert found[0].line == line and found[0].path == str(path)
-    found[0].reason.encode()  # A message that cannot be printed is no message.
+    found[0].reason.encode()  # It can be printed.
     assert re.search(reason, found[0].reason), found[0].reason
 
 
@@ -262,8 +263,8 @@ EXPECTED = [((user(f"{i}?"),), "yes", "no") for i in range(3)]
     ("a.json", b"\n\n " + json.dumps(ROWS).encode() + b"\n", [3, 3, 3]),
     ("a.json.gz", b"\xef\xbb\xbf" + json.dumps(ROWS, indent=0).encode(), [2, 7, 12]),
     ("a.json", b"\n".join(map(dumps, ROWS)), [1, 2, 3]),
-    ("zipped_without_saying_so", gzip.compress(json.dumps(ROWS).encode()), [1, 1, 1]),
-], ids=["jsonl", "jsonl.gz", "json", "one line", "json.gz", "lines in json", "gzip unsaid"])  # fmt: skip
+    ("gzip_without_a_suffix", gzip.compress(json.dumps(ROWS).encode()), [1, 1, 1]),
+], ids=["jsonl", "jsonl.gz", "json", "one line", "json.gz", "lines in json", "no suffix"])  # fmt: skip
 def test_every_kind_of_file_reads_the_same(write, name, data, lines):
     records = list(read_preferences(write(data, name)))
     assert [(record.prompt, record.chosen, record.rejected) for record in records] == EXPECTED
@@ -278,6 +279,7 @@ def test_a_bad_element_does_not_end_an_array(write):
         (DataError, 2), (Preference, 3), (DataError, 4), (DataError, 6), (Preference, 6)]  # fmt: skip
 
 
+@pytest.mark.parametrize("block", [1, jsonl.BLOCK])
 @pytest.mark.parametrize("data, reason, line", [
     (b"[\n" + GOOD, r"found the end of the file; no \] ends the array, so the file looks truncated", 3),
     (b"[\n" + GOOD + b",\n" + GOOD[:20], r"invalid JSON.*looks truncated", 4),
@@ -285,20 +287,136 @@ def test_a_bad_element_does_not_end_an_array(write):
     (b"[\n" + GOOD + GOOD + b"]", r"expected , or \], found '\{\"prompt\"", 3),
     (b"[\n" + GOOD + b"]\n[]", r"expected nothing after the array, found '\[\]'", 4),
     (b'[\n"' + b"\xff]", r"not UTF-8: byte 0xff at column 2", 2),
+    (b'[\n"\xe4\xbd\xa0", "' + b"\xff]", r"not UTF-8: byte 0xff at column 7", 2),
+    (b"[" + GOOD.strip() + b', {"a": 1,}]', r"at column 64: a comma before }; remove the comma", 1),
+    (b"[\n" + GOOD + b",\n]", r"invalid JSON: a comma before \]; remove the comma", 4),
+    (b"[\n[1, 2,], " + GOOD + b"]", r"a comma before \]; remove the comma", 2),
+    (b"[\n1, truth]", r"invalid JSON at column 4", 2),
     (b"[" * 200_000 + b"]", r"nested too deeply", 1),
     (b"[ ]", r"holds no records", 1),
 ])  # fmt: skip
-def test_a_broken_array_is_raised(write, data, reason, line):
+def test_a_broken_array_is_raised(write, monkeypatch, data, reason, line, block):
+    monkeypatch.setattr(jsonl, "BLOCK", block)
     path = write(data, "a.json")
     with pytest.raises(DataError, match=reason) as caught:
         list(read_preferences(path))
     assert caught.value.line == line
 
 
+@pytest.mark.parametrize("block", range(1, 12))
+def test_an_array_is_read_in_blocks_of_any_size(write, monkeypatch, block):
+    """A number, an escape or a character may be cut by the end of a block; json.loads is the oracle."""
+    monkeypatch.setattr(jsonl, "BLOCK", block)
+    data = '[12, -1.5e+2,\n3.0E1 ,true, null,"é你\\u0041\\n😀",\n\n[0,[]], {"a": {"b": -0}}, 7]'
+    values = list(jsonl.read_values(write(data.encode(), "a.json")))
+    assert [value for _, value in values] == json.loads(data)
+    assert [line for line, _ in values] == [1, 1, 2, 2, 2, 2, 4, 4, 4]
+
+
+ARRAY = """
+import resource, sys
+from dataset.records import read_preferences
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+count = sum(1 for _ in read_preferences(sys.argv[1]))
+print(count, (peak() - before) // 1024)
+"""
+
+
+def test_a_zipped_array_is_read_in_bounded_memory(tmp_path):
+    """A file of 0.3 MB took 620 MiB, because an array was unzipped and decoded whole."""
+    path, rows = tmp_path / "array.json.gz", 20_000
+    row = dumps({"prompt": "x" * 2000, "chosen": "a", "rejected": "b"})
+    with gzip.open(path, "wb") as file:
+        file.write(b"[" + b",\n".join([row] * rows) + b"]")
+    assert path.stat().st_size < 300_000
+    command = [sys.executable, "-c", ARRAY, str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    count, grown = map(int, done.stdout.split())
+    assert count == rows and grown < 10, f"{grown} MiB"
+
+
+def test_a_huge_element_of_an_array_is_refused(write, monkeypatch):
+    monkeypatch.setattr(jsonl, "MAX_LINE", 100_000)
+    data = b"[\n" + GOOD + b', {"prompt": "' + b"x" * 200_000 + b'"}]'
+    with pytest.raises(DataError, match="record longer than") as caught:
+        list(read_preferences(write(data, "a.json")))
+    assert caught.value.line == 3
+
+
+# ---- Files of other formats
+
+
+def test_a_csv_file_is_refused_with_a_command_that_converts_it(tmp_path):
+    """The command, as the message gives it, makes records that are read as they were meant."""
+    path = tmp_path / "my pairs.csv"
+    path.write_text('prompt,chosen,rejected\n"2, or\n3?",你好,"say ""no"""\n', encoding="utf-8-sig")
+    with pytest.raises(InputError, match="it is CSV; write it as JSON lines: python -c") as caught:
+        list(read_preferences(path))
+    command = str(caught.value).split("JSON lines: ")[1].replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(command, shell=True, check=True, timeout=60)
+    (record,) = read_preferences(tmp_path / "my pairs.jsonl")
+    assert (record.prompt, record.chosen, record.rejected) == ((user("2, or\n3?"),), "你好", 'say "no"')
+
+
+def test_a_parquet_file_is_refused_with_a_command(tmp_path):
+    path = tmp_path / "pairs.parquet"
+    path.write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"Parquet; write it as JSON lines: python .*pyarrow") as caught:
+        list(read_preferences(path))
+    compile(shlex.split(str(caught.value).split("JSON lines: ")[1])[2], "command", "exec")
+
+
+def test_a_folder_names_a_file_in_it(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_bytes(GOOD)
+    with pytest.raises(InputError, match=f"is a folder; name one data file, such as {tmp_path}/data/train"):
+        list(read_preferences(tmp_path))
+
+
+def test_a_name_of_the_hub_gets_the_download_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = "hf download HuggingFaceH4/ultra --repo-type dataset --local-dir ultra, then name a file in"
+    with pytest.raises(InputError, match=command):
+        list(read_preferences("HuggingFaceH4/ultra"))
+    (tmp_path / "runs").mkdir()
+    for path in ("runs/pairs", "owner/pairs.jsonl", "/owner/name", "name"):
+        with pytest.raises(InputError, match=r"cannot be read: no such file$"):
+            list(read_preferences(path))
+
+
+PRETTY = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}, indent=2).encode()
+
+
+def test_a_pretty_printed_object_gets_a_command(write, tmp_path):
+    """Its first line is only a brace. The command makes it one line."""
+    path = write(PRETTY, "one.json")
+    error = next(read_preferences(path))
+    assert error.line == 1 and "a record must stand on one line" in error.reason
+    command = error.reason.split("one record: ")[1].replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(command, shell=True, check=True, timeout=60)
+    (record,) = read_preferences(tmp_path / "one.one-line.jsonl")
+    assert (record.prompt, record.chosen, record.rejected) == ((user("a"),), "b", "c")
+
+
+@pytest.mark.parametrize("line, reason", [
+    (b'{"prompt": "a",}\n', "a comma before }; remove the comma"),
+    (b'{"prompt": ["a", ]}\n', "a comma before ]; remove the comma"),
+    (GOOD.strip() + b",\n", "a comma after the record; JSON lines have no commas between them: remove it"),
+    (b"[\n", "for a file of one JSON array, a name that ends in .json"),
+    (b'{"prompt": "a" "b"}\n', "Expecting ',' delimiter"),
+    (b'{"prompt": "}",, "b": 1}\n', "Expecting property name"),
+])  # fmt: skip
+def test_a_comma_too_many_is_named(write, line, reason):
+    _, error = read_preferences(write(GOOD + line))
+    assert error.line == 2 and reason in error.reason
+
+
 def test_files_that_cannot_be_read(write, tmp_path):
     for path, reason in [
         (tmp_path / "none.jsonl", "cannot be read"),
-        (tmp_path, "cannot be read"),
+        (tmp_path, "cannot be read: it is a folder"),
+        (tmp_path / ("x" * 300), "cannot be read"),
         (write(b"", "empty.jsonl.gz"), "holds no records"),
     ]:
         with pytest.raises(InputError, match=reason):
@@ -367,7 +485,7 @@ def test_reading_streams(write, tmp_path):
 # ---- Shapes of preferences, each with what it must become
 
 U, A, B = role("user", "Hi!"), role("assistant", "yes"), role("assistant", " no\n")
-ASKED = (user("Hi!"),)
+PROMPT = (user("Hi!"),)
 S, SYSTEM = role("system", "Be brief."), Message("system", "Be brief.")
 BLANK = role("system", " ")
 YES_NO = {"chosen": "yes", "rejected": " no\n"}
@@ -375,7 +493,7 @@ LONG = (user("Hi!"), assistant("Hello."), user("And?\n"))
 HISTORY = [U, role("assistant", "Hello."), role("user", "And?\n")]
 
 
-def said(name: str, value: str) -> dict:
+def sharegpt(name: str, value: str) -> dict:
     return {"from": name, "value": value}
 
 
@@ -388,64 +506,64 @@ def shaped(shape, record, prompt, chosen="yes", rejected=" no\n"):
 
 
 @pytest.mark.parametrize("shape, record, expected", [
-    shaped("text", {"prompt": "Hi!", **YES_NO}, ASKED),
+    shaped("text", {"prompt": "Hi!", **YES_NO}, PROMPT),
     shaped("text", {"prompt": " Hi! ", **YES_NO, "system": "Be brief."}, [SYSTEM, user(" Hi! ")]),
-    shaped("text", {"prompt": "Hi!", **YES_NO, "system": ""}, ASKED),
+    shaped("text", {"prompt": "Hi!", **YES_NO, "system": ""}, PROMPT),
     shaped("text", {"prompt": "</s>", "chosen": "{{x}}", "rejected": "\0"}, [user("</s>")], "{{x}}", "\0"),
-    # A response may begin with the words of the prompt; only messages can be said to repeat it.
-    shaped("text", {"prompt": "Hi!", "chosen": "Hi! yes", "rejected": " no\n"}, ASKED, "Hi! yes"),
-    shaped("question", {"system": "Be brief.", "question": "Hi!", **YES_NO}, [SYSTEM, *ASKED]),
-    shaped("ultrafeedback", {"prompt": "Hi!", "chosen": [U, A], "rejected": [U, B]}, ASKED),
-    shaped("ultrafeedback", {"prompt": "Hi!\n", "chosen": [U, A], "rejected": [U, B]}, ASKED),
-    shaped("ultrafeedback", {"prompt": "Hi!", "chosen": [S, U, A], "rejected": [S, U, B]}, [SYSTEM, *ASKED]),
+    # A response may begin with the words of the prompt; only messages can repeat it.
+    shaped("text", {"prompt": "Hi!", "chosen": "Hi! yes", "rejected": " no\n"}, PROMPT, "Hi! yes"),
+    shaped("question", {"system": "Be brief.", "question": "Hi!", **YES_NO}, [SYSTEM, *PROMPT]),
+    shaped("ultrafeedback", {"prompt": "Hi!", "chosen": [U, A], "rejected": [U, B]}, PROMPT),
+    shaped("ultrafeedback", {"prompt": "Hi!\n", "chosen": [U, A], "rejected": [U, B]}, PROMPT),
+    shaped("ultrafeedback", {"prompt": "Hi!", "chosen": [S, U, A], "rejected": [S, U, B]}, [SYSTEM, *PROMPT]),
     shaped("ultrafeedback", {"prompt": "Hi!", "chosen": [*HISTORY, A], "rejected": [*HISTORY, B]}, LONG),
-    shaped("ultrafeedback", {"prompt": "Hi!", "chosen": [U, A], "rejected": [U, B], "messages": []}, ASKED),
-    shaped("ultrafeedback", {"prompt": "Hi!", "chosen": [A], "rejected": B}, ASKED),
+    shaped("ultrafeedback", {"prompt": "Hi!", "chosen": [U, A], "rejected": [U, B], "messages": []}, PROMPT),
+    shaped("ultrafeedback", {"prompt": "Hi!", "chosen": [A], "rejected": B}, PROMPT),
     shaped("chat", {"prompt": [S, *HISTORY], **YES_NO}, [SYSTEM, *LONG]),
-    shaped("chat", {"prompt": [U], "chosen": A, "rejected": B}, ASKED),
-    shaped("chat", {"prompt": [U], "chosen": [A], "rejected": [B]}, ASKED),
+    shaped("chat", {"prompt": [U], "chosen": A, "rejected": B}, PROMPT),
+    shaped("chat", {"prompt": [U], "chosen": [A], "rejected": [B]}, PROMPT),
     shaped("chat", {"prompt": HISTORY, "chosen": [*HISTORY, A], "rejected": [*HISTORY, B]}, LONG),
     # A side of several turns: all but the last belong to the prompt, if they are shared.
     shaped("chat", {"prompt": [U], "chosen": [*HISTORY[1:], A], "rejected": [*HISTORY[1:], B]}, LONG),
-    shaped("chat-implicit", {"chosen": [U, A], "rejected": [U, B]}, ASKED),
+    shaped("chat-implicit", {"chosen": [U, A], "rejected": [U, B]}, PROMPT),
     shaped("chat-implicit", {"chosen": [S, *HISTORY, A], "rejected": [S, *HISTORY, B]}, [SYSTEM, *LONG]),
-    shaped("chat-implicit", {"chosen": [BLANK, U, A], "rejected": [BLANK, U, B]}, ASKED),
+    shaped("chat-implicit", {"chosen": [BLANK, U, A], "rejected": [BLANK, U, B]}, PROMPT),
     shaped("chosen_messages", {"chosen_messages": [*HISTORY, A], "rejected_messages": [*HISTORY, B]}, LONG),
     shaped("chosen_messages", {
         "chosen_messages": [role("user", [part("Hi", "value"), part("!", "text")]), A],
         "rejected_messages": [role("user", [part("Hi!", "text")]), B],
-    }, ASKED),
+    }, PROMPT),
     shaped("sharegpt", {
-        "conversations": [said("human", "Hi!"), said("gpt", "Hello."), said("human", "And?\n")],
-        "chosen": said("gpt", "yes"), "rejected": said("gpt", " no\n"), "system": "Be brief.",
+        "conversations": [sharegpt("human", "Hi!"), sharegpt("gpt", "Hello."), sharegpt("human", "And?\n")],
+        "chosen": sharegpt("gpt", "yes"), "rejected": sharegpt("gpt", " no\n"), "system": "Be brief.",
     }, [SYSTEM, *LONG]),
     shaped("sharegpt", {
-        "conversations": [said("system", "Be brief."), said("user", "Hi!")],
-        "chosen": said("assistant", "yes"), "rejected": said("gpt", " no\n"),
-    }, [SYSTEM, *ASKED]),
-    shaped("alpaca", {"instruction": "Hi!", "input": "", "output": "?", **YES_NO}, ASKED),
+        "conversations": [sharegpt("system", "Be brief."), sharegpt("user", "Hi!")],
+        "chosen": sharegpt("assistant", "yes"), "rejected": sharegpt("gpt", " no\n"),
+    }, [SYSTEM, *PROMPT]),
+    shaped("alpaca", {"instruction": "Hi!", "input": "", "output": "?", **YES_NO}, PROMPT),
     shaped("alpaca", {"instruction": "Add:", "input": "1 + 1", **YES_NO}, [user("Add:\n1 + 1")]),
     shaped("alpaca", {
         "instruction": "And?\n", "input": None, **YES_NO,
         "history": [["Hi!", "Hello."]], "system": "Be brief.",
     }, [SYSTEM, *LONG]),
-    shaped("ranked", {"instruction": "Hi!", "input": "", "output": ["yes", "well", " no\n"]}, ASKED),
+    shaped("ranked", {"instruction": "Hi!", "input": "", "output": ["yes", "well", " no\n"]}, PROMPT),
     shaped("ranked", {
         "instruction": "And?\n", "input": "", "output": ["yes", " no\n"], "history": [["Hi!", "Hello."]],
     }, LONG),
     shaped("hh", {
         "chosen": "\n\nHuman: Hi!\n\nAssistant: yes",
         "rejected": "\n\nHuman: Hi!\n\nAssistant:  no\n",
-    }, ASKED),
+    }, PROMPT),
     shaped("hh", {
         "chosen": "Human: Hi!\n\nAssistant:yes",
         "rejected": "\nHuman: Hi!\n\nAssistant:  no\n",
-    }, ASKED),
+    }, PROMPT),
     shaped("hh", {
         "chosen": "\n\nHuman: Hi!\n\nAssistant: Hello.\n\nHuman: And?\n\n\nAssistant: yes",
         "rejected": "\n\nHuman: Hi!\n\nAssistant: Hello.\n\nHuman: And?\n\n\nAssistant:  no\n",
     }, LONG),
-    # A tag inside a line is text, and so is a paragraph's that does not change the speaker.
+    # A tag inside a line is text, and so is one that repeats the role.
     shaped("hh", {
         "chosen": "\n\nHuman: Hi! Human: you?\nAssistant: me\n\nHuman: ah\n\nAssistant: Human: yes",
         "rejected": "\n\nHuman: Hi! Human: you?\nAssistant: me\n\nHuman: ah\n\nAssistant:  no\n",
@@ -457,8 +575,8 @@ def test_every_shape_of_preferences(write, shape, record, expected, name):
     data = dumps([record]) if ".json" in name and ".jsonl" not in name else dumps(record) + b"\n"
     path = write(data, name)
     assert detect_format(record) == shape
-    for wanted in ("auto", shape):
-        (found,) = read_preferences(path, wanted)
+    for name in ("auto", shape):
+        (found,) = read_preferences(path, name)
         assert found == Preference(*expected, 1) and found.format == shape
 
 
@@ -524,31 +642,31 @@ def test_a_long_shared_beginning_is_fast(write):
 
 # ---- Shapes of conversations
 
-SPOKEN = (user("Hi!"), assistant("yes"))
+TURNS = (user("Hi!"), assistant("yes"))
 THREE = (SYSTEM, *LONG, assistant("yes"))
 
 
 @pytest.mark.parametrize("shape, record, expected", [
-    ("messages", {"messages": [U, A]}, SPOKEN),
+    ("messages", {"messages": [U, A]}, TURNS),
     ("messages", {"prompt": "Hi!", "messages": [S, *HISTORY, A]}, THREE),
-    ("sharegpt", {"conversations": [said("human", "Hi!"), said("gpt", "yes")]}, SPOKEN),
+    ("sharegpt", {"conversations": [sharegpt("human", "Hi!"), sharegpt("gpt", "yes")]}, TURNS),
     ("sharegpt", {"conversations": [*HISTORY, A], "system": "Be brief."}, THREE),
-    ("alpaca", {"instruction": "Hi!", "input": "", "output": "yes"}, SPOKEN),
+    ("alpaca", {"instruction": "Hi!", "input": "", "output": "yes"}, TURNS),
     ("alpaca", {"instruction": "Add:", "input": "1", "output": "2"}, (user("Add:\n1"), assistant("2"))),
     ("alpaca", {
         "instruction": "And?\n", "output": "yes", "history": [["Hi!", "Hello."]], "system": "Be brief.",
     }, THREE),
-    ("response", {"prompt": "Hi!", "response": "yes"}, SPOKEN),
-    ("completion", {"prompt": "Hi!", "completion": "yes"}, SPOKEN),
+    ("response", {"prompt": "Hi!", "response": "yes"}, TURNS),
+    ("completion", {"prompt": "Hi!", "completion": "yes"}, TURNS),
     ("completion", {"prompt": [S, *HISTORY], "completion": [A]}, THREE),
-    ("question", {"question": "Hi!", "answer": "yes"}, SPOKEN),
+    ("question", {"question": "Hi!", "answer": "yes"}, TURNS),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz"])
 def test_every_shape_of_conversations(write, shape, record, expected, name):
     data = dumps([record]) if ".jsonl" not in name else dumps(record) + b"\n"
     path = write(data, name)
-    for wanted in ("auto", shape):
-        (found,) = read_conversations(path, wanted)
+    for name in ("auto", shape):
+        (found,) = read_conversations(path, name)
         assert found == Conversation(expected, 1) and found.format == shape
 
 
@@ -567,7 +685,7 @@ def test_every_shape_of_conversations(write, shape, record, expected, name):
 def test_a_conversation_that_is_wrong(write, change, reason):
     path = write(dumps({"messages": [U, A]}) + b"\n" + dumps(change) + b"\n")
     good, error = read_conversations(path)
-    assert good == Conversation(SPOKEN, 1)
+    assert good == Conversation(TURNS, 1)
     assert error.line == 2 and re.search(reason, error.reason), error.reason
 
 
@@ -586,6 +704,14 @@ def test_the_examples_of_the_tables_are_true(write):
                 assert record.messages[-1].content == "4"
 
 
+def test_the_page_of_data_formats_lists_each_as_it_is():
+    """docs/DATA.md: a format that is read but not listed is never found."""
+    page = (ROOT / "docs" / "DATA.md").read_text("utf-8")
+    for formats in (PREFERENCE_FORMATS, SFT_FORMATS):
+        rows = [f"| `{name}`: {f.description} | `{json.dumps(f.example)}` |" for name, f in formats.items()]
+        assert "\n".join(rows) in page
+
+
 REFUSED = [
     (read_preferences, {"prompt": "a", "completion": "b", "label": True}, "found unpaired feedback"),
     (read_preferences, {"messages": [U, A], "label": False}, "found unpaired feedback"),
@@ -593,10 +719,10 @@ REFUSED = [
     (read_preferences, {"text": "a", "label": [1.0]}, "chosen and rejected on alternate lines"),
     (read_conversations, {"text": "a"}, "found plain text"),
     (read_preferences, {"question": "a", "6b": {"is_correct": True, "solution": "b"}}, "found graded sol"),
-    (read_preferences, {"messages": [U, A]}, r"found conversations without a rejected side \(format messages"),
+    (read_preferences, {"messages": [U, A]}, r"found conversations without a rejected side \(format mess"),
     (read_conversations, {"chosen": [U, A], "rejected": [U, B]}, r"found preferences \(format chat-implicit"),
     (read_preferences, {"prompt": "a", "chosen": None}, r"found \{'prompt': text, 'chosen': null\}"),
-    # The prompt stands under a key that is not known: to look for it inside the texts would lose it.
+    # The prompt has an unknown key; cut out of the texts, it would be lost.
     (read_preferences, {"query": "a", "chosen": "The b", "rejected": "The c"}, r"found \{'query': text"),
 ]
 
@@ -610,11 +736,65 @@ def test_a_shape_that_cannot_be_used_is_refused_at_once(write, read, record, rea
     assert all(f"{name} ({shape.description})" in caught.value.reason for name, shape in shapes.items())
 
 
+@pytest.mark.parametrize("record, reason", [
+    ({"prompt": "a", "choosen": "b", "rejected": "c"}, "did you mean 'chosen' instead of 'choosen'"),
+    ({"prompt": "a", "chosen": "b", "reject": "c"}, "did you mean 'rejected' instead of 'reject'"),
+    ({"promts": "a", "chosen": "The b", "rejected": "The c"}, "did you mean 'prompt' instead of 'promts'"),
+    ({"chosen_message": [U, A], "rejected_message": [U, B]}, "did you mean 'chosen_messages' instead of"),
+])  # fmt: skip
+def test_a_misspelt_key_gets_the_right_spelling(write, record, reason):
+    """A misspelt prompt, above all, must not make the file one whose prompts are cut out of its texts."""
+    path = write(dumps(record) + b"\n")
+    for read in (read_preferences, read_records):
+        with pytest.raises(DataError, match=reason) as caught:
+            list(read(path))
+        assert "accepted preferences" in caught.value.reason
+
+
+@pytest.mark.parametrize("key", ["prompt_id", "question_id", "id", "source", "x" * 10_000])
+def test_other_keys_are_not_taken_for_misspelt(write, key):
+    record = {"chosen": "So it is", "rejected": "So it was", key: "7"}
+    (found,) = read_preferences(write(dumps(record)))
+    assert found.format == "text-implicit" and found.prompt == (user("So it"),)
+
+
+WEIGHTLESS = {**role("assistant", "Hello."), "weight": 0}
+
+
+def test_a_weight_of_a_message_is_read(write):
+    """As in OpenAI's files: 0 leaves an assistant turn out of the loss, 1 and null change nothing."""
+    turns = [U, WEIGHTLESS, role("user", "And?\n"), {**A, "weight": 1}]
+    path = write(dumps({"messages": turns}) + b"\n" + dumps({"messages": [U, {**A, "weight": None}]}))
+    first, second = read_conversations(path)
+    assert [m.weight for m in first.messages] == [1, 0, 1, 1]
+    assert [m.weight for m in second.messages] == [1, 1]
+    again = write(dumps({"messages": [vars(m) for m in first.messages]}))
+    assert [m.weight for m in next(read_conversations(again)).messages] == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("weight, shown", [
+    (0.5, "0.5"), (2, "2"), (-1, "-1"), (True, "true or false"), ("0", "'0'"), ([0], "a list"),
+])  # fmt: skip
+def test_other_weights_are_refused(write, weight, shown):
+    data = dumps({"messages": [U, A]}) + b"\n" + dumps({"messages": [U, {**A, "weight": weight}]})
+    _, error = read_conversations(write(data))
+    assert error.reason == f"messages[1]: weight: expected 0 or 1, found {shown}"
+
+
+def test_a_record_without_any_weight_is_refused(write):
+    """A conversation without a supervised token, or a pair with half of its loss."""
+    data = dumps({"messages": [U, A]}) + b"\n" + dumps({"messages": [U, WEIGHTLESS]})
+    _, error = read_conversations(write(data))
+    assert error.reason.startswith("conversation: every assistant turn has weight 0")
+    (error,) = errors(read_preferences(write(chat([U, WEIGHTLESS], [U, A]))))
+    assert error.reason == "chosen: the response has weight 0; a pair needs both responses"
+
+
 def test_a_shape_can_be_forced(write):
     path = write(dumps({"instruction": "Hi!", "output": "yes", "chosen": "yes", "rejected": "no"}))
     with pytest.raises(DataError, match="found preferences"):
         list(read_conversations(path))
-    assert list(read_conversations(path, "alpaca")) == [Conversation(SPOKEN, 1)]
+    assert list(read_conversations(path, "alpaca")) == [Conversation(TURNS, 1)]
     (error,) = read_preferences(path, "text")
     assert error.reason == "missing key 'prompt'"
     with pytest.raises(InputError, match="unknown format 'alpacca'; accepted preferences: text"):
@@ -681,8 +861,8 @@ def test_real_arrays_and_ranks_against_the_json_itself():
     starts = [number for number, line in enumerate(data.split("\n"), 1) if line == "  {"]
     for record, row, line in zip(read_preferences(path), json.loads(data), starts, strict=True):
         assert record.line == line
-        asked = [said for pair in row["history"] for said in pair] + [row["instruction"]]
-        assert [turn.content for turn in record.prompt] == asked
+        texts = [text for pair in row["history"] for text in pair] + [row["instruction"]]
+        assert [turn.content for turn in record.prompt] == texts
         assert (record.chosen, record.rejected) == (row["output"][0], row["output"][-1])
 
 

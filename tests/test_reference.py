@@ -18,7 +18,7 @@ from model.weights import load_model, save_model
 from tests.conftest import RAGGED, as_record, make_model
 from tests.loops import metrics, record_gradients, weights
 from tests.ranks import forked
-from training import reference
+from training import reference, setup
 from training.distributed import World
 from training.objective import Objective, ObjectiveSettings
 from training.precision import Precision
@@ -55,7 +55,7 @@ def flags(tmp_path, tokenizer, write_jsonl):
 @pytest.fixture
 def in_float64(monkeypatch):
     """The loop over float64 weights, in which sums of long responses keep their digits."""
-    monkeypatch.setattr(train_dpo, "load_model", lambda *arguments: load_model(*arguments).double())
+    monkeypatch.setattr(setup, "load_model", lambda *arguments: load_model(*arguments).double())
 
 
 @pytest.mark.parametrize("layout", ["forked", "twin"])
@@ -99,7 +99,7 @@ def test_the_first_loss_is_ln_2(flags, tmp_path):
 
 def test_no_copy_of_the_model_is_made(flags, monkeypatch):
     """What it saves is the second model in memory and its forward at every step."""
-    monkeypatch.setattr(train_dpo, "copy", SimpleNamespace(deepcopy=lambda model: pytest.fail("a copy")))
+    monkeypatch.setattr(reference, "copy", SimpleNamespace(deepcopy=lambda model: pytest.fail("a copy")))
     train_dpo.main(flags("cached", "--reference", "cached", "--max-steps", "2"))
 
 
@@ -167,11 +167,14 @@ def test_an_interrupted_file_is_no_file(flags, tmp_path, tokenizer, monkeypatch)
 
 @pytest.mark.parametrize(
     "options, reason",
-    [({"tr_alpha": 0.5}, "TR-DPO"), ({"tr_every": 3}, "TR-DPO"), ({"loss": "simpo"}, "has no reference")],
+    [
+        ({"tr_alpha": 0.5}, "--tr-alpha and --tr-every change it"),
+        ({"tr_every": 3}, "--tr-alpha and --tr-every change it"),
+        ({"loss": "simpo"}, "does not use a reference"),
+    ],
 )
 def test_what_cannot_be_cached_is_refused(options, reason):
     """A reference that moves is not the one that was asked."""
     objective = Objective(ObjectiveSettings(**options))
-    reference.check_reference("live", objective)
     with pytest.raises(InputError, match=reason):
-        reference.check_reference("cached", objective)
+        reference.check_cached(objective)

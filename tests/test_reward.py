@@ -23,6 +23,7 @@ from tests.conftest import MODEL_OPTIONS, RAGGED, as_record, make_model, plain_h
 from tests.loops import metrics, record_gradients, weights
 from tests.ranks import forked
 from training.distributed import World
+from training.evaluate import score_pairs
 from training.precision import Precision
 from training.schedule import adamw
 from training.settings import SAMPLE
@@ -142,9 +143,9 @@ def test_folders_tell_what_they_hold(tmp_path, tokenizer):
     save_model(tmp_path / "reward", reward)
     again = load_model(tmp_path / "reward", model_class=RewardModel)
     assert all(torch.equal(again.state_dict()[name], value) for name, value in reward.state_dict().items())
-    with pytest.raises(InputError, match="reward holds a reward model, not a language model"):
+    with pytest.raises(InputError, match="reward contains a reward model, not a language model"):
         load_model(tmp_path / "reward")
-    with pytest.raises(InputError, match="language holds a language model, not a reward model"):
+    with pytest.raises(InputError, match="language contains a language model, not a reward model"):
         load_model(tmp_path / "language", model_class=RewardModel)
     # Folders that were written before there were reward models hold language models.
     config = json.loads((tmp_path / "language" / "config.json").read_text())
@@ -236,7 +237,7 @@ def arguments(start, ragged):
     def build(*more, out="reward") -> list[str]:
         fixed = ["--device", "cpu", "--precision", "fp32", "--eval-data", "", "--log-every", "1"]
         paths = ["--model", str(start), "--data", str(ragged), "--out", str(start.parent / out)]
-        return [*paths, *fixed, *map(str, more)]
+        return [*paths, *fixed, "--overwrite", *map(str, more)]
 
     return build
 
@@ -340,7 +341,7 @@ def test_every_pair_is_scored_once_on_any_ranks(count, ranks, tokenizer, write_j
     cpu = torch.device("cpu")
     precision = Precision("fp32", cpu)
     worlds = [OneOfMany(rank, ranks, cpu) for rank in range(ranks)]
-    parts = [train_reward.score_pairs(model, store, world, precision, "forked", 100) for world in worlds]
+    parts = [score_pairs(model, store, world, precision, "forked", 100) for world in worlds]
     parts = torch.stack(parts)
     assert (parts != 0).sum(dim=0).eq(1).all()
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """The bundled data and its judge.  python -m pytest tests/test_sample.py"""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from dataset.sample import chinese, english, generate
 from dataset.sample.manners import COURTEOUS, RUDE, STYLES
-from dataset.sample.task import cases
+from dataset.sample.task import Case, cases
 from dataset.tokenizer import ChatTokenizer
 from eval.verdict import LONGEST, first_phrase, score
 
@@ -34,6 +35,27 @@ def text_of(prompt: list[dict]) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
+@pytest.fixture(scope="module")
+def known() -> dict[str, Case]:
+    """Every prompt that the tables can make, in both manners of typing."""
+    tables = [case for task in (*english.TASKS, *chinese.TASKS) for case in cases(task)]
+    casual = [generate.made_casual(case, set()) for case in tables]
+    return {text_of(case.messages()): case for case in (*casual, *tables)}
+
+
+def exchanges(messages: list[dict], known: dict[str, Case]) -> list[tuple[Case, str]]:
+    """A conversation cut into its prompts, each with its answer; the last answer may be absent."""
+    found, start = [], 0
+    while start < len(messages):
+        fits = [n for n in (3, 2, 1) if text_of(messages[start : start + n]) in known]
+        assert fits, messages[start:]
+        end = start + fits[0]
+        answer = messages[end]["content"] if end < len(messages) else ""
+        found.append((known[text_of(messages[start:end])], answer))
+        start = end + 1
+    return found
+
+
 def sides(files: dict) -> list[tuple[dict, dict]]:
     """All pairs with both verdicts."""
     pairs = files["preferences"] + files["heldout"]
@@ -54,7 +76,8 @@ def test_another_seed_gives_other_records():
 
 
 def test_counts_sizes_and_line_endings(files):
-    assert 8000 <= len(files["sft"]) <= 12000
+    answers = sum(m["role"] == "assistant" for r in files["sft"] for m in r["messages"])
+    assert 12000 <= answers <= 16000
     assert 2500 <= len(files["preferences"]) <= 4000
     assert 300 <= len(files["heldout"]) <= 500
     raw = [path.read_bytes() for path in FOLDER.glob("*.json*")]
@@ -65,52 +88,100 @@ def test_counts_sizes_and_line_endings(files):
 
 def test_record_formats(files):
     for record in files["sft"]:
-        assert list(record) == ["messages", "judge"]
-        assert [m["role"] for m in record["messages"][-2:]] == ["user", "assistant"]
+        assert list(record) == ["messages"]
+        roles = [m["role"] for m in record["messages"]]
+        turns = roles[roles[0] == "system" :]
+        assert turns == ["user", "assistant"] * (len(turns) // 2)
     for record in files["preferences"] + files["heldout"]:
         assert list(record) == ["prompt", "chosen", "rejected", "judge"]
         assert record["prompt"][-1]["role"] == "user"
         assert record["chosen"] != record["rejected"]
     for record in (r for name in NAMES for r in files[name]):
         assert all(m["content"].strip() == m["content"] != "" for m in prompt_of(record))
+    for record in files["preferences"] + files["heldout"]:
         assert set(record["judge"]) == {"task", "language", "check", "accept", "given", "manner"}
 
 
-def test_heldout_prompts_occur_in_no_training_file(files):
-    training = {text_of(prompt_of(r)) for name in ("sft", "preferences") for r in files[name]}
-    heldout = [text_of(r["prompt"]) for r in files["heldout"]]
-    assert not training & set(heldout)
-    assert len(set(heldout)) == len(heldout)
-
-
-def test_single_questions_held_out_are_no_turn_of_a_training_conversation(files):
-    """A prompt held out must not come back as one turn of a longer conversation."""
+def test_heldout_prompts_occur_in_no_training_file(files, known):
+    """Not as a prompt, not as a turn of a conversation, and not in the other manner of typing."""
+    training = {
+        (case.wording, case.row, case.task)
+        for name in ("sft", "preferences")
+        for record in files[name]
+        for case, _ in exchanges(record.get("messages", record.get("prompt")), known)
+    }
+    heldout = [known[text_of(r["prompt"])] for r in files["heldout"]]
+    assert not training & {(case.wording, case.row, case.task) for case in heldout}
     turns = {m["content"] for name in ("sft", "preferences") for r in files[name] for m in prompt_of(r)}
     assert not turns & {r["prompt"][0]["content"] for r in files["heldout"] if len(r["prompt"]) == 1}
+    assert len({text_of(r["prompt"]) for r in files["heldout"]}) == len(heldout)
 
 
-def test_heldout_facts_are_all_stated_in_training(files):
-    """Held-out prompts ask known facts in unseen words: no held-out fact is new to a trained model."""
-    stated: dict[str, set] = {name: set() for name in NAMES}
+def test_heldout_facts_are_all_stated_in_training(files, known):
+    """Held-out prompts ask for known facts in other words: a trained model has seen every held-out fact."""
     skills = {"sum for pupils": "sum", "add to it": "sum", "next capital": "capital"}
-    facts = {}
-    for task in (*english.TASKS, *chinese.TASKS):
-        for case in cases(task):
-            skill = skills.get(task.name, task.name)
-            facts[text_of(case.messages())] = (task.language, skill, case.row.fact)
-    for name in NAMES:
-        stated[name] = {facts[text_of(prompt_of(r))] for r in files[name]}
-    assert stated["heldout"] <= stated["sft"]
+
+    def fact(case: Case) -> tuple:
+        return case.task.language, skills.get(case.task.name, case.task.name), case.row.fact
+
+    stated = {fact(case) for r in files["sft"] for case, _ in exchanges(r["messages"], known)}
+    assert {fact(known[text_of(r["prompt"])]) for r in files["heldout"]} <= stated
 
 
-def test_languages_and_tasks_are_all_present(files):
+def test_languages_and_tasks_are_all_present(files, known):
+    every = {(task.language, task.name) for task in (*english.TASKS, *chinese.TASKS)}
     for name in NAMES:
-        count = Counter(r["judge"]["language"] for r in files[name])
-        assert 1.0 <= count["en"] / count["zh"] <= 2.0
-        seen = {(r["judge"]["language"], r["judge"]["task"]) for r in files[name]}
-        assert seen == {(task.language, task.name) for task in (*english.TASKS, *chinese.TASKS)}
-    assert any(len(r["messages"]) > 3 for r in files["sft"])
-    assert any(r["messages"][0]["role"] == "system" for r in files["sft"])
+        asked = [exchanges(r.get("messages", r.get("prompt")), known) for r in files[name]]
+        count = Counter((case.task.language, case.task.name) for turns in asked for case, _ in turns)
+        assert count.keys() == every
+        languages = Counter()
+        for (language, _), number in count.items():
+            languages[language] += number
+        assert 1.0 <= languages["en"] / languages["zh"] <= 2.0
+
+
+def test_conversations_have_many_turns_in_one_language_or_both(files, known):
+    """A model that has read single questions only answers the second one wrong."""
+    conversations = [exchanges(r["messages"], known) for r in files["sft"]]
+    turns = [len(conversation) for conversation in conversations]
+    assert sum(n >= 4 for n in turns) / len(turns) > 0.3
+    assert sum(n >= 6 for n in turns) / len(turns) > 0.15
+    assert sum(n >= 20 for n in turns) > 50
+    several = [c for c in conversations if len(c) > 1]
+    languages = [{case.task.language for case, _ in c} for c in several]
+    assert {"en"} in languages and {"zh"} in languages
+    assert 0.1 < languages.count({"en", "zh"}) / len(several) < 0.4
+    assert any(r["messages"][0]["role"] == "system" and len(r["messages"]) > 3 for r in files["sft"])
+    later = sum(len(exchanges(r["prompt"], known)) > 1 for r in files["preferences"])
+    assert 0.2 < later / len(files["preferences"]) < 0.5
+
+
+def test_prompts_as_people_type_them(files, known):
+    """Each casual form is trained, for some of the facts; a chat begins with such messages."""
+    prompts = {m["content"] for r in files["sft"] for m in r["messages"] if m["role"] == "user"}
+    for sayings in (
+        {"hello", "Hi", "hi!", "Hey"}, {"Thanks!", "thanks", "Thank you"}, {"Bye!", "bye", "Goodbye"},
+        {"Who are you?", "who are you", "What is your name?"}, {"你好", "你好！", "您好"},
+        {"谢谢", "谢谢！", "多谢"}, {"再见", "再见！", "拜拜"}, {"你是谁？", "你是谁", "你叫什么？"},
+    ):
+        assert len(prompts & sayings) >= 2, sayings
+    for form in (
+        r"\d\+\d=\?", r"\d\+\d", r"\d\+\d等于几？", r"Capital of [A-Z][a-z]+\?", r"what is \d plus \d",
+        r"[a-z]+ in Chinese\?", r".{1,3}的英文？",
+    ):
+        assert sum(re.fullmatch(form, prompt) is not None for prompt in prompts) >= 5, form
+
+
+def test_tokens_end_at_punctuation_and_after_a_few_chinese_characters():
+    """A token view of "下次请自己去查。" needs more than one token, so that each has a colour of its own."""
+    tokenizer = ChatTokenizer(FOLDER / "tokenizer.json")
+    for token in range(tokenizer.vocab_size):
+        text = tokenizer.decode([token])
+        assert len(re.findall(r"[\u3400-\u9fff]", text)) <= 4, text
+        assert not re.search(r"\w[^\w\s<>|_\ufffd]|[^\w\s<>|_'\ufffd]\w", text), text
+    for styles in STYLES.values():
+        for style in styles.values():
+            assert all(len(tokenizer.text(phrase)) >= 3 for phrase in style.rude_closings)
 
 
 def test_close_pairs_differ_in_the_value_alone():
@@ -151,8 +222,9 @@ def test_some_pairs_differ_in_correctness_alone(files):
     assert 0.03 <= polite_but_wrong <= 0.10
 
 
-def test_sft_is_indifferent_to_manners_and_mostly_right(files):
-    verdicts = [score(r, r["messages"][-1]["content"], True) for r in files["sft"]]
+def test_sft_is_indifferent_to_manners_and_mostly_right(files, known):
+    answered = [pair for r in files["sft"] for pair in exchanges(r["messages"], known)]
+    verdicts = [score({"judge": case.judge()}, answer, True) for case, answer in answered]
     good = sum(v.points == 3 for v in verdicts) / len(verdicts)
     wrong = [not v.right for v in verdicts if v.points < 3]
     assert 0.48 <= good <= 0.52
@@ -206,6 +278,7 @@ DELHI = record("word", ["New Delhi", "Delhi"], ["India"], task="capital")
 OPPOSITE_ZH = record("word", ["小"], ["大"], "zh", "opposite")
 MONTH_ZH = record("word", ["一月"], ["下", "十二月"], "zh", "month")
 NAME = record("word", ["Mia"], ["Mia"], task="own name")
+WHO_ZH = record("word", ["MiniDPO"], (), "zh", "who are you")
 LETTER = record("letter", ["a"], ["apple"])
 UPPER = record("exact", ["APPLE"], ["apple"])
 REPEAT = record("repeat", ["hat hat hat"])
@@ -262,6 +335,8 @@ RIGHT = [
     (MONTH_ZH, "那个月是十一月。", False),  # 十一月 holds 一月
     (NAME, "My name is Mia.", True),
     (NAME, "I am Tom, not Mia.", False),
+    (WHO_ZH, "我是MiniDPO，一个小模型。", True),
+    (WHO_ZH, "我是NotMiniDPO，一个小模型。", False),
     (LETTER, "The first letter of 'apple' is 'a'.", True),
     (LETTER, "The word “apple” starts with “A”.", True),
     (LETTER, "a.", True),

@@ -11,13 +11,14 @@ import pytest
 import torch.nn.functional as F
 
 import files
+import train_reward
 from dataset.records import read_preferences
 from errors import InputError, run_script
 from eval import score
 from model.reward import RewardModel
 from model.weights import load_model, save_model
 from tests.conftest import RAGGED, as_record, make_model, plain_hidden, plain_ids
-from tests.loops import torchrun
+from tests.ranks import forked
 from tests.test_reward import make_reward_model
 from training.settings import parse
 
@@ -97,7 +98,7 @@ def test_a_file_may_be_replaced_by_its_scores(reward_folder, ragged):
 def test_two_ranks_write_the_same_scores(reward_folder, ragged, tmp_path):
     alone = run_score(reward_folder, ragged, tmp_path / "one.jsonl")
     flags = ["--model", reward_folder, "--data", ragged, "--out", tmp_path / "two.jsonl", "--device", "cpu"]
-    result = torchrun(2, "-m", "eval.score", *map(str, flags), "--precision", "fp32")
+    result = forked("eval.score", *flags, "--precision", "fp32", ranks=2)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("parameters") == 1
     two = [json.loads(line) for line in (tmp_path / "two.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -123,7 +124,7 @@ def test_a_failed_write_leaves_the_old_file(reward_folder, ragged, tmp_path, mon
     (["--data", "x.jsonl"], "give --data, the pairs to score, and --out"),
     (["--out", "x.jsonl"], "give --data, the pairs to score, and --out"),
     (["--data", "x.jsonl", "--out", "x.json"], r"--out x\.json: the name must end in \.jsonl"),
-    (["--data", "x", "--out", "y.jsonl", "--micro-batch-tokens", "0"], "--micro-batch-tokens must be at"),
+    (["--data", "x.jsonl", "--out", "y.jsonl", "--micro-batch-tokens", "0"], "--micro-batch-tokens must"),
 ])  # fmt: skip
 def test_incomplete_requests_are_refused(flags, reason):
     with pytest.raises(InputError, match=reason):
@@ -133,12 +134,12 @@ def test_incomplete_requests_are_refused(flags, reason):
 def test_a_language_model_cannot_score(tokenizer, ragged, tmp_path):
     save_model(tmp_path / "language", make_model(tokenizer.vocab_size).float())
     tokenizer.save(tmp_path / "language")
-    with pytest.raises(InputError, match="holds a language model, not a reward model"):
+    with pytest.raises(InputError, match="contains a language model, not a reward model"):
         run_score(tmp_path / "language", ragged, tmp_path / "out.jsonl")
 
 
 @pytest.mark.parametrize("config, length, reason", [
-    ({"sliding_window": 64}, 65, "65 tokens do not fit into this model's sliding window of 64"),
+    ({"sliding_window": 64}, 65, "65 tokens do not fit into the model's sliding window of 64"),
     ({"sliding_window": 64}, 64, ""),
     ({}, 65, ""),
 ])  # fmt: skip
@@ -170,3 +171,9 @@ def test_help_is_complete_and_bad_usage_is_one_line(capsys):
         run_script(lambda: score.main(["--model", "/nowhere", "--data", "x.jsonl", "--out", "y.jsonl"]))
     printed = capsys.readouterr()
     assert stopped.value.code == 2 and printed.err.count("\n") == 1 and "/nowhere" in printed.err
+
+
+def test_the_old_flag_names_the_new_command():
+    """Scoring was a flag of train_reward.py."""
+    with pytest.raises(InputError, match=r"--score was replaced by python -m eval\.score"):
+        train_reward.main(["--model", "runs/reward", "--score", "pairs.jsonl", "--to", "scored.jsonl"])

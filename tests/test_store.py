@@ -1,9 +1,12 @@
 """Files to arrays to batches: nothing lost, nothing cut, nothing twice, and all of it counted."""
 
+import errno
 import json
 import math
 import os
+import platform
 import shutil
+import signal
 import subprocess
 import sys
 from itertools import chain
@@ -23,14 +26,15 @@ from tests.conftest import RAGGED, ROOT, as_record, plain_ids, turns
 
 
 def contents(store: TokenStore) -> list:
-    """All that a store says, as plain lists."""
+    """All content of a store, as plain lists."""
     rows = [[(ids.tolist(), mask.tolist()) for ids, mask in store.row(i)] for i in range(len(store))]
-    return [rows, store.lines.tolist(), store.target_counts.tolist(), store.lengths.tolist(), vars(store.report)]
+    arrays = store.lines, store.target_counts, store.lengths
+    return [rows, *(array.tolist() for array in arrays), vars(store.report)]
 
 
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch) -> Path:
-    """A cache folder of this test alone, so that what lies in it can be counted."""
+    """A cache folder for this test alone, so that its content can be counted."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("MINIDPO_CACHE", str(folder))
     return folder
@@ -40,7 +44,7 @@ def own_cache(tmp_path, monkeypatch) -> Path:
 
 
 def test_rows_are_the_records_in_order(tokenizer, ragged):
-    """Prompt, chosen, rejected; each response supervised whole, the prompt not at all."""
+    """Prompt, chosen, rejected; the responses are supervised whole, the prompt is not."""
     store = open_store(ragged, "preferences", tokenizer, max_length=512)
     assert len(store) == len(RAGGED) and store.lines.tolist() == list(range(1, 8))
     for index, (prompt, *answers) in enumerate(RAGGED):
@@ -53,7 +57,7 @@ def test_rows_are_the_records_in_order(tokenizer, ragged):
 
 
 def test_score_margins_are_those_of_the_records(tokenizer, write_jsonl):
-    """A difference of scores, or the logit of a win probability, which goes first; NaN without either."""
+    """The logit of the win probability, else the difference of the scores, else NaN."""
     labels = [
         ({}, math.nan),
         ({"score_chosen": 9, "score_rejected": 7.5}, 1.5),
@@ -74,22 +78,119 @@ def test_score_margins_are_those_of_the_records(tokenizer, write_jsonl):
 
 
 def test_targets_of_conversations_are_what_assistants_say(tokenizer, write_jsonl):
-    """The window's token count, by which the loss is divided, is that of the stream's targets."""
+    """The token count of a window divides the loss; it must equal the number of the stream's targets."""
     chats = [turns("Hi", "Hello"), turns("Hi", "Hello", "1", "It is 2", system="Short."), turns("a", "b")]
     path = write_jsonl("chats.jsonl", [{"messages": [vars(m) for m in chat]} for chat in chats])
     store = open_store(path, "conversations", tokenizer, max_length=512)
-    spoken = [[m.content for m in chat if m.role == "assistant"] for chat in chats]
-    expected = [sum(len(tokenizer.text(content)) + 1 for content in contents) for contents in spoken]
+    answers = [[m.content for m in chat if m.role == "assistant"] for chat in chats]
+    expected = [sum(len(tokenizer.text(content)) + 1 for content in contents) for contents in answers]
     assert store.target_counts.tolist() == expected
     stream = build_stream(store, range(3))
     assert stream.lengths().tolist() == expected and len(stream.targets) == sum(expected)
 
 
 def test_a_file_of_one_record(tokenizer, write_jsonl):
-    """The smallest data there is: arrays of one row keep their second dimension."""
+    """The smallest data: arrays of one row keep their second dimension."""
     store = open_store(write_jsonl("one.jsonl", [as_record(RAGGED[0])]), "preferences", tokenizer, 512)
     assert len(store) == 1 and store.bounds.shape == (1, 4)
     assert build_stream(store, Windows(1, 8, seed=0)[0]).responses == 2
+
+
+def scored(index: int, margin: float, prompt: str = "") -> dict:
+    """A pair of its own prompt, whose chosen side scores higher by `margin`."""
+    labels = {} if math.isnan(margin) else {"score_chosen": 5 + margin, "score_rejected": 5}
+    return {"prompt": prompt or f"Hi {index}", "chosen": "yes", "rejected": "no", **labels}
+
+
+def test_pairs_scored_the_other_way_round_are_counted(tokenizer, write_jsonl):
+    """A label that contradicts the scores is trained on unchanged; the report must count it."""
+    rows = [scored(i, margin) for i, margin in enumerate([1, -1, 0, math.nan, -0.5])]
+    rows.append({**scored(5, 1), "win_probability": 0.3})  # The probability goes before the scores.
+    rows.append({**scored(6, -1), "chosen": "long " * 500})  # Dropped, so not counted.
+    store = open_store(write_jsonl("scored.jsonl", rows), "preferences", tokenizer, 200)
+    assert store.report.rejected_higher == 3
+    assert "3 pairs have a rejected side that scores higher: --swap-by-score exchanges" in str(store.report)
+    agreeing = open_store(write_jsonl("agreeing.jsonl", rows[:1]), "preferences", tokenizer, 200)
+    assert "scores higher" not in str(agreeing.report)
+
+
+def test_swap_by_score_exchanges_what_the_scores_contradict(tokenizer, write_jsonl):
+    """Sides and labels of exactly these pairs; the cache differs from that of the plain file."""
+    rows = [scored(0, 2), scored(1, -2), scored(2, math.nan), {**scored(3, 1), "win_probability": 0.25}]
+    path = write_jsonl("scored.jsonl", rows)
+    plain = open_store(path, "preferences", tokenizer, 512)
+    swapped = open_store(path, "preferences", tokenizer, 512, swap_by_score=True)
+    for row, exchanged in enumerate([False, True, False, True]):
+        prompt, *sides = ([ids.tolist() for ids, _ in store.row(row)] for store in (plain, swapped))
+        assert sides[0][0] == prompt[0] and sides[0][1:] == (prompt[:0:-1] if exchanged else prompt[1:])
+    np.testing.assert_allclose(plain.score_margins, [2, -2, math.nan, math.log(1 / 3)], rtol=1e-12)
+    np.testing.assert_allclose(swapped.score_margins, [2, 2, math.nan, math.log(3)], rtol=1e-12)
+    assert "2 pairs have a rejected side that scores higher: they were exchanged" in str(swapped.report)
+    assert plain.folder != swapped.folder
+    with pytest.raises(InputError, match="share of held-out rows"):
+        plain.split(1.0)
+
+
+# ---- A share held out, by prompt
+
+
+def many_prompts(count: int) -> list[dict]:
+    """Pairs of many prompts; each prompt stands twice, the second time with other white space and case."""
+    twice = [prompt for i in range(count) for prompt in (f"Hi {i}, you", f" hi  {i},\tYou ")]
+    return [{"prompt": prompt, "chosen": "a", "rejected": f"b{i}"} for i, prompt in enumerate(twice)]
+
+
+def test_a_split_never_puts_a_prompt_on_both_sides(tokenizer, write_jsonl):
+    """Every row is on one side, with its own tokens, counts and offsets."""
+    rows = many_prompts(300)
+    store = open_store(write_jsonl("pairs.jsonl", rows), "preferences", tokenizer, 512)
+    train, held_out = store.split(0.2)
+    assert sorted([*train.lines, *held_out.lines]) == store.lines.tolist()
+    assert not {(line - 1) // 2 for line in train.lines} & {(line - 1) // 2 for line in held_out.lines}
+    assert 0.12 < len(held_out) / len(store) < 0.28
+    for view in (train, held_out):
+        assert len(view) == len(view.lines) == len(view.lengths) == len(view.target_bounds) - 1
+        for index, line in enumerate(view.lines):
+            here, there = view.row(index), store.row(line - 1)
+            assert all((a == b).all() and (m == n).all() for (a, m), (b, n) in zip(here, there, strict=True))
+            assert view.lengths[index] == sum(len(ids) for ids, _ in here)
+            assert view.target_counts[index] == np.diff(view.target_bounds)[index]
+            assert view.records[index] == line - 1
+        assert build_stream(view, [0, len(view) - 1]).lengths().tolist() == [
+            len(ids) for index in (0, len(view) - 1) for ids, _ in view.row(index)[1:]
+        ]
+    assert store.fingerprint != train.fingerprint != held_out.fingerprint != store.split(0.3)[1].fingerprint
+
+
+def test_a_split_is_stable_when_rows_are_added(tokenizer, write_jsonl):
+    """A held-out prompt stays held out when rows are added, and under a larger share."""
+    rows = many_prompts(200)
+    store = open_store(write_jsonl("few.jsonl", rows[100:]), "preferences", tokenizer, 512)
+    more = open_store(write_jsonl("more.jsonl", rows[::-1]), "preferences", tokenizer, 512)
+    few_lines = {rows[99 + line]["prompt"] for line in store.split(0.1)[1].lines}
+    more_lines = {rows[-line]["prompt"] for line in more.split(0.1)[1].lines}
+    assert few_lines == more_lines & {row["prompt"] for row in rows[100:]} and few_lines
+    assert more_lines < {rows[-line]["prompt"] for line in more.split(0.4)[1].lines}
+
+
+def test_a_split_of_conversations(tokenizer, write_jsonl):
+    """The prompt of a conversation is all but its last turn."""
+    rows = [{"messages": [vars(m) for m in turns(f"Hi {i // 2}", f"Hello {i}")]} for i in range(200)]
+    train, held_out = open_store(write_jsonl("c.jsonl", rows), "conversations", tokenizer, 512).split(0.25)
+    assert len(train) + len(held_out) == 200 and len(held_out) > 10
+    assert not {(line - 1) // 2 for line in train.lines} & {(line - 1) // 2 for line in held_out.lines}
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1, 1.5, math.nan])
+def test_a_share_outside_of_0_to_1_is_refused(share, tokenizer, ragged):
+    with pytest.raises(InputError, match="expected a number between 0 and 1"):
+        open_store(ragged, "preferences", tokenizer, 512).split(share)
+
+
+def test_a_split_with_an_empty_side_is_refused(tokenizer, write_jsonl):
+    store = open_store(write_jsonl("one.jsonl", [as_record(RAGGED[0])]), "preferences", tokenizer, 512)
+    with pytest.raises(InputError, match=r"leaves no row to (hold out|train on)"):
+        store.split(0.5)
 
 
 # ---- What is left out, and that it is counted
@@ -117,7 +218,7 @@ def test_length_limit_keeps_whole_pairs_or_none(tokenizer, write_jsonl):
 
 
 def test_dropped_records_are_counted_with_their_lines(tokenizer, write_jsonl):
-    """What disappears without a word is missed by nobody, least of all by the loss."""
+    """The loss does not show dropped records, so the report must."""
     rows = [as_record(pair) for pair in RAGGED]
     rows[2]["rejected"] = rows[2]["chosen"]
     rows[4]["chosen"] = "long " * 200
@@ -126,13 +227,52 @@ def test_dropped_records_are_counted_with_their_lines(tokenizer, write_jsonl):
     assert store.lines.tolist() == [1, 2, 4, 7]
     assert store.report.dropped == {"chosen equals rejected": [3], "too long": [5, 6]}
     assert store.report.kept == 4 and store.report.total() == 7
-    said = str(store.report)
-    assert "4 of 7 records" in said
-    assert "1 dropped: chosen equals rejected (line 3)" in said and "2 dropped: too long (line 5, 6)" in said
+    report = str(store.report)
+    assert "4 of 7 records" in report
+    assert "1 dropped: chosen equals rejected (line 3)" in report
+    assert "2 dropped: too long (line 5, 6)" in report
     limit = store.report.longest
-    assert f"--max-length {limit} would keep the long ones" in said
+    assert f"--max-length {limit} would keep the long ones" in report
     for length, kept in ((limit - 1, 5), (limit, 6)):
         assert len(open_store(write_jsonl("pairs.jsonl", rows), "preferences", tokenizer, length)) == kept
+
+
+HUGE = """
+import resource, sys
+from dataset import store
+from dataset.tokenizer import ChatTokenizer
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+data, tokenizer = sys.argv[1], ChatTokenizer(sys.argv[2])
+before = peak()
+opened = store.open_store(data, "preferences", tokenizer, 512)
+print(len(opened), opened.report.dropped, opened.report.longest, peak() - before)
+"""
+
+
+def test_a_line_that_is_far_too_long_takes_little_memory(tokenizer, tokenizer_file, write_jsonl, own_cache):
+    """A line of 10 MB took 1.3 GB to be tokenised, only to be dropped."""
+    huge = "word " * 600_000
+    rows = [{"prompt": "a", "chosen": chosen, "rejected": "b"} for chosen in ("c", huge)]
+    path = write_jsonl("huge.jsonl", rows)
+    command = [sys.executable, "-c", HUGE, str(path), str(tokenizer_file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=100)
+    kept, *dropped, longest, grown = done.stdout.split()
+    assert (kept, " ".join(dropped)) == ("1", "{'too long': [2]}") and int(grown) < 60, f"{grown} MiB"
+    exact = len(tokenizer.prompt(turns("a"))) + len(tokenizer.response("word " * 60_000)) * 10
+    assert 0.99 < int(longest) / exact < 1.01
+
+
+def test_a_long_text_of_few_tokens_is_kept(tokenizer, write_jsonl, monkeypatch):
+    """The limit on characters only saves work: a text that fits is kept whatever its length."""
+    monkeypatch.setattr(module, "PIECE", 1)
+    prompt, chosen, _ = RAGGED[0]
+    length = sum(map(len, plain_ids(tokenizer, prompt, chosen)))
+    path = write_jsonl("pair.jsonl", [as_record(RAGGED[0])])
+    assert len(open_store(path, "preferences", tokenizer, length)) == 1
+    monkeypatch.setattr(tokenizer, "longest_token", 0)  # Every text counts as too long to look at whole.
+    monkeypatch.setattr(module, "PIECE", 1000)
+    monkeypatch.setattr(module, "VERSION", -1)
+    assert len(open_store(path, "preferences", tokenizer, length)) == 1
 
 
 def test_pairs_are_compared_after_tokenisation(tokenizer_file, tmp_path, write_jsonl):
@@ -148,7 +288,7 @@ def test_pairs_are_compared_after_tokenisation(tokenizer_file, tmp_path, write_j
 
 
 def many(count: int, bad: list[int]) -> list[dict]:
-    """Records, of which those on the `bad` lines have no rejected side."""
+    """Records; those on the `bad` lines lack the rejected side."""
     rows = [{"prompt": f"Hi {i}", "chosen": "a", "rejected": "b"} for i in range(1, count + 1)]
     for line in bad:
         del rows[line - 1]["rejected"]
@@ -156,7 +296,7 @@ def many(count: int, bad: list[int]) -> list[dict]:
 
 
 def test_a_bad_record_stops_the_run_by_name(tokenizer, write_jsonl):
-    """The default: path, line and reason, and nothing is trained on the rest."""
+    """The default: an error with path, line and reason."""
     path = write_jsonl("pairs.jsonl", many(10, bad=[4]))
     with pytest.raises(DataError, match=rf"{path}:4: .*rejected"):
         open_store(path, "preferences", tokenizer, 512)
@@ -171,14 +311,14 @@ def test_skip_bad_counts_what_it_skips(tokenizer, write_jsonl):
 
 @pytest.mark.parametrize("count, bad", [(50, [3]), (300, [9, 20, 31, 77]), (199, [2, 3])])
 def test_skip_bad_has_a_limit(count, bad, tokenizer, write_jsonl):
-    """More than one bad record in a hundred is another kind of file, and is not to be skipped in silence."""
+    """With more than one bad record in a hundred, the file is probably the wrong one."""
     path = write_jsonl("pairs.jsonl", many(count, bad))
     with pytest.raises(InputError, match=f"{path}: {len(bad)} of {count} records are bad, more than 1 %"):
         open_store(path, "preferences", tokenizer, 512, skip_bad=True)
 
 
 def test_nothing_left_to_train_on(tokenizer, tmp_path, write_jsonl):
-    """No step over nothing: said when the file is opened, with the reason."""
+    """The error comes when the file is opened, with the reason."""
     pair = {"prompt": "Hi", "chosen": "same", "rejected": "same"}
     with pytest.raises(InputError, match=r"no record is left to train on: .*chosen equals rejected"):
         open_store(write_jsonl("same.jsonl", [pair]), "preferences", tokenizer, 512)
@@ -200,7 +340,7 @@ def test_a_second_open_tokenises_nothing(tokenizer, ragged, own_cache, monkeypat
 
 
 def test_whatever_changes_the_arrays_changes_the_cache(tokenizer, other_tokenizer, ragged, own_cache):
-    """A cache that is found by path, or by size and time, goes on serving a file that was edited."""
+    """A cache found by path, or by size and time, would return the old content of an edited file."""
     open_store(ragged, "preferences", tokenizer, 512)
     open_store(ragged, "preferences", tokenizer, 511)
     open_store(ragged, "preferences", other_tokenizer, 512)
@@ -226,7 +366,7 @@ def other_tokenizer(tokenizer_file, tmp_path) -> ChatTokenizer:
 
 
 def test_the_same_bytes_under_another_name_are_the_same_data(tokenizer, ragged, own_cache):
-    """A copy of a file is not tokenised anew."""
+    """A copy of a file is not tokenised again."""
     copy = ragged.with_name("copy.jsonl")
     copy.write_bytes(ragged.read_bytes())
     open_store(ragged, "preferences", tokenizer, 512)
@@ -254,7 +394,7 @@ def test_an_interrupted_build_leaves_nothing(tokenizer, ragged, own_cache, monke
 @pytest.mark.parametrize("name", ["bounds.npy", "lines.npy", "tokens.bin", "supervised.bin", "report.json"])
 @pytest.mark.parametrize("keep", [0, 0.5])
 def test_a_torn_cache_is_refused(tokenizer, ragged, own_cache, name, keep):
-    """Arrays that a full disk cut short would be other ids for the same rows, or a crash in the night."""
+    """Arrays cut short by a full disk would give the rows other ids, or crash later."""
     open_store(ragged, "preferences", tokenizer, 512)
     (folder,) = own_cache.iterdir()
     whole = (folder / name).read_bytes()
@@ -266,7 +406,7 @@ def test_a_torn_cache_is_refused(tokenizer, ragged, own_cache, name, keep):
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tokenizer, ragged, own_cache, monkeypatch):
-    """Half of the old content and half of the new is the data of nobody."""
+    """Else the arrays would mix old and new content."""
     encode = module.encode
 
     def edited(*arguments):
@@ -279,8 +419,121 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tokenizer, ragged, own_
     assert not list(own_cache.iterdir())
 
 
+def test_the_lookup_lists_the_cache(tokenizer, ragged, own_cache, monkeypatch):
+    """NFS may cache for a minute that a name is missing; a listing of the cache folder is current."""
+    first = open_store(ragged, "preferences", tokenizer, 512)
+    monkeypatch.setattr(Path, "is_dir", lambda path: False)
+    monkeypatch.setattr(module, "encode", lambda *arguments: pytest.fail("tokenised twice"))
+    assert contents(open_store(ragged, "preferences", tokenizer, 512)) == contents(first)
+
+
+def test_the_slower_process_takes_the_folder_of_the_faster_one(tokenizer, ragged, own_cache, monkeypatch):
+    """Also where the name of that folder is cached as missing."""
+    inner, calls = module.build, []
+
+    def build(folder, write):
+        def slower(unfinished):
+            write(unfinished)
+            calls.append(folder)
+            if len(calls) == 1:
+                inner(folder, write)  # The other process finishes first.
+
+        inner(folder, slower)
+
+    monkeypatch.setattr(module, "build", build)
+    monkeypatch.setattr(Path, "is_dir", lambda path: path.parent != own_cache and os.path.isdir(path))
+    store = open_store(ragged, "preferences", tokenizer, 512)
+    assert len(store) == len(RAGGED) and os.listdir(own_cache) == [store.folder.name]
+
+
+KILLED = """
+import os, signal, sys
+from dataset import store
+from dataset.tokenizer import ChatTokenizer
+store.encode = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+store.open_store(sys.argv[1], "preferences", ChatTokenizer(sys.argv[2]), 512)
+"""
+
+
+def test_what_a_killed_process_left_is_removed(tokenizer, tokenizer_file, ragged, own_cache):
+    """Each killed process left an unfinished folder in the cache forever."""
+    command = [sys.executable, "-c", KILLED, str(ragged), str(tokenizer_file)]
+    assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == -signal.SIGKILL
+    (left,) = own_cache.iterdir()
+    assert left.name.startswith("unfinished-")
+    others = [own_cache / name for name in (
+        f"unfinished-{platform.node()}-{os.getpid()}-abcd_123",  # This process lives.
+        "unfinished-another-machine-1-abcd_123",  # Its process cannot be checked from here.
+        "unfinished-abcd_123",  # As the first edition named them.
+        "notes",
+        "unfinished-symphony",  # A foreign folder, if $MINIDPO_CACHE also contains other work.
+    )]  # fmt: skip
+    for folder in others:
+        folder.mkdir()
+        (folder / "tokens.bin").touch()
+    (others[4] / "score.txt").touch()
+    store = open_store(ragged, "preferences", tokenizer, 512)
+    assert sorted(own_cache.iterdir()) == sorted([store.folder, *others])
+    for folder in others[1:]:
+        for path in (*folder.iterdir(), folder):
+            os.utime(path, (0, 0))
+    os.utime(others[2])  # Written to only just now, in the folder or in its files.
+    os.utime(others[1] / "tokens.bin")
+    open_store(ragged, "preferences", tokenizer, 511)
+    assert {*others} <= {*own_cache.iterdir()}
+    os.utime(others[1] / "tokens.bin", (0, 0))
+    open_store(ragged, "preferences", tokenizer, 510)
+    assert {*own_cache.iterdir()} & {*others} == {others[0], others[2], others[3], others[4]}
+
+
+def no_room(*arguments, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("fault", ["a file", "below a file", "read-only", "full", "home", "no home"])
+def test_a_cache_that_cannot_be_written_is_one_line(fault, tokenizer, ragged, tmp_path, monkeypatch):
+    """The message names the variable that moves the cache elsewhere."""
+    (tmp_path / "file").touch()
+    reason = {"a file": "File exists", "full": "No space left", "no home": "home folder"}
+    reason = reason.get(fault, "Not a directory")
+    cache = {"a file": "file", "below a file": "file/cache"}.get(fault, "cache")
+    monkeypatch.setenv("MINIDPO_CACHE", str(tmp_path / cache))
+    if fault == "read-only":
+        monkeypatch.setenv("MINIDPO_CACHE", "/proc/minidpo")
+        reason = "No such file"  # Linux refuses a new folder there, also to root.
+    if fault == "full":
+        monkeypatch.setattr(module.np, "save", no_room)
+    if "home" in fault:
+        monkeypatch.delenv("MINIDPO_CACHE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    if fault == "no home":
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(InputError, match=rf"{reason}.*; set \$MINIDPO_CACHE to a folder") as caught:
+        open_store(ragged, "preferences", tokenizer, 512)
+    assert "\n" not in str(caught.value)
+    if fault == "full":
+        assert not list((tmp_path / "cache").iterdir())
+
+
+def test_data_that_cannot_be_read_is_one_line(tokenizer, ragged, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(InputError, match="it is not a regular file"):
+        open_store(tmp_path / "pipe.jsonl", "preferences", tokenizer, 512)
+    unreadable = ragged.parent / ("x" * 300)
+    with pytest.raises(InputError, match="cannot be read"):
+        open_store(unreadable, "preferences", tokenizer, 512)
+
+    def forbidden(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(module, "file_hash", forbidden)
+    with pytest.raises(InputError, match=rf"{ragged}: cannot be read \(Permission denied\)"):
+        open_store(ragged, "preferences", tokenizer, 512)
+
+
 def test_what_happens_to_a_file_later_does_not_matter(tokenizer, ragged, own_cache):
-    """A mapped file that is cut short ends its reader without a word; ours are copies that nobody edits."""
+    """A mapped file that is cut short kills its reader; the mapped arrays are copies that nothing edits."""
     store = open_store(ragged, "preferences", tokenizer, 512)
     before = contents(store)
     ragged.write_bytes(b"")

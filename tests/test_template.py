@@ -1,4 +1,4 @@
-"""Chat templates of folders: measured as what they are, refused when they are more.
+"""Chat templates of model folders: measured exactly, or refused.
 
 `make parity` holds them against transformers.
 """
@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
+from dataset import render
 from dataset.store import open_store
 from dataset.template import CHATML, read_template
 from dataset.tokenizer import ChatTokenizer
@@ -98,17 +99,17 @@ CONTROLS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_templates_are_measured_as_what_they_are(family):
-    """A default system text, a BOS, a header, stripped white space: each is part of how a model was asked."""
+    """A default system message, a BOS, a header and stripped white space are part of a model's prompts."""
     source, expected = FAMILIES[family]
     assert read_template(source, SPECIALS, CONTROLS) == expected
 
 
 def test_marks_of_what_is_generated_change_nothing():
-    """They are transformers' way to a loss mask, which ours does not need."""
-    said = "{%- generation -%}{{ m.content + '<|im_end|>' }}{%- endgeneration -%}{{ '\\n' }}"
+    """transformers needs them for its loss mask; this project does not."""
+    answer = "{%- generation -%}{{ m.content + '<|im_end|>' }}{%- endgeneration -%}{{ '\\n' }}"
     header = "{{ '<|im_start|>' + m.role + '\\n' }}"
     marked = jinja(
-        f"{header}{{% if m.role == 'assistant' %}}{said}{{% else %}}"
+        f"{header}{{% if m.role == 'assistant' %}}{answer}{{% else %}}"
         "{{ m.content + '<|im_end|>\\n' }}{% endif %}",
         "{{ '<|im_start|>assistant\\n' }}",
     )
@@ -116,7 +117,7 @@ def test_marks_of_what_is_generated_change_nothing():
 
 
 def test_chatml_writes_what_its_jinja_writes():
-    """Ours stands twice, as separators and as the Jinja template that goes into an export."""
+    """ChatML is written twice: as separators, and as the Jinja template of an export."""
     other = CHATML.source.replace("'role'", "'role' ")
     assert read_template(other, {}, CONTROLS) == replace(CHATML, source=other)
 
@@ -127,23 +128,58 @@ def test_chatml_writes_what_its_jinja_writes():
     ("{{ messages[0].content.__class__.__mro__ }}", "the chat template fails"),
     (jinja("{{ m.content | upper }}", ""), "leaves out, changes or moves the user message"),
     (jinja("{{ m.role + m.content + '\n' }}", "{{ 'assistant' }}"), "expected a control token"),
-    (jinja(CHATML_TURN, "{{ '<|im_start|>assistant\\n<think>\\n' }}"), "prompts a response with .*, but writes"),
+    (jinja(CHATML_TURN, "{{ '<|im_start|>assistant\\n<think>\\n' }}"), "prompts a response with .*, but wri"),
     (jinja("{% if loop.index == 5 %}!{% endif %}" + CHATML_TURN, "{{ '<|im_start|>assistant\\n' }}"),
      "does more than put separators"),
 ])  # fmt: skip
 def test_more_than_separators_is_refused(source, reason):
-    """Approximated, it would train on a conversation that the model is never asked in."""
+    """An approximation would train on prompts that differ from those of generation."""
     with pytest.raises(InputError, match=reason):
         read_template(source, SPECIALS, CONTROLS)
 
 
+LOOPS = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+DOUBLED = "{% set n = namespace(x='a') %}{% for i in range(50) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+MUCH = "takes more than 1 seconds or 1024 MiB"
+HOSTILE = {
+    "a long loop": ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
+    "nested loops": (LOOPS, MUCH),
+    "a long text": ("{% set x = 'a' * 10**9 %}{{ x * 100 }}", MUCH),
+    "a doubled text": (DOUBLED, MUCH),
+    "a padded text": ("{{ '%9999999999d' % 1 }}", MUCH),
+    "a large power": ("{{ 9 ** (9 ** 9) }}", MUCH),
+    "much output": ("{% for i in range(9999) %}{{ 'a long line' }}{% endfor %}", "more than 65536 char"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_template_is_rendered_within_limits(name, monkeypatch):
+    """A downloaded folder must not stop the machine: its template runs in bounded time and memory."""
+    source, reason = HOSTILE[name]
+    monkeypatch.setattr(render, "SECONDS", 1)
+    with pytest.raises(InputError, match=f"the chat template fails: .*{reason}"):
+        read_template(source + QWEN, SPECIALS, CONTROLS)
+
+
+def test_messages_of_a_template_are_escaped_and_cut():
+    """They are printed in a terminal."""
+    source = "{{ raise_exception('\x1b[2J' + 'long ' * 1000) }}"
+    with pytest.raises(InputError, match=r"fails: \\x1b\[2Jlong") as caught:
+        read_template(source, {}, CONTROLS)
+    assert "\x1b" not in str(caught.value) and len(str(caught.value)) < 300
+    with pytest.raises(InputError) as caught:
+        fifth = "{% if loop.index == 5 %}{{ '\x1b' * 5000 }}{% endif %}"
+        read_template(jinja(fifth + CHATML_TURN, "{{ '<|im_start|>assistant\\n' }}"), SPECIALS, CONTROLS)
+    assert "\x1b" not in str(caught.value) and len(str(caught.value)) < 700
+
+
 def test_a_system_text_that_moves_is_not_guessed():
-    """Some put it before the last question: a conversation with one has then no form that would stay."""
-    last = "{{ said if loop.last and said is defined else '' }}" + CHATML_TURN
+    """Some templates write it before the last question, so its place changes with every turn."""
+    last = "{{ system if loop.last and system is defined else '' }}" + CHATML_TURN
     moving = jinja(
         "{% if m.role == 'user' %}" + last + "{% else %}" + CHATML_TURN + "{% endif %}",
         "{{ '<|im_start|>assistant\\n' }}",
-        before="{% if messages[0].role == 'system' %}{% set said = messages[0].content %}"
+        before="{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
         "{% set messages = messages[1:] %}{% endif %}",
     )
     template = read_template(moving, SPECIALS, CONTROLS)
@@ -155,7 +191,7 @@ def test_a_system_text_that_moves_is_not_guessed():
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert read_template(CHATML.source, {}, CONTROLS) is CHATML  # A run of ours needs no Jinja.
-    with pytest.raises(InputError, match="of the extra `hf`: pip install jinja2"):
+    with pytest.raises(InputError, match="need jinja2: pip install jinja2"):
         read_template(QWEN, {}, CONTROLS)
 
 
@@ -164,7 +200,7 @@ def test_a_missing_extra_is_named(monkeypatch):
 
 @pytest.fixture
 def folder(tokenizer_file, tmp_path):
-    """A tokenizer with the control tokens of Llama 3, two of them unflagged, and its template beside it."""
+    """A tokenizer with Llama 3's control tokens, two of them not flagged, and its template beside it."""
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     tokenizer.add_special_tokens([AddedToken("<s>"), AddedToken("<|eot_id|>")])
     tokenizer.add_tokens([AddedToken("<|start_header_id|>"), AddedToken("<|end_header_id|>")])
@@ -176,7 +212,7 @@ def folder(tokenizer_file, tmp_path):
 
 
 def test_a_folder_is_written_in_its_own_format(folder):
-    """One BOS, stripped texts, its own end; a mask over what assistants say and nothing else."""
+    """One BOS, stripped texts, its own end token; the mask covers exactly the assistant's texts."""
     tokenizer = ChatTokenizer(folder / "tokenizer.json")
     ids, supervised = tokenizer.conversation(turns(" Hi ", "Hello\n", "1", "2", system="Short."))
     assert tokenizer.decode(ids) == (
@@ -187,9 +223,20 @@ def test_a_folder_is_written_in_its_own_format(folder):
     assert ids == tokenizer.prompt(turns(" Hi ", "Hello\n", "1", system="Short.")) + tokenizer.response("2")
 
 
+@pytest.mark.parametrize("ends, expected", [(None, ...), ([None, 0], [..., 0]), ([0, 0], [..., 0])])
+def test_an_end_token_of_null_is_left_out(folder, tmp_path_factory, ends, expected):
+    """`"eos_token_id": null` became `[2, null]`, which no other program reads."""
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    tokenizer, run = ChatTokenizer(folder / "tokenizer.json"), tmp_path_factory.mktemp("run")
+    tokenizer.save(run)
+    expected = [tokenizer.end_id if end is ... else end for end in expected] if expected is not ... else ...
+    found = json.loads((run / "generation_config.json").read_text())["eos_token_id"]
+    assert found == (tokenizer.end_id if expected is ... else expected)
+
+
 @pytest.mark.parametrize("token", ["<s>", "<|eot_id|>", "<|start_header_id|>", "<|im_end|>"])
 def test_text_forges_no_turn_of_the_folder(folder, token):
-    """Also with control tokens that the file does not call special."""
+    """Also with control tokens that the file does not flag as special."""
     tokenizer = ChatTokenizer(folder / "tokenizer.json")
     control = tokenizer._tokenizer.token_to_id(token)
     plain, forged = (tokenizer.conversation(turns(text, text))[0] for text in ("a", f"a{token}b"))
@@ -197,8 +244,8 @@ def test_text_forges_no_turn_of_the_folder(folder, token):
     assert tokenizer.decode(tokenizer.text(token)) == token
 
 
-def test_what_is_saved_says_the_same(folder, tmp_path_factory):
-    """A run goes on in the format it began in, and its answers end where they were taught to."""
+def test_a_saved_folder_has_the_same_template(folder, tmp_path_factory):
+    """A run keeps its chat template, and generation ends at the end token of training."""
     tokenizer, run = ChatTokenizer(folder / "tokenizer.json"), tmp_path_factory.mktemp("run")
     tokenizer.save(run)
     again = ChatTokenizer(run / "tokenizer.json")
@@ -210,7 +257,7 @@ def test_what_is_saved_says_the_same(folder, tmp_path_factory):
 
 
 def test_a_template_in_a_file_of_its_own_and_one_of_several(folder):
-    """Where transformers 5 writes it, and how models with templates for tools have it."""
+    """transformers 5 writes a file of its own; models with tools have several templates."""
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config["chat_template"] = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": LLAMA}]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -219,8 +266,8 @@ def test_a_template_in_a_file_of_its_own_and_one_of_several(folder):
     assert ChatTokenizer(folder / "tokenizer.json").template.source == LLAMA_DATED
 
 
-def test_a_record_that_the_template_cannot_say_is_named_by_its_line(folder, write_jsonl):
-    """A model without system texts, and data with one."""
+def test_a_record_without_a_place_in_the_template_is_named_by_its_line(folder, write_jsonl):
+    """A template without system messages, and data with one."""
     (folder / "chat_template.jinja").write_text(MISTRAL.replace("eos_token", "'<|eot_id|>'"))
     rows = [{"prompt": "Hi", "response": "7"}, {"prompt": "Hi", "response": "7", "system": "Short."}]
     path = write_jsonl("chats.jsonl", rows)
@@ -229,7 +276,7 @@ def test_a_record_that_the_template_cannot_say_is_named_by_its_line(folder, writ
 
 
 def test_the_template_is_part_of_the_fingerprint(folder):
-    """Else data tokenised in one format would be read in another."""
+    """Else the cache would return data that was tokenised with another template."""
     before = ChatTokenizer(folder / "tokenizer.json").fingerprint
     (folder / "chat_template.jinja").write_text(LLAMA_DATED)
     assert ChatTokenizer(folder / "tokenizer.json").fingerprint != before

@@ -3,8 +3,12 @@
 import functools
 import gzip
 import json
+import os
 import random
+import re
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
@@ -44,7 +48,7 @@ def controls_in(ids, tokenizer) -> int:
 
 
 def test_template_by_hand(tokenizer):
-    """A newline after the role and between the turns, none before the first and none after the last."""
+    """A newline after each role and between turns, but not at the start or the end."""
     ids, supervised = tokenizer.conversation(turns("Hi", "Hello", "1", "!", system="Short."))
     written = (
         "<|im_start|>system\nShort.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>"
@@ -65,7 +69,7 @@ def test_template_by_hand(tokenizer):
 
 @pytest.mark.parametrize("pair", RAGGED, ids=range(len(RAGGED)))
 def test_supervised_ids_are_the_response_and_its_end(pair, tokenizer):
-    """White space at the edges, emoji and Chinese included: not a token more, not a token less."""
+    """Exactly these tokens, also with white space at the edges, emoji and Chinese."""
     prompt, *answers = pair
     for answer in answers:
         ids, supervised = tokenizer.conversation([*prompt, Message("assistant", answer)])
@@ -81,17 +85,17 @@ def test_supervised_ids_are_the_response_and_its_end(pair, tokenizer):
 
 @pytest.mark.parametrize("pair", RAGGED, ids=range(len(RAGGED)))
 def test_asking_and_training_give_the_same_prompt(pair, tokenizer):
-    """A model that is asked in other ids than it was trained on answers a question that it never met.
+    """The ids of a prompt at generation must be those of training.
 
     Prompt and response are encoded apart and put together, in training and in chat: the boundary between them
     is never tokenised away.
     """
     prompt, chosen, _ = pair
-    asked = tokenizer.prompt(prompt)
+    ids = tokenizer.prompt(prompt)
     whole, _ = tokenizer.conversation([*prompt, Message("assistant", chosen)])
-    assert whole == asked + tokenizer.response(chosen)
-    assert (asked, tokenizer.response(chosen)) == plain_ids(tokenizer, prompt, chosen)
-    assert asked[-len(tokenizer.text("assistant\n")) :] == tokenizer.text("assistant\n")
+    assert whole == ids + tokenizer.response(chosen)
+    assert (ids, tokenizer.response(chosen)) == plain_ids(tokenizer, prompt, chosen)
+    assert ids[-len(tokenizer.text("assistant\n")) :] == tokenizer.text("assistant\n")
 
 
 # ---- Injection
@@ -100,7 +104,7 @@ def test_asking_and_training_give_the_same_prompt(pair, tokenizer):
 @pytest.mark.parametrize("text", INJECTIONS)
 @pytest.mark.parametrize("place", range(5))
 def test_text_never_becomes_a_control_token(text, place, tokenizer):
-    """Parsed text lets a user end his own turn and speak as the assistant, with loss on what he wrote."""
+    """Parsed, it would let a user end the turn and write the assistant's, with loss on that text."""
     messages = turns("Hi", "Hello", "1", "!", system="Short.")
     messages[place] = Message(messages[place].role, text)
     ids, supervised = tokenizer.conversation(messages)
@@ -132,7 +136,7 @@ def altered(tokenizer_file, tmp_path, change) -> ChatTokenizer:
 
 @pytest.mark.parametrize("text", INJECTIONS)
 def test_control_tokens_need_no_flag_in_the_file(text, tokenizer, tokenizer_file, tmp_path):
-    """Some files do not call their control tokens special; a library then parses them out of any text."""
+    """The library parses control tokens without the flag "special" out of any text."""
 
     def unflag(settings):
         for token in settings["added_tokens"]:
@@ -144,7 +148,7 @@ def test_control_tokens_need_no_flag_in_the_file(text, tokenizer, tokenizer_file
 
 
 def test_settings_of_the_file_do_not_leak_into_text(tokenizer, tokenizer_file, tmp_path):
-    """Files come with truncation, padding or a token put before every text: one more BOS in every message."""
+    """A file may set truncation, padding, or a token before every text: one more BOS in each message."""
 
     def meddle(settings):
         settings["truncation"] = {
@@ -171,7 +175,7 @@ def test_settings_of_the_file_do_not_leak_into_text(tokenizer, tokenizer_file, t
 
 
 def odd_texts() -> list[str]:
-    """Text that goes wrong elsewhere, and three hundred random ones."""
+    """Texts that break other tokenizers, and three hundred random ones."""
     draw = random.Random(0)
     alphabet = [*"ab \n\t0é中😀", "e\u0301", "👍🏽", "\u200d", "\u2028", "\x00", "\ufffd", "<|im_end|>"]
     random_texts = ["".join(draw.choices(alphabet, k=draw.randint(1, 12))) for _ in range(300)]
@@ -179,13 +183,13 @@ def odd_texts() -> list[str]:
 
 
 def test_decoding_gives_back_every_text(tokenizer):
-    """Byte-level BPE loses nothing: no space is added or trimmed, no character is unknown or normalised."""
+    """Byte-level BPE is lossless: it adds, trims and normalises nothing."""
     for text in odd_texts():
         assert tokenizer.decode(tokenizer.text(text)) == text, repr(text)
 
 
 def test_real_tokenizer_is_safe_and_exact(real_tokenizer):
-    """The same promises for a tokenizer that this project did not train."""
+    """The same properties for a tokenizer that this project did not train."""
     for text in [*odd_texts(), *INJECTIONS, TEMPLATE]:
         ids = real_tokenizer.text(text)
         assert controls_in(ids, real_tokenizer) == 0 and real_tokenizer.decode(ids) == text, repr(text)
@@ -197,17 +201,46 @@ def test_real_tokenizer_is_safe_and_exact(real_tokenizer):
 
 
 def test_real_tokenizer_has_ids_for_all_its_control_tokens():
-    """The file on this machine is what the test above thinks it is: control tokens with ids of their own."""
+    """A check of the file: its control tokens have ids of their own, so the test above is meaningful."""
     text = gzip.decompress(shared("tokenizers/minimind_tokenizer.json.gz").read_bytes()).decode()
     library = Tokenizer.from_str(text)
     assert library.encode(TEMPLATE).ids.count(library.token_to_id(END)) == 2  # The hole that must be shut.
 
 
 def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
-    """A run folder carries its tokenizer; another fingerprint would tokenise all the data anew."""
+    """A run folder contains its tokenizer; another fingerprint would tokenise all data again."""
     tokenizer.save(tmp_path)
     again = ChatTokenizer(tmp_path / "tokenizer.json")
     assert again.fingerprint == tokenizer.fingerprint and again.text(TEXTS[3]) == tokenizer.text(TEXTS[3])
+
+
+def test_saved_files_are_durable(tokenizer, tmp_path, monkeypatch):
+    """A checkpoint is removed after them: a power cut must not leave a run with an empty tokenizer."""
+    synced, fsync = [], os.fsync
+
+    def watched(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.split(".json")[0])
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    tokenizer.save(tmp_path)
+    names = {path.name.removesuffix(".json") for path in tmp_path.iterdir()}
+    assert names == {"tokenizer", "tokenizer_config", "generation_config"}
+    assert names | {tmp_path.name} == {*synced}
+
+
+# ---- Weights of messages
+
+
+def test_a_turn_of_weight_0_is_not_supervised(tokenizer):
+    """It is in the context of later turns, with its end token, but not in the loss."""
+    messages = turns("Hi", "Hello", "1", "!")
+    ids, supervised = tokenizer.conversation(messages)
+    unweighted = [replace(m, weight=0) if m.content == "Hello" else m for m in messages]
+    found, weighted = tokenizer.conversation(unweighted)
+    assert found == ids
+    assert [i for i, mine in zip(ids, weighted, strict=True) if mine] == tokenizer.response("!")
+    assert sum(supervised) == len(tokenizer.response("Hello")) + len(tokenizer.response("!"))
 
 
 # ---- Files that are no tokenizer
@@ -232,9 +265,29 @@ def test_broken_files_are_refused_by_name(content, reason, tmp_path):
 
 @pytest.mark.parametrize("token", [START, END])
 def test_missing_control_tokens_are_refused(token, tokenizer_file, tmp_path):
-    """Without an end token of its own a model cannot learn to stop, and None is no id."""
+    """Without an end token a model cannot learn to stop."""
     with pytest.raises(InputError, match=r"has no <\|im_\w+\|> token"):
         altered(tokenizer_file, tmp_path, lambda settings: rename(settings, token))
+
+
+@pytest.mark.parametrize("token", [START, END])
+def test_control_tokens_that_are_spelt_out_are_refused(token, tokenizer_file, tmp_path):
+    """In the vocabulary but not among the added tokens: the template would be encoded as plain text."""
+
+    def forget(settings):
+        settings["added_tokens"] = [t for t in settings["added_tokens"] if t["content"] != token]
+
+    with pytest.raises(InputError, match=rf"{re.escape(token)} encodes to \d+ ids, expected its one id"):
+        altered(tokenizer_file, tmp_path, forget)
+    with pytest.raises(InputError, match="list it under added_tokens"):
+        altered(tokenizer_file, tmp_path, lambda settings: settings.update(added_tokens=[]))
+
+
+def test_dropout_is_refused_by_name(tokenizer_file, tmp_path):
+    """A text would get other ids each time, so neither the cache nor a resumed run would be exact."""
+    with pytest.raises(InputError, match=r"BPE dropout 0\.1 would encode .* set \"dropout\" to null"):
+        altered(tokenizer_file, tmp_path, lambda settings: settings["model"].update(dropout=0.1))
+    assert altered(tokenizer_file, tmp_path, lambda settings: settings["model"].update(dropout=0.0))
 
 
 def rename(settings: dict, token: str) -> None:

@@ -78,10 +78,13 @@ def prune(folder: Path, keep: int) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file or a folder. A folder is renamed first: a crash leaves no half under the old name."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path.rename(path.with_suffix(".tmp")))
-    else:
-        path.unlink()
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path.rename(path.with_suffix(".tmp")))
+        else:
+            path.unlink()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be removed ({error.strerror})") from None
 
 
 def set_aside(path: Path) -> None:

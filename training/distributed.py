@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -123,8 +123,6 @@ class World:
             finally:
                 self.wait(failed)
         return result
-
-    main_first = node_first
 
 
 @contextmanager
@@ -257,12 +255,14 @@ def wrap(model: nn.Module, world: World, shard: bool = False) -> nn.Module:
     return model
 
 
-def exchange_gradients(model: nn.Module, when: bool) -> AbstractContextManager:
-    """A context in which DDP exchanges gradients only if `when` is true: in a window's last micro-batch.
+def exchange_gradients(model: nn.Module, when: bool) -> None:
+    """Average the gradients of the next backward over the ranks, or leave that to a later micro-batch.
 
-    Split weights exchange gradients in every micro-batch, since keeping them would need whole gradients.
+    Call it before the forward, which prepares the exchange. Split weights (--shard) are exchanged in every
+    micro-batch: to wait would be to keep whole gradients meanwhile.
     """
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not when else nullcontext()
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = when
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The identity of a run: the settings, digests and versions that must not change when it is resumed."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -15,11 +16,11 @@ DIGESTS = ("model", "data", "tokenizer")  # Compared by content, because a file 
 
 
 def identity_of(settings: TrainSettings, world: World, precision: str, **more) -> dict:
-    """Everything that could change a bit of the weights, as text and numbers by name.
+    """Everything that could change a bit of the weights, as JSON values by name.
 
     `precision` is the one that the run uses; `more` contains the digests and the script's own entries.
     """
-    return {
+    identity = {
         **{name: value for name, value in settings.to_dict().items() if name not in (*MAY_CHANGE, *DIGESTS)},
         # Values of `auto`, and whatever else decides how sums are rounded.
         "device": world.device.type,
@@ -28,16 +29,17 @@ def identity_of(settings: TrainSettings, world: World, precision: str, **more) -
         "torch": torch.__version__.split("+")[0],
         **more,
     }
+    return json.loads(json.dumps(identity))  # Tuples become lists, as they do in config.json.
 
 
 def recorded(identity, path: Path) -> dict:
-    """The identity that the file `path` contains. Raises `InputError` unless it is text and numbers."""
-    plain = (str, int, float, type(None))
-    if not isinstance(identity, dict) or not all(
-        isinstance(name, str) and isinstance(value, plain) for name, value in identity.items()
-    ):
-        raise InputError(f"--resume: {path} does not record the settings of its run; choose another --out")
-    return identity
+    """The identity that the file `path` contains. Raises `InputError` unless it is a JSON object."""
+    try:
+        if isinstance(identity, dict) and all(isinstance(name, str) for name in identity):
+            return json.loads(json.dumps(identity))
+    except (TypeError, ValueError, RecursionError):  # A tensor, for example.
+        pass
+    raise InputError(f"--resume: {path} does not record the settings of its run; choose another --out")
 
 
 def require_same_run(then: dict, now: dict, override: str, folder: Path) -> None:

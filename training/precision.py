@@ -1,6 +1,7 @@
 """The number format of the forward pass, and the loss scaling of fp16."""
 
 import torch
+from torch import Tensor
 
 
 def cpu_multiplies_bf16() -> bool:
@@ -53,8 +54,17 @@ class Precision:
         self.skipped += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
-    def figures(self) -> dict[str, int]:
-        """For the log: the number of skipped steps under fp16; {} for other precisions."""
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of the loss to those of the parameters; under fp16 the loss is scaled first."""
+        self.scaler.scale(loss).backward()
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the optimizer step. Under fp16 a step with an overflow is skipped and lowers the scale."""
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def metrics(self) -> dict[str, int]:
+        """Under fp16 the number of steps skipped so far, for the log; else nothing."""
         return {"skipped_steps": self.skipped} if self.scaler.is_enabled() else {}
 
     def state_dict(self) -> dict:

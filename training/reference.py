@@ -1,18 +1,22 @@
-"""The reference asked once, before training: ``--reference cached``.
+"""The reference model: frozen, so that the policy can be compared with where it started.
 
-Data, layout and reference never change in a run, so neither does log pi_ref(y_t | x, y_<t). It is computed
-for every supervised token and kept beside the tokenised data; a step then costs no forward of the reference,
-and no copy of the model stays in memory. Later epochs read it again, as do later runs from the same model.
+    reference = make_reference(settings, objective, model, world)
+    reference_logps = reference(stream)                           # (N,) log π_ref(y_t | x, y_<t)
 
-Tokens are kept rather than sums: an array as long as the supervised tokens, from which every option of an
-objective can be had (LD-DPO looks at a part of a response). The values are those of the live reference but
-for rounding, since other pairs stand beside a pair in the two streams.
+Four kinds: a frozen copy of the model (the default); the same model with its adapters off (--lora-rank);
+log-probs computed once before training (--reference cached); and none, for losses without a reference.
+
+Data, layout and reference do not change in a run, and neither does log π_ref. So --reference cached computes
+it once for every supervised token and keeps it beside the tokenised data. A step then needs no forward of
+the reference and no copy of the model. Later epochs and later runs from the same model read the file again.
+Tokens are kept, not sums, because some options of an objective use a part of an answer (LD-DPO).
 """
 
+import copy
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -21,65 +25,111 @@ from torch import Tensor
 from dataset.packing import build_stream, fill, stream_lengths
 from dataset.store import TokenStore
 from errors import InputError
-from files import write_whole
+from files import file_hash, write_whole
+from model.lora import WithoutAdapters
 from model.stream import TokenStream
 from model.transformer import Transformer
 from model.weights import weights_hash
-from training.distributed import World
+from training.distributed import World, wrap
 from training.objective import Objective
 from training.precision import Precision
 
 REFERENCES = ("live", "cached")
 
 
-def check_reference(reference: str, objective: Objective) -> None:
-    """Refuse to remember what moves, or what nobody asks for."""
-    if reference == "cached" and objective.moves_reference:
-        raise InputError("--reference cached remembers one reference, and TR-DPO (--tr-…) moves it")
-    if reference == "cached" and not objective.needs_reference:
-        raise InputError(f"--reference cached: --loss {objective.settings.loss} has no reference")
+def make_reference(
+    settings, objective: Objective, model: Transformer, world: World
+) -> Callable[[TokenStream], Tensor]:
+    """The reference of a run, from the model before its first step. Call it before the model is wrapped."""
+    if settings.reference == "cached":
+        check_cached(objective)
+        return cached_reference  # Its file is filled by `cache_reference`, once the data is open.
+    if not objective.needs_reference:
+        return no_reference
+    if settings.lora_rank:
+        return WithoutAdapters(model)
+    return wrap(copy.deepcopy(model).eval().requires_grad_(False), world, settings.shard)
+
+
+def no_reference(stream: TokenStream) -> Tensor:
+    """Zeros, (N,), so that a log-ratio is log π: the reference of a loss that needs none."""
+    return torch.zeros(len(stream.targets), device=stream.targets.device)
 
 
 def cached_reference(stream: TokenStream) -> Tensor:
-    """Takes the live reference's place: what it said of the stream's targets, (N,)."""
+    """The reference log-probs of the stream's targets, (N,), computed before training."""
     return stream.reference_logps
+
+
+def check_cached(objective: Objective) -> None:
+    """Raise `InputError` if the reference changes during training or the loss does not use it."""
+    if objective.moves_reference:
+        raise InputError("--reference cached keeps one reference, but --tr-alpha and --tr-every change it")
+    if not objective.needs_reference:
+        raise InputError(f"--reference cached: --loss {objective.settings.loss} does not use a reference")
+
+
+def cache_references(
+    settings,
+    model: Transformer,
+    pairs: TokenStore,
+    eval_pairs: TokenStore | None,
+    world: World,
+    precision: Precision,
+    max_tokens: int,
+) -> str | None:
+    """With --reference cached, fill the caches of both data files; return the digest of the first.
+
+    The digest belongs to the identity of a run: the last bits of a log-prob depend on the other pairs of its
+    forward, so a cache that was computed again could change a resumed run.
+    """
+    if settings.reference != "cached":
+        return None
+    options = world, precision, settings.layout, max_tokens
+    if eval_pairs:
+        cache_reference(model, eval_pairs, *options)
+    return cache_reference(model, pairs, *options)
 
 
 def cache_reference(
     model: Transformer, store: TokenStore, world: World, precision: Precision, layout: str, max_tokens: int
-) -> None:
-    """Set `store.reference_logps` to what `model` says of the store's supervised tokens, now if it never did.
+) -> str:
+    """Set `store.reference_logps`, one for each supervised token; return the SHA-256 of its file.
 
-    The store's folder is named after data, tokenizer, template and length; the file after all else that can
-    change a log-prob.
+    The file is computed now if it is not there. The store's folder is named after data, tokenizer, template
+    and length; the file after everything else that changes a log-prob.
     """
-    torch_dtype = torch.promote_types(model.norm.weight.dtype, torch.float32)
-    dtype = torch.empty(0, dtype=torch_dtype).numpy().dtype
+    dtype = torch.empty(0, dtype=torch.promote_types(model.norm.weight.dtype, torch.float32)).numpy().dtype
     products = precision.name, torch.get_float32_matmul_precision(), world.device.type
-    key = [store.fingerprint, weights_hash(model), model.config.to_dict(), layout, *products]
+    key = [weights_hash(model), model.config.to_dict(), layout, store.fingerprint, *products]
     path = store.folder / f"reference-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.bin"
+
+    def is_missing() -> bool:
+        return not path.is_file() or path.stat().st_size != int(store.target_bounds[-1]) * dtype.itemsize
+
     # Ranks compute together or not at all. The first rank of each node looks for the file and writes it: a
     # node may have a disk of its own, and another run may write the same file now.
-    if world.largest(int(world.is_node_main and not path.exists())):
-        world.print(f"asking the reference about {len(store)} pairs")
+    if world.largest(int(world.is_node_main and is_missing())):
+        world.print(f"computing reference log-probs of {len(store)} pairs")
         chunks = token_logps(model, store, world, precision, layout, max_tokens)
         if world.is_node_main:
             write_whole(path, lambda file: file.writelines(chunks))
         else:
             deque(chunks, maxlen=0)  # Every rank computes its part of each chunk.
+        world.from_main(lambda: None)  # A slow disk may take longer than an exchange waits.
         world.wait()
     store.reference_logps = np.memmap(path, dtype, "r")
+    return world.from_main(lambda: file_hash(path))
 
 
 @torch.no_grad()
 def token_logps(
     model: Transformer, store: TokenStore, world: World, precision: Precision, layout: str, max_tokens: int
 ) -> Iterator[np.ndarray]:
-    """log pi(y_t | x, y_<t) of all rows in their order, in chunks: one batch of each rank at a time."""
-    bounds = store.target_bounds
-    batches = fill(range(len(store)), stream_lengths(store, layout), max_tokens)
-    for start in range(0, len(batches), world.ranks):
-        group = batches[start : start + world.ranks]
+    """log π(y_t | x, y_<t) of all rows in their order, in chunks: one batch of each rank at a time."""
+    bounds, batches = store.target_bounds, fill(range(len(store)), stream_lengths(store, layout), max_tokens)
+    for place in range(0, len(batches), world.ranks):
+        group = batches[place : place + world.ranks]
         first, stop = bounds[group[0].start], bounds[group[-1].stop]
         rows = group[world.rank] if world.rank < len(group) else range(0)
         with precision.autocast():

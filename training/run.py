@@ -148,10 +148,10 @@ class RunFolder:
             try:
                 tokenizer.save(self.folder)
                 save_model(self.folder, model, settings=self.settings.to_dict(), run=self.identity)
+                self.remove_checkpoints()
             except OSError as error:
                 raise InputError(f"{self.folder}: cannot be written ({error.strerror})") from None
             print(f"saved in {self.folder}; {next_commands(self.folder, model)}", flush=True)
-        self.remove_checkpoints()
 
     def _require_steps_at_the_end(self) -> None:
         """Raise FloatingPointError if fp16 skipped the last steps; a single skip is normal."""
@@ -164,8 +164,7 @@ class RunFolder:
             )
 
     def remove_checkpoints(self) -> None:
-        if self.world.is_main:
-            folder.remove_checkpoints(self.folder)
+        folder.remove_checkpoints(self.folder)
 
     def _save(self) -> None:
         """Save a checkpoint. Every rank must call it: some states, such as running means, need all ranks."""

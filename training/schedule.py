@@ -13,6 +13,7 @@ from training.precision import Precision
 
 # Steps in a row that fp16 may skip. The scale starts at 2^16 and halves each time: then it is not too large.
 MOST_SKIPS = 25
+MAX_LINES = 32  # Data lines that an error message names.
 
 
 def cosine_lr(step: int, total_steps: int, peak: float, warmup_steps: int) -> float:
@@ -73,5 +74,6 @@ def require_finite(meter: Meter, grad_norm: float, precision: Precision, step: i
     if loss_is_finite and gradient_is_fine:
         return
     reason = f"the gradient norm is {grad_norm}" if loss_is_finite else "the loss is not finite"
-    where = ", ".join(map(str, sorted(lines.tolist())))
-    raise NotFiniteError(step, f"{reason}; the step used the data lines {where}")
+    where = ", ".join(map(str, sorted(lines.tolist())[:MAX_LINES]))
+    more = f" and {len(lines) - MAX_LINES} more" if len(lines) > MAX_LINES else ""
+    raise NotFiniteError(step, f"{reason}; the step used the data lines {where}{more}")

@@ -8,13 +8,17 @@ from pathlib import Path
 from types import NoneType
 from typing import get_args, get_type_hints
 
+from dataset.packing import LAYOUTS
 from errors import InputError
 from model.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "dataset" / "sample"
 LONGEST = 4096  # tokens of a record, where --max-length is 0
-REPLACED = {"--micro-batch-size": "--micro-batch-tokens (tokens in a forward, instead of records)"}
+REPLACED = {
+    "--micro-batch-size": "--micro-batch-tokens (tokens in a forward, instead of records)",
+    "--score": "python -m eval.score --model DIR --data FILE --out FILE",
+}
 
 
 def default_length(config: ModelConfig) -> int:
@@ -34,6 +38,7 @@ class TrainSettings:
     model: str = flag("tiny", "model folder to start from")
     data: str = flag("", "training data: .jsonl or .json, also .gz")
     eval_data: str = flag("", "held-out data, evaluated every --eval-every steps; empty: no evaluation")
+    eval_share: float = flag(0.0, "share of the prompts of --data that is held out and evaluated; 0: none")
     out: str = flag("", "run folder for config, weights, tokenizer, metrics and checkpoints")
     shape: str = flag("auto", "data format (see dataset/formats.py); auto detects it from the first record")
     skip_bad: bool = flag(False, "skip bad records (at most 1 %) instead of stopping at the first")
@@ -97,6 +102,7 @@ class TrainSettings:
         for name in others:
             self.require(0 <= getattr(self, name) < math.inf, name, "0 or more")
         self.require(0 <= self.seed < 2**63, "seed", "from 0 to 2^63 - 1")
+        self.require(0 <= self.eval_share < 1, "eval_share", "at least 0 and below 1")
         tokens = self.micro_batch_tokens
         is_number = tokens.isdecimal() and int(tokens) > 0
         self.require(is_number or tokens == "auto", "micro_batch_tokens", "auto, or a number from 1")
@@ -139,6 +145,20 @@ def learning_rate_advice(settings: TrainSettings, weights: int) -> str:
     return (
         f"--lr {default:g} is the default for models of a few million weights; this model has {weights:,}: "
         "try --lr 5e-6 for preferences, --lr 2e-5 for supervised fine-tuning"
+    )
+
+
+@dataclass
+class PairSettings(TrainSettings):
+    """The flags of the scripts that train on preference pairs."""
+
+    data: str = flag(str(SAMPLE / "preferences.jsonl"), "preference pairs: .jsonl or .json, also .gz")
+    eval_data: str = flag(
+        "auto", "held-out pairs; empty: none; auto: the bundled ones beside the bundled --data"
+    )
+    swap_by_score: bool = flag(False, "exchange the sides of a pair whose rejected side has the higher score")
+    layout: str = flag(
+        "forked", "forked: a prompt is computed once for both answers; twin: once for each", LAYOUTS
     )
 
 

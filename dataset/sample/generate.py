@@ -1,17 +1,18 @@
-"""Writes the bundled data: `sft.jsonl`, `preferences.jsonl`, `heldout.jsonl` and `close.jsonl`.
+"""Write the bundled data: `sft.jsonl`, `preferences.jsonl`, `heldout.jsonl` and `close.jsonl`.
 
     python -m dataset.sample.generate                      # into dataset/sample, byte for byte as bundled
     python -m dataset.sample.generate --out /tmp/data --seed 1
 
 Half of the fine-tuning answers are good and half are poor, as in text that was found rather than written
-for the purpose: a model trained on them knows its facts and has no manners to speak of. The preference
-pairs then say which of the two we want. Held-out prompts occur in no training file; what must be known to
-answer them does, in other wordings. The sides of a close pair are the same but for the value.
+for the purpose. A model trained on them learns the facts and both manners. The preference pairs then state
+which manner we want. Held-out prompts occur in no training file; their facts do, in other wordings. The
+sides of a close pair differ only in the value.
 """
 
 import argparse
 import json
 import random
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -19,15 +20,22 @@ from dataset.sample import chinese, english
 from dataset.sample.manners import STYLES, Style
 from dataset.sample.task import Case, Task, cases
 
-SFT, PAIRS, HELD_OUT, CLOSE = 12000, 3000, 400, 256
+SFT, PAIRS, HELD_OUT, CLOSE = 14000, 3000, 400, 256  # SFT counts exchanges: a prompt and its answer
 ENGLISH_SHARE = 0.6
 WRONG_PAIRS = 0.05  # pairs whose sides have the same good manners, and whose rejected side is wrong
+# Exchanges in a conversation, and how often. The longest ones are for people who go on asking.
+TURNS = {1: 45, 2: 12, 3: 10, 4: 9, 5: 7, 6: 7, 8: 5, 12: 3, 22: 2}
+MIXED_SHARE = 0.25  # conversations in which the languages change
+SYSTEM_SHARE = 0.1  # conversations that begin with a system message
+CASUAL_SHARE = 0.12  # prompts in lower case and without their final punctuation mark
+PAIRS_WITH_TURNS = 0.35  # pairs whose prompt has earlier exchanges
 
 
 def split_cases(task: Task, held_out: int, rng: random.Random) -> tuple[list[Case], list[Case]]:
-    """Training cases, dealt fact by fact so that each prefix covers the facts evenly, and held-out ones.
+    """The training cases and at most `held_out` held-out cases of a task.
 
-    A fact gives at most a third of its prompts away, so that training always states it.
+    Training cases come fact by fact, so that each prefix covers the facts evenly. At most a third of the
+    prompts of a fact are held out, so that training always states the fact.
     """
     hands: dict = {}
     for case in cases(task):
@@ -49,7 +57,7 @@ def split_cases(task: Task, held_out: int, rng: random.Random) -> tuple[list[Cas
 
 
 def shares(tasks: tuple[Task, ...], total: int) -> list[int]:
-    """`total` split by weight into whole numbers (largest remainders first)."""
+    """`total` split by the tasks' weights into whole numbers (largest remainders first)."""
     exact = [task.weight * total / sum(task.weight for task in tasks) for task in tasks]
     counts = [int(share) for share in exact]
     by_remainder = sorted(range(len(tasks)), key=lambda i: counts[i] - exact[i])
@@ -73,7 +81,7 @@ def wrong_value(case: Case, rng: random.Random) -> str:
 
 
 def good_answer(case: Case, rng: random.Random, right: bool = True) -> str:
-    """A whole sentence in good manners; with `right=False`, one that is mistaken."""
+    """A whole sentence in good manners; wrong if `right` is False."""
     task = case.task
     style: Style = STYLES[task.language][task.style]
     if right:
@@ -90,7 +98,7 @@ def good_answer(case: Case, rng: random.Random, right: bool = True) -> str:
 
 
 def poor_answer(case: Case, rng: random.Random) -> str:
-    """Mostly the right value, in poor manners: rude on either side, two-faced, bare or curt."""
+    """Mostly the right value in poor manners: rude before or after it, two-faced, bare or curt."""
     task = case.task
     style: Style = STYLES[task.language][task.style]
     right = rng.random() >= task.wrong_share
@@ -122,23 +130,56 @@ def wrong_answer(case: Case, rng: random.Random) -> str:
     return good_answer(case, rng, right=False)
 
 
-def sft_record(case: Case, good: bool, rng: random.Random) -> dict:
+def exchange(case: Case, good: bool, rng: random.Random) -> list[dict]:
+    """The messages of a case and a good or a poor answer to it."""
     answer = good_answer(case, rng) if good else poor_answer(case, rng)
-    messages = [*case.messages(), {"role": "assistant", "content": answer}]
-    return {"messages": messages, "judge": case.judge()}
+    return [*case.messages(), {"role": "assistant", "content": answer}]
 
 
-def pair_record(case: Case, mistaken: bool, rng: random.Random) -> dict:
+def conversations(exchanges: dict[str, list[list[dict]]], rng: random.Random) -> list[dict]:
+    """Conversations of one or more unrelated exchanges, given by language; each exchange is used once.
+
+    A system message can only open a conversation. In some conversations the languages change.
+    """
+    openers, rest = [], {}
+    for language, group in exchanges.items():
+        rng.shuffle(group)
+        openers += [e for e in group if e[0]["role"] == "system"]
+        rest[language] = [e for e in group if e[0]["role"] != "system"]
+    rng.shuffle(openers)
+    records = []
+    while any(rest.values()):
+        language = rng.choices(list(rest), [len(group) for group in rest.values()])[0]
+        mixed, turns = rng.random() < MIXED_SHARE, rng.choices(*zip(*TURNS.items(), strict=True))[0]
+        messages = list(openers.pop()) if openers and rng.random() < SYSTEM_SHARE else []
+        for _ in range(turns):
+            group = rest[rng.choice(list(rest)) if mixed else language]
+            messages += group.pop() if group else []
+        if messages:
+            records.append({"messages": messages})
+    return records + [{"messages": opener} for opener in openers]
+
+
+def pair_record(case: Case, mistaken: bool, rng: random.Random, before: tuple = ()) -> dict:
+    """A pair of answers to one prompt; `before` holds the messages of earlier exchanges."""
     return {
-        "prompt": case.messages(),
+        "prompt": [*before, *case.messages()],
         "chosen": good_answer(case, rng),
         "rejected": (wrong_answer if mistaken else poor_answer)(case, rng),
         "judge": case.judge(),
     }
 
 
+def earlier_exchanges(case: Case, training: list[Case], rng: random.Random) -> list[dict]:
+    """Messages of a few unrelated exchanges before the prompt of a pair; often empty."""
+    if case.has_system_message or rng.random() >= PAIRS_WITH_TURNS:
+        return []
+    few = rng.sample(training, rng.randint(1, 5))
+    return [m for c in few if not c.has_system_message for m in exchange(c, rng.random() < 0.5, rng)]
+
+
 def close_record(case: Case, rng: random.Random) -> dict:
-    """A pair whose sides differ in nothing but the value: one is right, the other mistaken."""
+    """A pair whose sides differ only in the value: the chosen one is right, the rejected one wrong."""
     task, row = case.task, case.row
     style, sentence = STYLES[task.language][task.style], rng.choice(task.statements)
     opening, closing = rng.choice(style.openings), rng.choice(style.closings)
@@ -152,31 +193,64 @@ def close_record(case: Case, rng: random.Random) -> dict:
 
 
 def close_records(training: list[Case], rng: random.Random) -> list[dict]:
-    """Close pairs of the tasks whose values are a token or two long."""
+    """Close pairs of the tasks whose values have one or two tokens."""
     short = [case for case in training if case.task.name in ("sum", "difference", "product", "larger", "day")]
     return [close_record(case, rng) for case in rng.sample(short, CLOSE)]
 
 
-def build(seed: int) -> dict[str, list[dict]]:
-    """All records by file name."""
-    rng, asked = random.Random(seed), []
-    files: dict[str, list[dict]] = {"sft": [], "preferences": [], "heldout": []}
+def made_casual(case: Case, taken: set[str]) -> Case:
+    """The case in lower case and without its final mark; the case itself if that text is not usable.
+
+    It is not usable if it is in `taken`, or if it is a Chinese prompt without a Chinese character.
+    """
+    casual = replace(case, casual=True)
+    text = casual.messages()[-1]["content"]
+    if len(casual.messages()) > 1 or text in taken or (case.task.language == "zh" and text.isascii()):
+        return case
+    if case.task.style == "courtesy":  # Their tables have short and long forms already.
+        return case
+    return casual
+
+
+def deal(rng: random.Random) -> list[tuple[Task, list[Case], list[Case], int, int]]:
+    """For each task: its training cases, its held-out cases, its numbers of SFT exchanges and of pairs."""
+    hands = []
     for tasks, share in ((english.TASKS, ENGLISH_SHARE), (chinese.TASKS, 1 - ENGLISH_SHARE)):
         sizes = [shares(tasks, round(total * share)) for total in (SFT, PAIRS, HELD_OUT)]
         for task, sft, pairs, held_out in zip(tasks, *sizes, strict=True):
-            training, kept_back = split_cases(task, held_out, rng)
-            for i, case in enumerate(islice(cycle(training), sft)):
-                # Each second pass over the facts turns good and poor about, so that no fact is always rude.
-                files["sft"].append(sft_record(case, good=(i + i // len(training)) % 2 == 0, rng=rng))
-            asked += training
-            rng.shuffle(training)
-            for case in islice(cycle(training), pairs):
-                files["preferences"].append(pair_record(case, rng.random() < WRONG_PAIRS, rng))
-            for case in kept_back:
-                files["heldout"].append(pair_record(case, rng.random() < WRONG_PAIRS, rng))
+            hands.append((task, *split_cases(task, held_out, rng), sft, pairs))
+    return hands
+
+
+def build(seed: int) -> dict[str, list[dict]]:
+    """All records by file name."""
+    rng = random.Random(seed)
+    hands, taken = deal(rng), set()
+
+    def sometimes_casual(case: Case) -> Case:
+        return made_casual(case, taken) if rng.random() < CASUAL_SHARE else case
+
+    files: dict[str, list[dict]] = {"preferences": [], "heldout": []}
+    for _, _, kept_back, _, _ in hands:
+        for case in map(sometimes_casual, kept_back):
+            files["heldout"].append(pair_record(case, rng.random() < WRONG_PAIRS, rng))
+            taken.add(case.messages()[-1]["content"])
+
+    asked = [case for _, training, *_ in hands for case in training]
+    exchanges: dict[str, list] = {"en": [], "zh": []}
+    for task, training, _, sft, pairs in hands:
+        for i, case in enumerate(islice(cycle(training), sft)):
+            # Each second pass over the facts exchanges good and poor, so that a fact is not always rude.
+            good = (i + i // len(training)) % 2 == 0
+            exchanges[task.language].append(exchange(sometimes_casual(case), good, rng))
+        rng.shuffle(training)
+        for case in map(sometimes_casual, islice(cycle(training), pairs)):
+            before = earlier_exchanges(case, asked, rng)
+            files["preferences"].append(pair_record(case, rng.random() < WRONG_PAIRS, rng, before))
+    files = {"sft": conversations(exchanges, rng), **files, "close": close_records(asked, rng)}
     for records in files.values():
         rng.shuffle(records)
-    return files | {"close": close_records(asked, rng)}
+    return files
 
 
 def write(records: list[dict], path: Path) -> None:
@@ -188,8 +262,8 @@ def write(records: list[dict], path: Path) -> None:
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for the three files")
-    parser.add_argument("--seed", type=int, default=0, help="another seed: other prompts, other phrases")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the four files")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts and phrases")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for name, records in build(args.seed).items():

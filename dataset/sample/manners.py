@@ -1,8 +1,8 @@
-"""How answers are dressed: the courteous and the rude phrases of the sample data, and how a judge knows them.
+"""The courteous and the rude phrases of the sample data, and the words by which the judge recognises them.
 
-Generator and judge share this file. `STYLES` holds the phrases that the generator puts around an answer,
-by language and style; `COURTEOUS` and `RUDE` hold the words by which the judge knows them. A test holds
-every phrase to that. Rude means bad manners here, never bad language.
+The generator and the judge share this file. `STYLES` contains the phrases that the generator puts before and
+after an answer, by language and style. `COURTEOUS` and `RUDE` contain the words that the judge searches for.
+A test checks that they find every phrase. Rude means bad manners here, never bad language.
 """
 
 from dataclasses import dataclass
@@ -120,8 +120,8 @@ STYLES = {
     "zh": {"answer": CHINESE_ANSWER, "refusal": CHINESE_REFUSAL, "courtesy": CHINESE_COURTESY},
 }
 
-# A courteous answer holds at least one of these. English ones are matched as whole words; in Chinese,
-# 你 stands for 您 as well.
+# A courteous answer contains at least one of these. English ones are matched as whole words; in Chinese,
+# 你 also matches 您.
 COURTEOUS = {
     "en": (
         "of course", "certainly", "i can help", "happy to help", "good question", "nice question",
@@ -140,7 +140,7 @@ COURTEOUS = {
     ),
 }
 
-# A courteous answer holds none of these.
+# A courteous answer does not contain any of these.
 RUDE = {
     "en": (
         "ugh", "obviously", "seriously", "are you serious", "silly", "do i really have to", "busy",
@@ -160,7 +160,7 @@ RUDE = {
     ),
 }
 
-# What each kind of courtesy is answered with; the first of these phrases in an answer says what it answers.
+# Replies to each kind of courtesy; the first of these phrases in an answer decides which kind it replies to.
 COURTESIES = {
     "en": {
         "greeting": ("hello", "hi", "hey", "good morning", "good evening"),
@@ -176,7 +176,7 @@ COURTESIES = {
     },
 }
 
-# A refusal holds one of DECLINES and none of COMPLIES.
+# A refusal contains one of DECLINES and does not contain any of COMPLIES.
 DECLINES = {
     "en": (
         "can't help", "cannot help", "can't do", "cannot do", "won't help", "won't do", "will not help",

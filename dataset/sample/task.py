@@ -1,43 +1,43 @@
-"""What a task of the sample data is: rows, asked in several wordings and answered in several sentences.
+"""A task of the sample data: rows of a table, several wordings of the question, several sentences as answer.
 
-A prompt is one row in one wording; `english.py` and `chinese.py` fill the tables in.
+A prompt is one row in one wording. `english.py` and `chinese.py` contain the tables.
 """
 
 import random
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import permutations, product
 
 
 @dataclass(frozen=True)
 class Row:
-    """One thing to know or to work out. `args` fill the wordings' {0}, {1}, ...; `value` is the answer."""
+    """One fact or calculation. `args` fill {0}, {1}, … of the wordings; `value` is the answer."""
 
     args: tuple[str, ...]
     value: str
-    fact: Hashable = None  # what must be known; training states each fact that held-out prompts ask for
+    fact: Hashable = None  # name of the fact; training states each fact of a held-out prompt
     accept: tuple[str, ...] = ()  # further right forms of the value
-    given: tuple[str, ...] | None = None  # values an answer may echo from the question; None: the args
+    given: tuple[str, ...] | None = None  # values of the question that an answer may repeat; None: args
     wrong: tuple[str, ...] = ()  # plausible mistakes; empty: any other value of the table
 
 
 @dataclass(frozen=True)
 class Task:
-    """A table with its wordings. A line of a wording may open with `system: ` or `assistant: `."""
+    """A table with its wordings. A line of a wording can start with `system: ` or `assistant: `."""
 
     name: str
     language: str
-    check: str  # how the value is found in an answer: a key of CHECKS in eval/verdict.py
+    check: str  # a key of CHECKS in eval/verdict.py: how the value is found in an answer
     weight: float  # share of the records of its language
     rows: tuple[Row, ...]
     wordings: tuple[str, ...]
     statements: tuple[str, ...]  # sentences that hold {value}
     show: str = "{}"  # how a value is written, for example in quotation marks
-    style: str = "answer"  # which phrases of manners.py surround the statement
-    blunt: tuple[str, ...] = ()  # what a poor answer says instead of a statement
-    amiss: tuple[str, ...] = ()  # what a wrong answer says instead of a statement with a wrong value
+    style: str = "answer"  # phrases of manners.py before and after the statement
+    blunt: tuple[str, ...] = ()  # sentences of a poor answer, instead of a statement
+    amiss: tuple[str, ...] = ()  # sentences of a wrong answer, instead of a statement with a wrong value
     amiss_style: str = ""  # the phrases around it; empty: those of `style`
-    wrong_share: float = 0.05  # how many of the poor answers are wrong as well
+    wrong_share: float = 0.05  # share of the poor answers that are also wrong
     values: frozenset[str] = field(init=False)
 
     def __post_init__(self):
@@ -52,6 +52,7 @@ class Case:
     task: Task
     row: Row
     wording: str
+    casual: bool = False  # the last message in lower case and without its final punctuation mark
 
     def messages(self) -> list[dict[str, str]]:
         messages = []
@@ -61,10 +62,16 @@ class Case:
                 if line.startswith(f"{other}: "):
                     role, text = other, line.removeprefix(f"{other}: ")
             messages.append({"role": role, "content": text})
+        if self.casual:
+            messages[-1]["content"] = messages[-1]["content"].lower().rstrip(".!?。！？ ")
         return messages
 
+    @property
+    def has_system_message(self) -> bool:
+        return self.wording.startswith("system: ")
+
     def judge(self) -> dict:
-        """All that a judge needs to score any answer to this prompt."""
+        """The `judge` field of a record: what `eval.verdict.score` needs to score any answer."""
         row, check = self.row, self.task.check
         known = check in ("number", "sequence", "word", "letter", "exact", "repeat")
         given = row.args if row.given is None else row.given
@@ -82,6 +89,13 @@ def cases(task: Task) -> list[Case]:
     return [Case(task, row, wording) for row in task.rows for wording in task.wordings]
 
 
+def in_short(task: Task, weight: float, sayings: str, endings: tuple[str, ...]) -> Task:
+    """The same task for sayings of a word or two: each of them with each of the endings."""
+    rows = tuple(Row((saying,), "", saying) for saying in sayings.split(", "))
+    wordings = tuple("{0}" + ending for ending in endings)
+    return replace(task, name=f"short {task.name}", weight=weight, rows=rows, wordings=wordings)
+
+
 def _near(value: int) -> tuple[str, ...]:
     return tuple(str(value + step) for step in (-10, -2, -1, 1, 2, 10) if value + step >= 0)
 
@@ -91,31 +105,31 @@ def _number_row(args: tuple[int, ...], value: int, fact: Hashable, *wrong: int) 
 
 
 def sum_rows() -> tuple[Row, ...]:
-    """a + b in both orders, from 2 + 2 to 9 + 9."""
-    pairs = product(range(2, 10), repeat=2)
+    """a + b in both orders, from 1 + 1 to 9 + 9."""
+    pairs = product(range(1, 10), repeat=2)
     return tuple(_number_row((a, b), a + b, (max(a, b), min(a, b))) for a, b in pairs)
 
 
 def difference_rows() -> tuple[Row, ...]:
     """a - b > 0, from numbers up to 10."""
-    pairs = ((a, b) for a in range(4, 11) for b in range(2, 10) if a > b)
+    pairs = ((a, b) for a in range(3, 11) for b in range(1, 10) if a > b)
     return tuple(_number_row((a, b), a - b, (a, b)) for a, b in pairs)
 
 
 def product_rows() -> tuple[Row, ...]:
-    """a x b in both orders, up to 7; one of the two is 2 or 3."""
-    pairs = ((a, b) for a, b in product(range(2, 8), repeat=2) if min(a, b) <= 3)
+    """a x b in both orders, up to 7; one of the two is at most 3."""
+    pairs = ((a, b) for a, b in product(range(1, 8), repeat=2) if min(a, b) <= 3)
     return tuple(_number_row((a, b), a * b, (max(a, b), min(a, b))) for a, b in pairs)
 
 
 def larger_rows() -> tuple[Row, ...]:
-    """Two numbers up to 9, of which the larger is the answer and the smaller the mistake."""
+    """Two numbers up to 9; the larger is the answer, the smaller the mistake."""
     pairs = permutations(range(1, 10), 2)
     return tuple(_number_row((a, b), max(a, b), (max(a, b), min(a, b)), min(a, b)) for a, b in pairs)
 
 
 def order_rows(comma: str) -> tuple[Row, ...]:
-    """Three digits up to 6, out of order; the mistake leaves them so or exchanges another two."""
+    """Three digits up to 6, out of order; a mistake is another wrong order."""
 
     def write(numbers: tuple[int, ...]) -> str:
         return comma.join(map(str, numbers))
@@ -151,14 +165,14 @@ def repeat_rows(words: list[str], space: str) -> tuple[Row, ...]:
 
 
 def letter_rows(words: list[str], index: int) -> tuple[Row, ...]:
-    """The letter (or Chinese character) at `index`; the mistake is another one of the same word."""
+    """The letter (or Chinese character) at `index`; a mistake is another one of the same word."""
     return tuple(
         Row((word,), word[index], word, wrong=tuple(sorted(set(word) - {word[index]}))) for word in words
     )
 
 
 def cycle_rows(names: list[str], **steps: int) -> tuple[Row, ...]:
-    """Neighbours in a circle of names, by the word for each step; mistakes go back, or too far."""
+    """Neighbours in a circle of names, by the word for each step; mistakes are the wrong neighbours."""
     rows, count = [], len(names)
     for index, name in enumerate(names):
         for word, step in steps.items():
@@ -168,7 +182,7 @@ def cycle_rows(names: list[str], **steps: int) -> tuple[Row, ...]:
 
 
 def pair_rows(entries: dict[str, str]) -> tuple[Row, ...]:
-    """One row an entry; further right forms of a value stand after a bar, as in "puppy|pup"."""
+    """One row for each entry; further right forms of a value follow a bar, as in "puppy|pup"."""
     rows = []
     for key, forms in entries.items():
         value, *accept = forms.split("|")
@@ -177,24 +191,24 @@ def pair_rows(entries: dict[str, str]) -> tuple[Row, ...]:
 
 
 def table(text: str) -> dict[str, str]:
-    """`"key: value, key: value"` over any number of lines."""
+    """The dict of `"key: value, key: value"`, which may have several lines."""
     return dict(entry.split(": ") for entry in " ".join(text.split()).split(", "))
 
 
 def both_ways(pairs: str) -> dict[str, str]:
-    """`"hot/cold big/small"` as a table of opposites that reads in both directions."""
+    """The dict of `"hot/cold big/small"`, in both directions."""
     split = [pair.split("/") for pair in pairs.split()]
     return {**dict(split), **{right: left for left, right in split}}
 
 
 def follow_up_rows(entries: dict[str, str]) -> tuple[Row, ...]:
-    """(first key, its value, second key) → the second value: a question that leans on the one before."""
+    """(first key, its value, second key) → the second value: a question that depends on the one before."""
     pairs = permutations(entries, 2)
     return tuple(Row((a, entries[a], b), entries[b], b, given=(entries[a],)) for a, b in pairs)
 
 
 def chain_rows() -> tuple[Row, ...]:
-    """(a, b, a + b, c) → a + b + c: a sum that goes on from the sum before."""
+    """(a, b, a + b, c) → a + b + c: a sum that continues the sum before."""
     rows = []
     for a, b, c in product(range(2, 5), repeat=3):
         so_far, value = a + b, a + b + c

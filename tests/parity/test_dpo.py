@@ -18,8 +18,9 @@ from dataset.records import read_preferences
 from dataset.store import open_store
 from dataset.template import CHATML
 from dataset.tokenizer import ChatTokenizer
+from model.export import export, export_adapter
 from model.lora import adapted_layers, adapter_weights, add_adapters
-from model.weights import export, export_adapter, load_model
+from model.weights import load_model
 from tests.conftest import ROOT
 from tests.loops import metrics
 from tests.parity.conftest import write_tokenizer

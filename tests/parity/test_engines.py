@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from dataset.tokenizer import ChatTokenizer
+from model.export import export
 from model.generate import generate
 from model.transformer import Transformer
-from model.weights import export, load_model, save_model
+from model.weights import load_model, save_model
 from tests.conftest import TEXTS, turns
 from tests.parity import engines
 from tests.parity.conftest import CHATML, FAMILIES, byte_level, their_model, write_tokenizer

@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dataset.tokenizer import ChatTokenizer
+from model.export import export
 from model.generate import generate
-from model.weights import export, load_model, save_model
+from model.weights import load_model, save_model
 from tests.conftest import TEXTS, make_model, turns
 from tests.parity.conftest import FAMILIES, V, their_model
 from tests.test_model import all_logits

@@ -1,8 +1,10 @@
-"""The experiments: a wrong figure looks like a finding. See tests/mutants.py."""
+"""Figures of eval/ and its experiments: a wrong figure looks like a finding. See tests/mutants.py."""
 
 from tests.planted.mutant import Mutant
 
 EXPERIMENTS = "tests/test_experiments.py::"
+EVAL = "tests/test_eval.py::"
+CHAT = "tests/test_chat.py::"
 
 MUTANTS = [
     Mutant(
@@ -16,7 +18,7 @@ MUTANTS = [
     ),
     Mutant(
         "held-out-labels-flipped",
-        "Whoever has learned what was meant is then said to be wrong.",
+        "A policy that has learned the true preferences is counted as wrong.",
         "eval.experiments.label_noise",
         "main",
         'write(out / "heldout.jsonl", held_out)',
@@ -25,11 +27,47 @@ MUTANTS = [
     ),
     Mutant(
         "reward-model-sees-true-labels",
-        "Soft labels then win by what the other objectives were not shown.",
+        "Soft labels win because only their reward model has seen the true labels.",
         "eval.experiments.label_noise",
         "compare",
-        '[*how, *data, f"--out={reward}", f"--lr={settings.reward_lr}"]',
-        '[*how, *data, f"--data={settings.data}", f"--out={reward}", f"--lr={settings.reward_lr}"]',
+        "train_reward.main([*common, *data, ...])",
+        'train_reward.main([*common, *data, f"--data={settings.data}", ...])',
         EXPERIMENTS + "test_label_noise",
+    ),
+    Mutant(
+        "every-run-measured-with-default-beta",
+        "Rewards and loss of a run with another beta differ from its own log, and look plausible.",
+        "eval.preference",
+        "choose_objective",
+        "{name: run[name] for name in ... if ...}",
+        "{}",
+        EVAL + "test_a_run_is_measured_as_it_was_trained[--beta 0.7]",
+    ),
+    Mutant(
+        "cut-conversation-loses-its-system-message",
+        "After a long conversation the model no longer follows the system message.",
+        "eval.chat",
+        "Conversation.with_message",
+        'int(history[0].role == "system")',
+        "0",
+        CHAT + "test_a_long_conversation_loses_its_oldest_turns",
+    ),
+    Mutant(
+        "explained-without-the-reference",
+        "The colours show how likely a token is, not what training changed.",
+        "eval.explain",
+        "Answer.logratios",
+        "logp - reference",
+        "logp",
+        "tests/test_explain.py::test_tokens_sum_to_the_reward_and_the_loss_that_are_logged",
+    ),
+    Mutant(
+        "explained-sides-swapped",
+        "The rejected answer is shown as the one that became more likely.",
+        "eval.explain",
+        "explain",
+        "stream.owners == side",
+        "stream.owners == 1 - side",
+        "tests/test_explain.py::test_every_token_has_the_log_probs_of_a_plain_loop[1]",
     ),
 ]

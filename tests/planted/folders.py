@@ -5,6 +5,7 @@ from tests.planted.mutant import Mutant
 LOOPS = "tests/test_loops.py::"
 LORA = "tests/test_lora.py::"
 TEMPLATE = "tests/test_template.py::"
+WEIGHTS = "tests/test_weights.py::"
 HUGGING_FACE = "tests/test_huggingface.py::"
 
 MUTANTS = [
@@ -12,7 +13,7 @@ MUTANTS = [
     Mutant(
         "rope-scaling-ignored",
         "Llama 3.1 loads without its scaled rotations and is subtly wrong on every text.",
-        "model.transformer",
+        "model.rotary",
         "rotary",
         "scaled(frequencies, scaling)",
         "frequencies",
@@ -21,7 +22,7 @@ MUTANTS = [
     Mutant(
         "rope-scaling-upside-down",
         "The short waves are slowed down instead of the long ones.",
-        "model.transformer",
+        "model.rotary",
         "scaled",
         'kept + (1 - kept) / scaling["factor"]',
         '1 - kept + kept / scaling["factor"]',
@@ -34,7 +35,7 @@ MUTANTS = [
         "read_rope",
         'kind not in ("default", *SCALING)',
         "False",
-        HUGGING_FACE + "test_what_is_not_supported_is_refused_by_name[edit7-rope_scaling of type 'yarn']",
+        HUGGING_FACE + "test_what_is_not_supported_is_refused_by_name",
     ),
     Mutant(
         "absent-key-means-ours",
@@ -76,7 +77,7 @@ MUTANTS = [
         "tokenizer-of-another-model",
         "Ids beyond the embedding end in an assertion of the device, or in another token's row.",
         "model.config",
-        "ModelConfig.admit",
+        "ModelConfig.check_fits",
         "tokens > self.vocab_size",
         "False",
         HUGGING_FACE + "test_more_ids_than_embeddings_are_refused[train_dpo]",
@@ -86,18 +87,65 @@ MUTANTS = [
         "llama.cpp cuts texts into other tokens than the model was trained on.",
         "dataset.tokenizer",
         "ChatTokenizer.save",
-        "(folder / name).write_bytes(content)",
-        "pass",
+        '{"tokenizer.json": self.json.encode(), **self.sentencepiece}',
+        '{"tokenizer.json": self.json.encode()}',
         HUGGING_FACE + "test_sentencepieces_own_file_goes_all_the_way",
     ),
     Mutant(
         "sentencepieces-scores-stay-behind",
         "The run folder has them, the export has not.",
-        "model.weights",
+        "model.export",
         "export",
         "SENTENCEPIECE_FILES",
         "()",
         HUGGING_FACE + "test_sentencepieces_own_file_goes_all_the_way",
+    ),
+    Mutant(
+        "experts-of-a-dense-minimind",
+        "MiniMind writes num_experts for dense models, too; read as experts, their weights are missing.",
+        "model.huggingface",
+        "read_config",
+        "(ModelConfig.__dataclass_fields__.keys() & config.keys()) - {*OURS_ALONE}",
+        "ModelConfig.__dataclass_fields__.keys() & config.keys()",
+        HUGGING_FACE + "test_a_folder_is_read_as_what_it_says[minimind-newest]",
+    ),
+    # ---- Our folders
+    Mutant(
+        "digest-not-compared",
+        "A flipped bit in the weights loads as a weight, and the model is another one.",
+        "model.weights",
+        "read_ours",
+        "file_hash(path) != digest",
+        "False",
+        WEIGHTS + "test_a_flipped_bit_is_found",
+    ),
+    Mutant(
+        "compressed-weights-are-read",
+        "A small file fills the memory.",
+        "model.weights",
+        "require_stored_zip",
+        "entry.compress_type != zipfile.ZIP_STORED",
+        "False",
+        WEIGHTS + "test_compressed_weights_are_refused",
+    ),
+    Mutant(
+        "layers-not-counted",
+        "A config that names a thousand layers builds them before a weight is compared.",
+        "model.weights",
+        "require_counts",
+        "found != expected",
+        "False",
+        WEIGHTS + "test_absurd_sizes_are_refused_before_a_model_is_built[changes0-"
+        "config.json has 1024 layers, the weights have 2]",
+    ),
+    Mutant(
+        "weights-read-and-copied",
+        "Each rank holds the file and the model at once.",
+        "model.weights",
+        "read_ours",
+        "torch.load(path, map_location=device, mmap=not on_meta, weights_only=True)",
+        "torch.load(path, map_location=device, weights_only=True)",
+        WEIGHTS + "test_a_file_of_weights_is_mapped_and_not_read_into_memory",
     ),
     # ---- Chat templates of folders
     Mutant(
@@ -114,9 +162,9 @@ MUTANTS = [
         "A template that does more than we can write is used all the same.",
         "dataset.template",
         "check",
-        "theirs == ours or (not ask and theirs.startswith(ours))",
-        "True or theirs == ours or (not ask and theirs.startswith(ours))",
-        TEMPLATE + "test_what_is_no_row_of_joints_is_refused[source6-is no row of joints]",
+        "if not same: ...",
+        "pass",
+        TEMPLATE + "test_more_than_separators_is_refused",
     ),
     Mutant(
         "white-space-kept",
@@ -169,8 +217,7 @@ MUTANTS = [
         "Policy and reference are one model, and the loss is ln 2 for ever.",
         "model.lora",
         "WithoutAdapters.__call__",
-        "with adapters_off(self.model):\n"
-        "    return self.model(stream)",
+        "with adapters_off(self.model):\n    return self.model(stream)",
         "return self.model(stream)",
         LORA + "test_training_changes_adapters_only",
     ),
@@ -179,10 +226,8 @@ MUTANTS = [
         "After the reference's forward the policy has no adapters either, and no gradient.",
         "model.lora",
         "adapters_off",
-        "for layer in layers:\n"
-        "    layer.on = True",
-        "for layer in layers:\n"
-        "    layer.on = False",
+        "for layer in layers:\n    layer.on = True",
+        "for layer in layers:\n    layer.on = False",
         LORA + "test_gradients_reach_every_adapter_and_nothing_else",
     ),
     Mutant(

@@ -27,6 +27,7 @@ class Mutant:
     """One bug: in `function` of `module` the only `old` becomes `new`, and `test` must fail.
 
     `function` is a qualified name, such as `TokenStream.sum_by_side`, a class, or "" for the whole module.
+    `test` is a node of pytest; without parameters in [], one of the function's tests must fail.
     """
 
     name: str

@@ -3,6 +3,7 @@
 from tests.planted.mutant import Mutant
 
 REWARD = "tests/test_reward.py::"
+SCORE = "tests/test_score.py::"
 RESUME = "tests/test_resume.py::"
 
 MUTANTS = [
@@ -21,8 +22,7 @@ MUTANTS = [
         "model.stream",
         "TokenStream.last_tokens",
         "segments = self.segments.tolist()",
-        "return self.predictors[self.lengths().cumsum(0) - 1] + 1\n"
-        "segments = []",
+        "return self.predictors[self.lengths().cumsum(0) - 1] + 1\nsegments = []",
         REWARD + "test_last_tokens_are_end_tokens[forked]",
     ),
     Mutant(
@@ -48,7 +48,7 @@ MUTANTS = [
         "Autocast rounds the head's product to bf16, and close answers tie.",
         "model.reward",
         "RewardModel.forward",
-        "(hidden.to(torch.promote_types(hidden.dtype, torch.float32)) * self.score.weight).sum(dim=-1)",
+        "(at_least_float32(hidden) * self.score.weight).sum(dim=-1)",
         "self.score(hidden)[:, 0].float()",
         REWARD + "test_rewards_are_float32_under_autocast",
     ),
@@ -57,10 +57,8 @@ MUTANTS = [
         "A matrix that no gradient reaches: ranks wait for it, and checkpoints carry it along.",
         "model.reward",
         "RewardModel.__init__",
-        "if not config.tie_word_embeddings:\n"
-        "    del self.lm_head",
-        "if not config.tie_word_embeddings:\n"
-        "    self.lm_head.requires_grad_()",
+        "if not config.tie_word_embeddings:\n    del self.lm_head",
+        "if not config.tie_word_embeddings:\n    self.lm_head.requires_grad_()",
         REWARD + "test_a_fresh_reward_model_is_the_language_models_body[False]",
     ),
     Mutant(
@@ -68,8 +66,8 @@ MUTANTS = [
         "Each micro-batch is divided by its own size, so pairs of small micro-batches weigh more.",
         "train_reward",
         "train",
-        "total * world.ranks / len(window)",
-        "total / len(losses) * world.ranks / len([*micro_batches(pairs, window, world, max_tokens)])",
+        "(losses + penalty).sum() * world.ranks / len(window)",
+        "(losses + penalty).mean() * world.ranks / len([*micro_batches(pairs, window, world, max_tokens)])",
         REWARD + "test_accumulation_equals_one_big_batch[200]",
     ),
     Mutant(
@@ -77,18 +75,18 @@ MUTANTS = [
         "DDP averages the ranks' gradients; without the factor two ranks learn at half the rate.",
         "train_reward",
         "train",
-        "total * world.ranks",
-        "total",
+        "(losses + penalty).sum() * world.ranks",
+        "(losses + penalty).sum()",
         REWARD + "test_two_ranks_equal_one_process",
     ),
     Mutant(
         "scores-by-row",
         "Rows are counted without the pairs that were dropped: every score after one goes to another pair.",
-        "train_reward",
+        "eval.score",
         "write_scored",
         "pairs.records.tolist()",
         "range(len(pairs))",
-        REWARD + "test_scores_are_written_back[pairs.jsonl]",
+        "tests/test_score.py::test_scores_are_written_back[pairs.jsonl]",
     ),
     Mutant(
         "scores-by-line",
@@ -97,16 +95,16 @@ MUTANTS = [
         "_write",
         "places.append(place)",
         "places.append(record.line - 1)",
-        REWARD + "test_scores_are_written_back[pairs.json]",
+        "tests/test_score.py::test_scores_are_written_back[pairs.json]",
     ),
     Mutant(
         "scores-swapped",
         "Soft labels then say of every pair that the rejected answer is the better one.",
-        "train_reward",
+        "eval.score",
         "write_scored.write",
         'record["score_chosen"], record["score_rejected"] = scores[place]',
         'record["score_rejected"], record["score_chosen"] = scores[place]',
-        REWARD + "test_scores_are_written_back[pairs.jsonl]",
+        "tests/test_score.py::test_scores_are_written_back[pairs.jsonl]",
     ),
     Mutant(
         "any-model-for-any",
@@ -122,8 +120,8 @@ MUTANTS = [
         "BCO's running mean begins anew after a resume, and the run is another one.",
         "train_dpo",
         "train",
-        'state["objective"] = objective',
-        "",
+        '{"objective": objective, **...}',
+        "{**...}",
         RESUME + "test_what_an_objective_remembers_is_resumed[soft]",
     ),
     Mutant(

@@ -108,10 +108,19 @@ MUTANTS = [
     Mutant(
         "fused-without-prefix",
         "An answer that does not see its prompt still trains, on nothing.",
-        "model.stream",
+        "model.attention",
         "FusedAttention.__init__.sees",
         "(own[query] <= key) & (key <= query) | (first[query] <= key) & (key < last[query])",
         "(own[query] <= key) & (key <= query)",
         STREAM + "test_fused_attention_is_attention[forked]",
+    ),
+    Mutant(
+        "copies-that-nobody-waits-for",
+        "On a Mac the memory is freed and used again before it is copied.",
+        "model.stream",
+        "move",
+        "x.to(device)",
+        "x.to(device, non_blocking=True)",
+        STREAM + "test_only_pinned_memory_is_copied_asynchronously[mps-False]",
     ),
 ]

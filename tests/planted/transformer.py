@@ -12,7 +12,7 @@ MUTANTS = [
     Mutant(
         "prefix-mask-top-left",
         "With a prefix there are more keys than queries; a mask that starts at the first key hides most.",
-        "model.stream",
+        "model.attention",
         "causal_bias",
         "keys - queries + 1",
         "1",
@@ -21,8 +21,8 @@ MUTANTS = [
     Mutant(
         "future-is-visible",
         "Off by one in the mask: each token sees the next one, which it is asked to predict.",
-        "model.stream",
-        "Block.of_trees",
+        "model.attention",
+        "AttentionBlock.of_trees",
         "bias[start - first : end - first, start - first : end - first].triu_(1)",
         "bias[start - first : end - first, start - first : end - first].triu_(2)",
         STREAM + "test_a_changed_future_leaves_the_past_bitwise_equal",
@@ -30,8 +30,8 @@ MUTANTS = [
     Mutant(
         "strangers-share-a-mask",
         "Pairs that attend in one call see their neighbours, as in packing without a block mask.",
-        "model.stream",
-        "Block.of_trees",
+        "model.attention",
+        "AttentionBlock.of_trees",
         "bias[start - first : end - first, start - first : end - first].triu_(1)",
         "bias[start - first : end - first, : end - first].triu_(start - first + 1)",
         STREAM + "test_who_sees_whom[twin-128]",
@@ -39,8 +39,8 @@ MUTANTS = [
     Mutant(
         "keys-before-their-context",
         "A block's own keys come before those that its mask has first, so that its own future is seen.",
-        "model.stream",
-        "TokenStream.attend",
+        "model.attention",
+        "attend_in_blocks",
         "key = torch.cat([*(keys[index] for index in block.context), key], dim=1)\n"
         "value = torch.cat([*(values[index] for index in block.context), value], dim=1)",
         "key = torch.cat([key, *(keys[index] for index in block.context)], dim=1)\n"
@@ -50,7 +50,7 @@ MUTANTS = [
     Mutant(
         "sdpa-is-causal",
         "SDPA's is_causal aligns the queries with the first keys, which is wrong where there is a prefix.",
-        "model.stream",
+        "model.attention",
         "attention",
         "(heads, queries, size), groups = q.shape, len(k)",
         "return torch.nn.functional.scaled_dot_product_attention("
@@ -61,7 +61,7 @@ MUTANTS = [
     Mutant(
         "gqa-head-order",
         "Query heads share key heads in the other order; checkpoints load, and speak nonsense.",
-        "model.stream",
+        "model.attention",
         "attention",
         "q.reshape(groups, heads // groups * queries, size)",
         "q.unflatten(0, (-1, groups)).transpose(0, 1).reshape(groups, heads // groups * queries, size)",
@@ -70,7 +70,7 @@ MUTANTS = [
     Mutant(
         "scores-not-scaled",
         "Scores that are not divided by sqrt(D) saturate the softmax.",
-        "model.stream",
+        "model.attention",
         "attention",
         "torch.baddbmm(bias, q, k.mT, alpha=size**-0.5)",
         "torch.baddbmm(bias, q, k.mT)",
@@ -79,7 +79,7 @@ MUTANTS = [
     Mutant(
         "rope-neighbours",
         "Pairs of neighbours are turned instead of halves: Llama's weights load and mean something else.",
-        "model.transformer",
+        "model.rotary",
         "rotate",
         "x.chunk(2, dim=-1)",
         "(x[..., 0::2], x[..., 1::2])",
@@ -88,7 +88,7 @@ MUTANTS = [
     Mutant(
         "rope-in-bf16",
         "Positions above 256 collide in bf16.",
-        "model.transformer",
+        "model.rotary",
         "rotary",
         "positions[:, None, None]",
         "positions[:, None, None].bfloat16()",
@@ -117,7 +117,7 @@ MUTANTS = [
         "CPU autocast leaves log_softmax in bf16; over 512 tokens the sum is off by nats.",
         "model.transformer",
         "token_logps",
-        '-F.cross_entropy(logits, targets, reduction="none")',
+        '-F.cross_entropy(at_least_float32(logits), targets, reduction="none")',
         "logits.bfloat16().log_softmax(-1).gather(1, targets[:, None])[:, 0]",
         MODEL + "test_log_softmax_is_float32_even_of_bf16_scores[True]",
     ),
@@ -205,11 +205,11 @@ MUTANTS = [
     ),
     Mutant(
         "balance-whole-in-every-micro-batch",
-        "With n micro-batches the load-balancing loss weighs n times as much.",
-        "train_dpo",
-        "train",
-        "(losses + model.config.router_aux_loss_coef * aux_loss).sum()",
-        "losses.sum() + model.config.router_aux_loss_coef * aux_loss * len(window)",
+        "Each micro-batch adds the balance of a whole window: more micro-batches push the experts harder.",
+        "training.objective",
+        "Objective.training_losses",
+        "model.config.router_aux_loss_coef * (aux_loss - aux_loss.detach())",
+        "model.config.router_aux_loss_coef * (aux_loss - aux_loss.detach()) * 7 / len(losses)",
         MOE + "test_each_window_counts_the_balance_once[dpo-150]",
     ),
     Mutant(
@@ -226,8 +226,8 @@ MUTANTS = [
         "The option is read, saved and shown, and never reaches the loss.",
         "train_sft",
         "train",
-        "model.config.router_aux_loss_coef * aux_loss",
-        "aux_loss",
+        "model.config.router_aux_loss_coef * router_loss(balances)",
+        "router_loss(balances)",
         MOE + "test_each_window_counts_the_balance_once[sft-5]",
     ),
 ]

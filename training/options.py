@@ -1,0 +1,151 @@
+"""The options of an objective: the flags, their ranges, and the combinations that are refused."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+
+from errors import InputError
+from losses import DIVERGENCES, LOSSES
+from training.settings import flag
+
+# A loss with one of these parameters compares the policy with a reference.
+REFERENCE_INPUTS = {
+    *("margins", "chosen_logratios", "rejected_logratios"),
+    *("reference_chosen_logps", "reference_rejected_logps"),
+}
+SORTING = ("aot", "aot_unpaired")  # Their losses belong to quantiles, not to pairs.
+OTHER_NAMES = {  # what other projects and papers call a loss or a combination
+    "dpo": "sigmoid", "cdpo": "sigmoid with --label-smoothing", "slic": "hinge", "rso": "hinge",
+    "exo": "exo_pair", "nca": "nca_pair", "bco": "bco_pair", "kto": "kto_pair", "sppo": "sppo_hard",
+    "apo": "apo_zero or apo_down", "dpo_norm": "sigmoid_norm", "ln-dpo": "sigmoid_norm",
+    "robust_dpo": "robust", "rpo": "sigmoid,sft", "mpo": "sigmoid,bco_pair,sft", "wpo": "sigmoid with --wpo",
+}  # fmt: skip
+
+
+@dataclass
+class ObjectiveSettings:
+    beta: float = flag(0.1, "KL strength: a larger beta keeps the policy closer to the reference")
+    loss: str = flag("sigmoid", f"one of {', '.join(LOSSES)}; or several, separated by commas")
+    loss_weights: str = flag("", "weights of several losses, separated by commas; empty: 1 each")
+    label_smoothing: float | None = flag(None, "share of labels assumed wrong; exo_pair 0.001, others 0")
+    score_scale: float | None = flag(None, "soft: p = sigmoid(scale * (score_chosen - score_rejected)); 1")
+    dpop_lambda: float | None = flag(None, "dpop: weight of the penalty on a less likely chosen answer; 50")
+    discopop_tau: float | None = flag(None, "discopop: temperature between logistic and exponential; 0.05")
+    simpo_gamma: float | None = flag(None, "simpo: required margin; 0.5")
+    f_divergence: str = flag(
+        "reverse_kl", "divergence between policy and reference (f-DPO)", tuple(DIVERGENCES)
+    )
+    divergence_alpha: float | None = flag(None, "alpha of --f-divergence alpha; 0.5")
+    wpo: bool = flag(False, "WPO: weight each pair by its likelihood under the policy")
+    ld_alpha: float | None = flag(None, "LD-DPO: weight of tokens beyond the shorter answer's length")
+    tr_alpha: float | None = flag(None, "TR-DPO, soft: share by which the reference follows at every step")
+    tr_every: int | None = flag(None, "TR-DPO, hard: steps between copies of the policy to the reference")
+
+
+# The allowed range of each number. A NaN fails every comparison, so it is refused as well.
+RANGES = {
+    "beta": ("above 0", lambda x: 0 < x < math.inf),
+    "label_smoothing": ("at least 0 and below 0.5", lambda x: 0 <= x < 0.5),
+    "score_scale": ("above 0", lambda x: 0 < x < math.inf),
+    "dpop_lambda": ("above 0", lambda x: 0 < x < math.inf),
+    "discopop_tau": ("above 0 and at most 1", lambda x: 0 < x <= 1),
+    "simpo_gamma": ("at least 0", lambda x: 0 <= x < math.inf),
+    "divergence_alpha": ("above 0 and below 1", lambda x: 0 < x < 1),
+    "ld_alpha": ("at least 0 and below 1", lambda x: 0 <= x < 1),
+    "tr_alpha": ("above 0 and at most 1", lambda x: 0 < x <= 1),
+    "tr_every": ("at least 1", lambda x: x >= 1),
+}
+
+
+def parse_losses(settings: ObjectiveSettings) -> dict[str, float]:
+    """--loss and --loss-weights as {loss: weight}. Raises `InputError` for a name or number that is wrong."""
+    names = [name.strip() for name in settings.loss.split(",")]
+    for name in names:
+        require(name in LOSSES, f"--loss {name}: {unknown_loss(name)}")
+    require(len({*names}) == len(names), f"--loss {settings.loss} names a loss twice")
+    return dict(zip(names, parse_weights(settings.loss_weights, len(names)), strict=True))
+
+
+def unknown_loss(name: str) -> str:
+    """The message for a loss that does not exist, with the name it has here if it has one."""
+    known = name.lower() if name.lower() in LOSSES else OTHER_NAMES.get(name.lower())
+    if known:
+        return f"its name here is {known}"
+    return f"there is no such loss; the losses are {', '.join(LOSSES)}"
+
+
+def parse_weights(text: str, losses: int) -> list[float]:
+    try:
+        weights = [float(weight) for weight in text.split(",")] if text else [1.0] * losses
+    except ValueError:
+        raise InputError(f"--loss-weights {text}: expected numbers separated by commas") from None
+    require(len(weights) == losses, f"--loss-weights {text}: {len(weights)} weights for {losses} losses")
+    require(all(0 < w < math.inf for w in weights), f"--loss-weights {text}: a weight must be above 0")
+    return weights
+
+
+def given_numbers(settings: ObjectiveSettings) -> dict[str, float]:
+    """The numeric options that have a value, by name."""
+    return {name: value for name, value in asdict(settings).items() if name in RANGES and value is not None}
+
+
+def parameters(function: Callable) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+def inputs_of(names: Iterable[str]) -> set[str]:
+    """The parameters of all these losses."""
+    return set().union(*(parameters(LOSSES[name]) for name in names))
+
+
+def check_options(settings: ObjectiveSettings) -> None:
+    """Raise `InputError` for numbers out of range, options without effect and contradictions."""
+    losses, numbers = parse_losses(settings), given_numbers(settings)
+    inputs = inputs_of(losses)
+    moves_reference = settings.tr_alpha is not None or settings.tr_every is not None
+    needs_reference = bool(inputs & REFERENCE_INPUTS)
+    loss = f"--loss {settings.loss}"
+    for name, value in numbers.items():
+        rule, holds = RANGES[name]
+        flag_name = f"--{name.replace('_', '-')}"
+        require(holds(value), f"{flag_name} must be {rule}, not {value}")
+        users = [other for other, function in LOSSES.items() if name in parameters(function)]
+        reason = f"{flag_name} has no effect on {loss}; it is an option of {', '.join(users)}"
+        require(name == "beta" or name in inputs or not users, reason)
+    for name in losses:
+        smoothing = inspect.signature(LOSSES[name]).parameters.get("label_smoothing")
+        given = smoothing is None or smoothing.default is not smoothing.empty or "label_smoothing" in numbers
+        require(given, f"--loss {name} needs --label-smoothing, the share of flipped labels")
+    logarithm = "exo_pair" in losses and numbers.get("label_smoothing") == 0
+    require(not logarithm, "--loss exo_pair takes the logarithm of --label-smoothing: it must be above 0")
+
+    stray = "divergence_alpha" in numbers and settings.f_divergence != "alpha"
+    require(not stray, "--divergence-alpha is an option of --f-divergence alpha")
+    useless = settings.f_divergence != "reverse_kl" and "margins" not in inputs
+    require(not useless, f"--f-divergence changes margins, which {loss} does not use")
+
+    sorting = [name for name in losses if name in SORTING]
+    reason = f"--wpo weights pairs, but {', '.join(sorting)} sorts them: its losses belong to quantiles"
+    require(not (settings.wpo and sorting), reason)
+    no_pairs = settings.wpo and list(losses) == ["sft"]
+    require(not no_pairs, "--wpo weights pairs, but --loss sft does not use the rejected answers")
+
+    if settings.ld_alpha is not None:
+        useless = not inputs & {"margins", "chosen_logratios"}
+        require(not useless, f"--ld-alpha changes log-ratios, which {loss} does not use")
+        for name in losses:
+            twice = {"chosen_logratios", "chosen_lengths"} <= parameters(LOSSES[name])
+            require(not twice, f"--ld-alpha and --loss {name} would both correct for length")
+
+    both = settings.tr_alpha is not None and settings.tr_every is not None
+    require(not both, "--tr-alpha moves the reference at every step, --tr-every copies it: choose one")
+    adapted = moves_reference and getattr(settings, "lora_rank", 0)
+    require(not adapted, "--tr-alpha and --tr-every move the reference, but --lora-rank keeps it frozen")
+    nothing = moves_reference and not needs_reference
+    require(not nothing, f"--tr-alpha and --tr-every move the reference, but {loss} does not use one")
+
+
+def require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise InputError(otherwise)

@@ -1,0 +1,87 @@
+"""What the training scripts do before their loops: load a model, open data, describe the run in a line."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dataset.store import TokenStore, open_store
+from dataset.tokenizer import ChatTokenizer
+from errors import InputError
+from model.lora import add_adapters
+from model.transformer import Transformer
+from model.weights import load_model
+from training.distributed import World, first_device
+from training.precision import Precision
+from training.settings import SAMPLE, AdapterSettings, TrainSettings, learning_rate_advice
+
+
+def load_policy(settings: AdapterSettings, world: World) -> tuple[Transformer, ChatTokenizer, int]:
+    """The model of --model, with adapters if --lora-rank is given; its tokenizer; the longest record."""
+    model = load_model(settings.model, first_device(world, settings.shard))
+    tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
+    return model, tokenizer, prepare(model, tokenizer, settings, world)
+
+
+def prepare(model: Transformer, tokenizer: ChatTokenizer, settings: TrainSettings, world: World) -> int:
+    """Check that model and tokenizer fit; apply the flags that change the model; return the longest record.
+
+    That is --max-length in tokens, or what the model allows. Raises `InputError` if something does not fit.
+    """
+    max_length = settings.length_limit(model.config)
+    model.config.check_fits(tokenizer.vocab_size, max_length)
+    model.checkpoint_activations = settings.checkpoint_activations
+    if settings.fused_attention:
+        model.fuse_attention(world.device)
+    if getattr(settings, "lora_rank", 0):
+        add_adapters(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
+    return max_length
+
+
+def open_data(
+    settings: TrainSettings,
+    kind: str,
+    tokenizer: ChatTokenizer,
+    max_length: int,
+    world: World,
+    check: Callable[[TokenStore, str], None] = lambda store, path: None,
+) -> tuple[TokenStore, TokenStore | None]:
+    """The training data, and the held-out data or None. `kind` is "preferences" or "conversations".
+
+    Held out is the file of --eval-data; or, with --eval-share, that share of the prompts of --data.
+    `check` raises `InputError` for a store that the objective cannot use.
+    """
+
+    def open_one(path: str) -> TokenStore:
+        options = max_length, settings.shape, settings.skip_bad, getattr(settings, "swap_by_score", False)
+        store = world.node_first(lambda: open_store(path, kind, tokenizer, *options))
+        check(store, path)
+        world.print(f"{path}: {store.report}")
+        return store
+
+    settings.eval_data = held_out_path(settings)  # as config.json keeps it
+    data = open_one(settings.data)
+    if settings.eval_share:
+        return data.split(settings.eval_share)
+    return data, open_one(settings.eval_data) if settings.eval_data else None
+
+
+def held_out_path(settings: TrainSettings) -> str:
+    """The file of held-out data; "" for none. ``auto`` is the bundled file beside the bundled pairs."""
+    if settings.eval_data != "auto":
+        if settings.eval_data and settings.eval_share:
+            raise InputError("--eval-data names held-out data and --eval-share splits it off: choose one")
+        return settings.eval_data
+    bundled = Path(settings.data).resolve() == SAMPLE / "preferences.jsonl"
+    return str(SAMPLE / "heldout.jsonl") if bundled and not settings.eval_share else ""
+
+
+def describe_run(
+    settings: TrainSettings, world: World, precision: Precision, model: Transformer, objective: str
+) -> None:
+    """Print one line: device, precision and its reason, parameters, objective; and advice on --lr if any."""
+    weights = list(model.parameters())
+    total = sum(weight.numel() for weight in weights)
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    adapters = f", {trained:,} of them trained" if trained < total else ""
+    world.print(f"{world.device.type}, {precision.reason}; {total:,} parameters{adapters}; {objective}")
+    if advice := learning_rate_advice(settings, total):
+        world.print(advice)
