@@ -11,6 +11,7 @@ import os
 import random
 import re
 import resource
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,14 @@ def test_a_hostile_file_runs_nothing(folder, monkeypatch):
     step, reports = newest(folder)
     assert step == 1 and "not a checkpoint (" in reports[0]
     assert not (folder / "PWNED").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_checkpoint_is_mapped(folder):
+    """Eight ranks of a node that each read 100 GB need 800 GB of memory; mapped, they share the pages."""
+    path = checkpoints(folder)[0]
+    state = load_checkpoint(path)
+    assert state and path.name in Path("/proc/self/maps").read_text()
 
 
 def test_nothing_in_the_project_unpickles():

@@ -214,8 +214,8 @@ def test_a_finished_run_names_the_next_commands(flags, tmp_path, capsys):
 class Recording(training.run.RunFolder):
     """A run folder whose run has the entries `more` in its identity."""
 
-    def begin(self, *arguments):
-        return super().begin(*arguments, **self.more)
+    def begin(self, *arguments, **identity):
+        return super().begin(*arguments, **{**identity, **self.more})
 
 
 def run_with(flags: list[str], **more) -> dict:

@@ -107,7 +107,7 @@ def load_checkpoint(path: Path, check_parts: bool = True) -> dict:
             raise InputError(f"{path}: a link; a checkpoint must be a file of its folder")
         if file_hash(file) != NAME.fullmatch(path.name)[2]:
             raise InputError(f"{path}: damaged, the content does not have the digest in the name")
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         for tensor in tensors(state):
             require_plain(tensor, may_be_split=file != path)
         if file != path and check_parts:
