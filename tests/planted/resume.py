@@ -126,10 +126,9 @@ MUTANTS = [
         "The reference is what the policy had become: DPO starts anew at ln 2.",
         "train_dpo",
         "train",
-        "first_step = run.begin(state, weights_hash(model), pairs.fingerprint, tokenizer.fingerprint)",
-        "first_step = run.begin(state, weights_hash(model), pairs.fingerprint, tokenizer.fingerprin"
-        "t)\n"
-        "reference.load_state_dict(model.state_dict())",
+        "if first_step is None: ...",
+        "reference.load_state_dict(model.state_dict())\n"
+        "if first_step is None: ...",
         RESUME + "test_the_reference_stays_the_original_one",
     ),
     Mutant(

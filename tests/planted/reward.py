@@ -69,8 +69,8 @@ MUTANTS = [
         "Each micro-batch is divided by its own size, so pairs of small micro-batches weigh more.",
         "train_reward",
         "train",
-        "total * world.ranks / len(window)",
-        "total / len(losses) * world.ranks / len([*micro_batches(pairs, window, world, max_tokens)])",
+        "(losses + penalty).sum() * world.ranks / len(window)",
+        "(losses + penalty).mean() / len([*micro_batches(pairs, window, world, max_tokens)])",
         REWARD + "test_accumulation_equals_one_big_batch[200]",
     ),
     Mutant(
@@ -78,8 +78,8 @@ MUTANTS = [
         "DDP averages the ranks' gradients; without the factor two ranks learn at half the rate.",
         "train_reward",
         "train",
-        "total * world.ranks",
-        "total",
+        "(losses + penalty).sum() * world.ranks",
+        "(losses + penalty).sum()",
         REWARD + "test_two_ranks_equal_one_process",
     ),
     Mutant(
@@ -123,9 +123,9 @@ MUTANTS = [
         "BCO's running mean begins anew after a resume, and the run is another one.",
         "train_dpo",
         "train",
-        'state["objective"] = objective',
-        "",
-        RESUME + "test_what_an_objective_remembers_is_resumed[soft]",
+        '{"objective": objective, **...}',
+        "{**...}",
+        RESUME + "test_the_state_of_an_objective_is_resumed[soft]",
     ),
     Mutant(
         "moved-reference-forgotten",
@@ -134,6 +134,6 @@ MUTANTS = [
         "train",
         "objective.moves_reference",
         "False",
-        RESUME + "test_what_an_objective_remembers_is_resumed[hard]",
+        RESUME + "test_the_state_of_an_objective_is_resumed[hard]",
     ),
 ]

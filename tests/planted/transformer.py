@@ -206,11 +206,11 @@ MUTANTS = [
     Mutant(
         "balance-whole-in-every-micro-batch",
         "With n micro-batches the load-balancing loss weighs n times as much.",
-        "train_dpo",
+        "train_sft",
         "train",
-        "(losses + model.config.router_aux_loss_coef * aux_loss).sum()",
-        "losses.sum() + model.config.router_aux_loss_coef * aux_loss * len(window)",
-        MOE + "test_each_window_counts_the_balance_once[dpo-150]",
+        "(losses + penalty).sum()",
+        "losses.sum() + penalty * window_tokens",
+        MOE + "test_each_window_counts_the_balance_once[sft-150]",
     ),
     Mutant(
         "balance-of-the-reference",
@@ -226,8 +226,8 @@ MUTANTS = [
         "The option is read, saved and shown, and never reaches the loss.",
         "train_sft",
         "train",
-        "model.config.router_aux_loss_coef * aux_loss",
-        "aux_loss",
-        MOE + "test_each_window_counts_the_balance_once[sft-5]",
+        "model.config.router_aux_loss_coef * router_loss(balances)",
+        "router_loss(balances)",
+        MOE + "test_each_window_counts_the_balance_once[sft-500]",
     ),
 ]
