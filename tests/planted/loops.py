@@ -11,7 +11,7 @@ MUTANTS = [
         "train_dpo",
         "train",
         "losses.sum() * world.ranks / len(window)",
-        "losses.mean() / len([*micro_batches(pairs, window, world, max_tokens)])",
+        "losses.mean() * world.ranks / len([*micro_batches(pairs, window, world, max_tokens)])",
         LOOPS + "test_accumulation_equals_one_big_batch[130-dpo]",
     ),
     Mutant(
@@ -20,7 +20,7 @@ MUTANTS = [
         "train_sft",
         "train",
         "(losses + penalty).sum() * world.ranks / window_tokens",
-        "(losses + penalty).mean() / len([*micro_batches(data, window, world, max_tokens)])",
+        "(losses + penalty).mean() * world.ranks / len([*micro_batches(data, window, world, max_tokens)])",
         LOOPS + "test_accumulation_equals_one_big_batch[1-sft]",
     ),
     Mutant(
@@ -91,7 +91,7 @@ MUTANTS = [
         "One NaN in the gradient becomes a NaN in every weight at the next step.",
         "training.schedule",
         "require_finite",
-        "if loss_is_finite and gradient_is_fine: ...",
+        "if loss_is_finite and gradient_is_fine:\n    return",
         "return",
         LOOPS + "test_non_finite_gradient_stops_before_the_step",
     ),

@@ -15,8 +15,8 @@ MUTANTS = [
         "The loss starts at ln 2 all the same, and the policy runs away from its reference.",
         "losses",
         "sigmoid",
-        "-F.logsigmoid(beta * margins)",
-        "-F.logsigmoid(margins)",
+        "losses = -F.logsigmoid(beta * margins)",
+        "losses = -F.logsigmoid(margins)",
         LOSSES + "test_gradient_identity_at_the_start",
     ),
     Mutant(
@@ -51,8 +51,8 @@ MUTANTS = [
         "log(sigmoid(z)) is -inf where sigmoid(z) rounds to 0, and its gradient NaN.",
         "losses",
         "sigmoid",
-        "-F.logsigmoid(beta * margins)",
-        "-(beta * margins).sigmoid().log()",
+        "losses = -F.logsigmoid(beta * margins)",
+        "losses = -(beta * margins).sigmoid().log()",
         LOSSES + "test_extremes_are_finite[dtype0]",
     ),
     Mutant(
@@ -79,8 +79,8 @@ MUTANTS = [
         "The option is accepted, and the loss is DPO's all the same: what TRL does since 0.29.",
         "losses",
         "sigmoid",
-        "if label_smoothing: ...",
-        "",
+        "1 - label_smoothing",
+        "1.0",
         CLOSED + "[sigmoid-0.2-0.1]",
     ),
     Mutant(
@@ -215,9 +215,8 @@ MUTANTS = [
         "Held-out pairs leak into training, as in old TRL, and looking changes the run.",
         "training.objective",
         "Objective.__call__",
-        "chosen, rejected = pairs.chosen_logratios, pairs.rejected_logratios",
-        "self.add_rewards(pairs)\n"
-        "chosen, rejected = pairs.chosen_logratios, pairs.rejected_logratios",
+        "inputs = ...",
+        "self.add_rewards(pairs)\ninputs = ...",
         OBJECTIVES + "test_evaluation_leaves_delta_alone",
     ),
     Mutant(
@@ -226,7 +225,7 @@ MUTANTS = [
         "training.objective",
         "Objective.training_losses",
         "self.add_rewards(pairs)",
-        "",
+        "pass",
         OBJECTIVES + "test_delta_follows_the_rewards_of_the_loop",
     ),
     Mutant(
@@ -414,8 +413,8 @@ MUTANTS = [
         "The policy learns to find its own pairs unlikely.",
         "training.objective",
         "wpo_pair_weights",
-        "torch.no_grad()",
-        "torch.enable_grad()",
+        "policy_logps.detach()",
+        "policy_logps",
         OBJECTIVES + "test_pairs_of_a_stream_are_those_of_single_sequences[forked]",
     ),
     Mutant(
@@ -522,8 +521,9 @@ MUTANTS = [
         "Rewards that are averaged when the loss is: margins of two runs cannot be compared.",
         "training.objective",
         "pair_metrics",
-        "beta * chosen",
-        "beta * chosen / (1 if pairs.chosen_lengths is None else pairs.chosen_lengths)",
+        "chosen, rejected = pairs.chosen_logratios.detach(), pairs.rejected_logratios.detach()",
+        "chosen = pairs.chosen_logratios.detach() / pairs.chosen_lengths\n"
+        "rejected = pairs.rejected_logratios.detach()",
         OBJECTIVES + "test_rewards_mean_the_same_whatever_the_loss[ipo_norm]",
     ),
     Mutant(

@@ -22,8 +22,7 @@ MUTANTS = [
         "model.stream",
         "TokenStream.last_tokens",
         "segments = self.segments.tolist()",
-        "return self.predictors[self.lengths().cumsum(0) - 1] + 1\n"
-        "segments = []",
+        "return self.predictors[self.lengths().cumsum(0) - 1] + 1\nsegments = []",
         REWARD + "test_last_tokens_are_end_tokens[forked]",
     ),
     Mutant(
@@ -58,10 +57,8 @@ MUTANTS = [
         "A matrix that no gradient reaches: ranks wait for it, and checkpoints carry it along.",
         "model.reward",
         "RewardModel.__init__",
-        "if not config.tie_word_embeddings:\n"
-        "    del self.lm_head",
-        "if not config.tie_word_embeddings:\n"
-        "    self.lm_head.requires_grad_()",
+        "if not config.tie_word_embeddings:\n    del self.lm_head",
+        "if not config.tie_word_embeddings:\n    self.lm_head.requires_grad_()",
         REWARD + "test_a_fresh_reward_model_is_the_language_models_body[False]",
     ),
     Mutant(
@@ -70,7 +67,7 @@ MUTANTS = [
         "train_reward",
         "train",
         "(losses + penalty).sum() * world.ranks / len(window)",
-        "(losses + penalty).mean() / len([*micro_batches(pairs, window, world, max_tokens)])",
+        "(losses + penalty).mean() * world.ranks / len([*micro_batches(pairs, window, world, max_tokens)])",
         REWARD + "test_accumulation_equals_one_big_batch[200]",
     ),
     Mutant(

@@ -35,11 +35,11 @@ MUTANTS = [
     ),
     Mutant(
         "cached-reference-in-order-of-ranks",
-        "Each rank writes its log-probs at the start of a chunk, and the sum of the ranks mixes them.",
+        "Rows are dealt to ranks by turns, and their answers laid one rank's behind the other's.",
         "training.reference",
         "token_logps",
-        "chunk[bounds[rows.start] - first : bounds[rows.stop] - first] = logps",
-        "chunk[: len(logps)] = logps",
+        "group[world.rank] if world.rank < len(group) else range(0)",
+        "group[len(group) - 1 - world.rank] if world.rank < len(group) else range(0)",
         CACHED + "test_two_ranks_ask_as_one",
     ),
     Mutant(
@@ -58,7 +58,7 @@ MUTANTS = [
         "check_cached",
         "objective.moves_reference",
         "False",
-        CACHED + "test_what_cannot_be_cached_is_refused",
+        "tests/test_reference.py::test_what_cannot_be_cached_is_refused",
     ),
     Mutant(
         "cached-reference-litter",
@@ -128,10 +128,8 @@ MUTANTS = [
         "All real pairs are shortened, not only those to warm up: a benchmark of other data than it says.",
         "bench.work",
         "real_pairs",
-        "for place in case.windows[0]:\n"
-        "    ...",
-        "for place in range(count):\n"
-        "    ...",
+        "for place in case.windows[0]:\n    ...",
+        "for place in range(count):\n    ...",
         "tests/test_bench.py::test_real_pairs_are_the_rows_that_training_reads[ragged.jsonl]",
     ),
     Mutant(

@@ -205,12 +205,12 @@ MUTANTS = [
     ),
     Mutant(
         "balance-whole-in-every-micro-batch",
-        "With n micro-batches the load-balancing loss weighs n times as much.",
-        "train_sft",
-        "train",
-        "(losses + penalty).sum()",
-        "losses.sum() + penalty * window_tokens",
-        MOE + "test_each_window_counts_the_balance_once[sft-150]",
+        "Each micro-batch adds the balance of a whole window: more micro-batches push the experts harder.",
+        "training.objective",
+        "Objective.training_losses",
+        "model.config.router_aux_loss_coef * (aux_loss - aux_loss.detach())",
+        "model.config.router_aux_loss_coef * (aux_loss - aux_loss.detach()) * 7 / len(losses)",
+        MOE + "test_each_window_counts_the_balance_once[dpo-150]",
     ),
     Mutant(
         "balance-of-the-reference",
