@@ -92,7 +92,7 @@ def measure(settings: Settings, world: World) -> dict[str, float]:
     data, share = (settings.data, 0.0) if settings.data else held_out_pairs(settings.model, run)
     swap = bool(run.get("swap_by_score")) and not settings.data
     options = length, settings.shape, settings.skip_bad, swap
-    pairs = world.main_first(lambda: open_store(data, "preferences", tokenizer, *options))
+    pairs = world.node_first(lambda: open_store(data, "preferences", tokenizer, *options))
     pairs = pairs.split(share)[1] if share else pairs
     objective = choose_objective(settings, run, pairs, data)
     if world.is_main:
@@ -139,7 +139,7 @@ def choose_objective(settings: Settings, run: dict, pairs: TokenStore, data: str
         objective = Objective(ObjectiveSettings(**options))
     except (TypeError, AttributeError, KeyError) as error:
         raise InputError(f"{settings.model}: the settings in its config.json are damaged ({error})") from None
-    unlabelled = "score_margins" in objective.looks_at and np.isnan(pairs.score_margins).any()
+    unlabelled = "score_margins" in objective.inputs and np.isnan(pairs.score_margins).any()
     if unlabelled and not settings.loss:
         print_note(f"{data} has no scores for --loss {objective.settings.loss}, so the loss is sigmoid")
         return Objective(ObjectiveSettings(beta=objective.settings.beta))

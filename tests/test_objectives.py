@@ -808,7 +808,7 @@ def run_dpo(tmp_path, tokenizer, write_jsonl):
     def run(*flags: str, out="out", data=data, command=train_dpo.main):
         command([
             *("--model", str(start), "--data", str(data), "--eval-data", str(data)),
-            *("--out", str(tmp_path / out)),
+            *("--out", str(tmp_path / out), "--overwrite"),
             *("--batch-size", "4", "--epochs", "2", "--lr", "1e-3", "--log-every", "1", "--eval-every", "1"),
             *("--device", "cpu", "--precision", "fp32", *flags),
         ])  # fmt: skip

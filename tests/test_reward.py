@@ -237,7 +237,7 @@ def arguments(start, ragged):
     def build(*more, out="reward") -> list[str]:
         fixed = ["--device", "cpu", "--precision", "fp32", "--eval-data", "", "--log-every", "1"]
         paths = ["--model", str(start), "--data", str(ragged), "--out", str(start.parent / out)]
-        return [*paths, *fixed, *map(str, more)]
+        return [*paths, *fixed, "--overwrite", *map(str, more)]
 
     return build
 

@@ -143,7 +143,7 @@ MUTANTS = [
         "Each rank holds the file and the model at once.",
         "model.weights",
         "read_ours",
-        "torch.load(path, map_location=device, weights_only=True, mmap=not on_meta)",
+        "torch.load(path, map_location=device, mmap=not on_meta, weights_only=True)",
         "torch.load(path, map_location=device, weights_only=True)",
         WEIGHTS + "test_a_file_of_weights_is_mapped_and_not_read_into_memory",
     ),

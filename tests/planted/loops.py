@@ -145,8 +145,8 @@ MUTANTS = [
         "Loading a model runs whatever code its file holds.",
         "model.weights",
         "read_ours",
-        "torch.load(path, map_location=device, weights_only=True, mmap=not on_meta)",
-        "torch.load(path, map_location=device, weights_only=False, mmap=not on_meta)",
+        "torch.load(path, map_location=device, mmap=not on_meta, weights_only=True)",
+        "torch.load(path, map_location=device, mmap=not on_meta, weights_only=False)",
         "tests/test_weights.py::test_a_hostile_file_runs_nothing",
     ),
 ]
