@@ -92,7 +92,7 @@ def measure(settings: Settings, world: World) -> dict[str, float]:
     data, share = (settings.data, 0.0) if settings.data else held_out_pairs(settings.model, run)
     swap = bool(run.get("swap_by_score")) and not settings.data
     options = length, settings.shape, settings.skip_bad, swap
-    pairs = world.main_first(lambda: open_store(data, "preferences", tokenizer, *options))
+    pairs = world.node_first(lambda: open_store(data, "preferences", tokenizer, *options))
     pairs = pairs.split(share)[1] if share else pairs
     objective = choose_objective(settings, run, pairs, data)
     if world.is_main:

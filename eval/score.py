@@ -77,7 +77,7 @@ def score(settings: Settings, world: World) -> None:
         reason = precision_and_reason(settings.precision, precision.name, world.device)
         print_start({settings.model: model}, world.device, reason)
     read = length, settings.shape, settings.skip_bad
-    pairs = world.main_first(lambda: open_store(settings.data, "preferences", tokenizer, *read))
+    pairs = world.node_first(lambda: open_store(settings.data, "preferences", tokenizer, *read))
     rewards = score_pairs(model, pairs, world, precision, settings.layout, settings.micro_batch_tokens)
     if not world.is_main:
         return

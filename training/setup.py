@@ -52,7 +52,7 @@ def open_data(
 
     def open_one(path: str) -> TokenStore:
         options = max_length, settings.shape, settings.skip_bad, getattr(settings, "swap_by_score", False)
-        store = world.main_first(lambda: open_store(path, kind, tokenizer, *options))
+        store = world.node_first(lambda: open_store(path, kind, tokenizer, *options))
         check(store, path)
         world.print(f"{path}: {store.report}")
         return store
