@@ -67,7 +67,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     cached = cache_references(settings, model, pairs, eval_pairs, world, precision, max_tokens)
     optimizer, meter = adamw(model, settings.weight_decay), Meter(world)
     plain_dpo = objective.is_dpo and not model.config.num_experts
-    describe_run(world, precision, model, f"DPO, --loss {settings.loss}, beta {settings.beta:g}")
+    describe_run(settings, world, precision, model, f"DPO, --loss {settings.loss}, beta {settings.beta:g}")
 
     # ---- where a stopped run continues; `state` is what a checkpoint contains
     state = {"model": trained_part(model), "optimizer": optimizer, "precision": precision, "meter": meter}

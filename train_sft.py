@@ -61,7 +61,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     precision = Precision(settings.precision, world.device, settings.matmul_precision)
     max_tokens = micro_batch_tokens(settings, model, world, data, precision)  # in one forward
     optimizer, meter = adamw(model, settings.weight_decay), Meter(world)
-    describe_run(world, precision, model, "supervised fine-tuning")
+    describe_run(settings, world, precision, model, "supervised fine-tuning")
 
     # ---- where a stopped run continues; `state` is what a checkpoint contains
     state = {"model": trained_part(model), "optimizer": optimizer, "precision": precision, "meter": meter}

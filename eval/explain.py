@@ -105,7 +105,7 @@ def explain(
         of_side = stream.owners == side
         values = (x[of_side].tolist() for x in (stream.targets, policy_logps, reference_logps))
         answers.append(Answer(*values))
-    loss = objective(Pairs.of(stream, policy_logps, reference_logps, pair.score_margins))
+    loss = objective(Pairs.of(stream, policy_logps, reference_logps))
     return answers, loss.item()
 
 

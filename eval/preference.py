@@ -139,7 +139,7 @@ def choose_objective(settings: Settings, run: dict, pairs: TokenStore, data: str
         objective = Objective(ObjectiveSettings(**options))
     except (TypeError, AttributeError, KeyError) as error:
         raise InputError(f"{settings.model}: the settings in its config.json are damaged ({error})") from None
-    unlabelled = "score_margins" in objective.looks_at and np.isnan(pairs.score_margins).any()
+    unlabelled = "score_margins" in objective.inputs and np.isnan(pairs.score_margins).any()
     if unlabelled and not settings.loss:
         print_note(f"{data} has no scores for --loss {objective.settings.loss}, so the loss is sigmoid")
         return Objective(ObjectiveSettings(beta=objective.settings.beta))

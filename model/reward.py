@@ -37,7 +37,7 @@ class RewardModel(Transformer):
     def forward(self, stream: TokenStream, balances: list[Tensor] | None = None) -> Tensor:
         """r(x, y), the score of each response's last hidden state, (R,), at least float32.
 
-        Each layer of experts appends its load-balancing loss, a scalar, to `balances`.
+        Each layer of experts appends its load-balancing loss, a scalar, to the empty list `balances`.
         """
         hidden = self.hidden_of(stream, balances)[stream.last_tokens()]  # (R, d)
         # Autocast would round a matrix product to bf16, in which close rewards are equal.

@@ -43,7 +43,7 @@ class Transformer(nn.Module):
     def forward(self, stream: TokenStream, balances: list[Tensor] | None = None) -> Tensor:
         """log pi(y_t | x, y_<t) of every supervised token, (N,), float32 (float64 for a float64 model).
 
-        Each layer of experts appends its load-balancing loss, a scalar, to `balances`.
+        Each layer of experts appends its load-balancing loss, a scalar, to the empty list `balances`.
         """
         hidden = self.hidden_of(stream, balances)  # (T, d)
         predicting = hidden[stream.predictors]  # (N, d): only these are multiplied by the vocabulary matrix

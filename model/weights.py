@@ -7,7 +7,6 @@ are safetensors. `model.export` writes such a folder.
 
 import hashlib
 import json
-import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from errors import InputError
 from files import file_hash, write_whole
 from model import huggingface
-from model.config import ModelConfig
+from model.config import PRESETS, ModelConfig
 from model.lora import adapter_shape, adapter_weights, merged_weights
 from model.transformer import Transformer
 
@@ -79,7 +78,6 @@ def load_model(folder: str | Path, device="cpu", model_class: type[Transformer] 
     not fit its config.
     """
     folder, on_meta = Path(folder), torch.device(device).type == "meta"
-    require_folder(folder)
     config = read_json(folder / "config.json")
     if (kind := config.get("kind", Transformer.kind)) != model_class.kind:
         raise InputError(
@@ -117,11 +115,15 @@ def require_folder(folder: Path) -> None:
         raise InputError(
             f"{problem}; to download this model: hf download {folder} --local-dir {name}, then --model {name}"
         )
-    raise InputError(f"{problem}; python train_sft.py trains one and writes it to runs/sft")
+    raise InputError(
+        f"{problem}; python train_sft.py writes one to runs/sft, or starts from a preset: "
+        f"{', '.join(PRESETS)}"
+    )
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file of a model folder."""
+    require_folder(path.parent)
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"{path} is not a regular file")
@@ -166,11 +168,12 @@ def read_ours(folder: Path, name: str, config: dict, on_meta: bool = False) -> d
         )
     try:
         device = "meta" if on_meta else "cpu"
-        weights = torch.load(path, map_location=device, weights_only=True, mmap=not on_meta)
-    except pickle.UnpicklingError:
-        raise InputError(f"{path}: unreadable, it contains other objects than tensors") from None
+        weights = torch.load(path, map_location=device, mmap=not on_meta, weights_only=True)
     except Exception as error:  # torch.load raises many types for a damaged or hostile file.
-        raise InputError(f"{path}: unreadable ({str(error).partition(chr(10))[0]})") from None
+        reason = str(error).partition("\n")[0]
+        if "Weights only load failed" in reason:
+            reason = "it contains other objects than tensors"
+        raise InputError(f"{path}: unreadable ({reason})") from None
     if not isinstance(weights, dict) or not all(map(is_weight, weights.keys(), weights.values())):
         raise InputError(f"{path}: unreadable, it is not a dict of weights by name")
     return weights

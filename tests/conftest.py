@@ -22,6 +22,7 @@ from dataset.tokenizer import END, START, ChatTokenizer, train
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests import ranks
+from tests.planted.mutant import force_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # Real data and a real tokenizer, where the machine has them.
@@ -34,6 +35,10 @@ TEXTS = [
     "请用一句话回答。今天天气很好，谢谢你。",
     "Thank you! 😀 👍🏽 Hello, hello, hello again. 123 456",
 ]
+
+
+if "MINIDPO_TEST_BF16" in os.environ:  # 0 or 1: as on a CPU without, or with, bf16 instructions
+    force_bf16(os.environ["MINIDPO_TEST_BF16"])
 
 
 # ---- The machine: one thread, a cache of our own, no network

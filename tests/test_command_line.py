@@ -15,9 +15,10 @@ import train_reward
 import train_sft
 from errors import InputError
 from losses import LOSSES
+from model.config import ModelConfig
 from tests.loops import ROOT
 from tests.ranks import forked
-from training.settings import parse
+from training.settings import learning_rate_advice, parse
 
 README = ROOT / "README.md"
 FLAGS = ROOT / "docs" / "FLAGS.md"
@@ -31,6 +32,7 @@ SCRIPTS = {"train_sft.py": train_sft, "train_dpo.py": train_dpo, "train_reward.p
         (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
+        (["--seed", "-1"], "--seed must be from 0 to 2^63 - 1, not -1"),
         (["--precision", "int4"], "argument --precision: invalid choice"),
         (["--model", "/nowhere"], "/nowhere"),
     ],
@@ -69,6 +71,44 @@ def test_every_flag_says_why_and_bools_go_both_ways(script):
     assert parse(settings_class, "", ["--no-skip-bad"]).skip_bad is False
     with pytest.raises(InputError):
         parse(settings_class, "", ["--skip-bad", "False"])
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["--seed", str(2**70)], f"--seed must be from 0 to 2^63 - 1, not {2**70}"),
+        (["--lr", "nan"], "--lr must be 0 or more, not nan"),
+        (["--lr", "inf"], "--lr must be 0 or more, not inf"),
+        (["--max-length", "-1"], "--max-length must be 0 or more, not -1"),
+        (["--micro-batch-tokens", "0"], "--micro-batch-tokens must be auto, or a number from 1, not 0"),
+        (["--micro-batch-tokens", "many"], "--micro-batch-tokens must be auto, or a number from 1, not many"),
+        (["--micro-batch-size", "4"], "--micro-batch-size was replaced by --micro-batch-tokens"),
+        (["--micro-batch-size=4"], "--micro-batch-size was replaced by --micro-batch-tokens"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(arguments, reason):
+    with pytest.raises(InputError) as refusal:
+        parse(train_dpo.Settings, "", arguments)
+    assert reason in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "given, positions, window, expected",
+    [(0, 32768, None, 4096), (0, 1024, None, 1024), (0, 32768, 2048, 2048), (300, 1024, None, 300)],
+)
+def test_the_length_limit_is_what_the_model_allows(given, positions, window, expected):
+    """Without padding a long limit costs nothing, and 512 dropped a tenth of UltraFeedback."""
+    config = ModelConfig(9, max_position_embeddings=positions, sliding_window=window)
+    assert train_sft.Settings(max_length=given).length_limit(config) == expected
+
+
+def test_advice_on_the_learning_rate():
+    """The default is for the bundled model; a model of half a billion weights falls apart with it."""
+    for script in SCRIPTS.values():
+        assert learning_rate_advice(script.Settings(), 8_000_000) == ""
+        assert "500,000,000" in learning_rate_advice(script.Settings(), 500_000_000)
+        assert learning_rate_advice(script.Settings(lr=1e-6), 500_000_000) == ""
+    assert learning_rate_advice(train_dpo.Settings(lora_rank=8), 500_000_000) == ""
 
 
 def test_flags_are_no_abbreviations(tmp_path):

@@ -1,4 +1,4 @@
-"""Answers: a cache that changes nothing, draws as the distribution says, and a seed that holds."""
+"""Generation: the cache equals the full forward, draws follow the distribution, a seed repeats answers."""
 
 import pytest
 import torch
@@ -30,10 +30,10 @@ IDS = [3, 14, 15, 9, 2, 6, 5, 35, 8, 9]
 @pytest.mark.parametrize("chunks", [[10], [1] * 10, [4, 1, 1, 4], [1, 5, 4], [9, 1], [3, 3, 3, 1]])
 @torch.no_grad()
 def test_cache_equals_the_full_forward(option, chunks):
-    """Positions that are off, or a mask that aligns with the first key, show only after the prompt.
+    """Wrong positions, or a mask aligned with the first key, change the scores only after the prompt.
 
-    The cache is filled at once, token by token, and in chunks: at every prefix the scores are those of the
-    whole sequence computed without a cache.
+    The cache is filled at once, token by token, and in chunks: at every prefix the scores equal those of the
+    whole sequence without a cache.
     """
     model = make_model(V, **MODEL_OPTIONS[option])
     starts = [sum(chunks[:i]) for i in range(len(chunks))]
@@ -44,7 +44,7 @@ def test_cache_equals_the_full_forward(option, chunks):
 
 @torch.no_grad()
 def test_cache_of_rows_that_are_fed_unevenly():
-    """Rows of one cache grow at their own pace: one gets a chunk while another gets a single token."""
+    """One row of a cache gets a chunk while another gets a single token."""
     model = make_model(V)
     cache = KVCache(model.config, 2, 12, like=model.embed_tokens.weight)
     feeds = [[(0, 0, 4), (1, 0, 1)], [(0, 4, 5), (1, 1, 6)], [(1, 6, 7)], [(0, 5, 9), (1, 7, 10)]]
@@ -64,27 +64,27 @@ def test_cache_of_rows_that_are_fed_unevenly():
 
 @torch.no_grad()
 def greedy(model, prompt: list[int], steps: int) -> Answer:
-    """Without cache and batch: the likeliest next token of everything so far, again and again."""
-    said: list[int] = []
+    """Without cache and batch: the likeliest next token of the whole sequence, again and again."""
+    answer: list[int] = []
     for _ in range(steps):
-        token = int(plain_logits(model, prompt + said)[-1].argmax())
+        token = int(plain_logits(model, prompt + answer)[-1].argmax())
         if token == END:
-            return Answer(said, True)
-        said.append(token)
-    return Answer(said, False)
+            return Answer(answer, True)
+        answer.append(token)
+    return Answer(answer, False)
 
 
 @pytest.mark.parametrize("option", ["plain", "all"])
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_greedy_answers_equal_the_plain_loop(option, batch_size):
-    """Prompts of unequal length in one batch: what follows a short one is not the long one's business."""
+    """Prompts of unequal length in one batch: the answers do not depend on one another."""
     model = make_model(V, **MODEL_OPTIONS[option])
     expected = [greedy(model, prompt, 12) for prompt in PROMPTS]
     assert generate(model, PROMPTS, END, 12, temperature=0, batch_size=batch_size) == expected
 
 
-def test_a_row_falls_silent_after_its_end_token():
-    """The others speak on undisturbed; the end token is no part of the answer, and only it means finished."""
+def test_a_row_ends_with_its_end_token():
+    """The other rows continue unchanged. The end token finishes an answer and is not part of it."""
     model = make_model(V, **MODEL_OPTIONS["all"])
     answers = [greedy(model, prompt, 12) for prompt in PROMPTS]
     # Make a token that occurs early in one answer the end token: some rows end there, others do not.
@@ -110,7 +110,7 @@ def test_answers_depend_on_seed_and_place_alone():
 
 
 def test_generation_leaves_the_model_and_the_global_generator_alone():
-    """Sampling during a training run must not change the run: no gradient, no draw from a shared state."""
+    """Sampling must not change a training run: no gradient, no draw from the global state."""
     model = make_model(V)
     state = torch.random.get_rng_state()
     generate(model, PROMPTS, END, 3, 1.0)
@@ -119,32 +119,32 @@ def test_generation_leaves_the_model_and_the_global_generator_alone():
 
 
 def test_no_prompts_and_no_tokens():
-    """The edges: nothing to answer gives nothing, and no room to answer gives empty, unfinished answers."""
+    """Without prompts the list is empty; without room for a token the answers are empty and unfinished."""
     model = make_model(V)
     assert generate(model, [], END) == []
     assert generate(model, PROMPTS[:2], END, max_new_tokens=0) == [Answer(), Answer()]
 
 
 def test_what_is_sampled_is_what_training_scores():
-    """A token is drawn under the log-prob that a stream gives it: one model in two contexts."""
+    """The log-prob of a drawn token equals the one that a stream computes."""
     model = make_model(V)
     prompt, steps = PROMPTS[0], []
     uniforms = torch.rand(1, 6, generator=torch.Generator().manual_seed(0))
-    said = [tokens[0] for _, tokens in decode_steps(model, [prompt], uniforms, -1, temperature=1.0)]
-    ids = prompt + said
+    answer = [tokens[0] for _, tokens in decode_steps(model, [prompt], uniforms, -1, temperature=1.0)]
+    ids = prompt + answer
     stream = TokenStream(
         tokens=torch.tensor(ids),
         positions=torch.arange(len(ids)),
         segments=torch.tensor([(0, len(ids), 0, 0)]),
         predictors=torch.arange(len(prompt) - 1, len(ids) - 1),
-        targets=torch.tensor(said),
+        targets=torch.tensor(answer),
         owners=torch.zeros(6, dtype=torch.long),
         responses=1,
     )
     with torch.no_grad():
         for n in range(6):
-            scores = plain_logits(model, prompt + said[:n])[-1]
-            steps.append((scores[said[n]] - scores.logsumexp(0)).item())
+            scores = plain_logits(model, prompt + answer[:n])[-1]
+            steps.append((scores[answer[n]] - scores.logsumexp(0)).item())
         torch.testing.assert_close(model(stream).tolist(), steps, rtol=0, atol=1e-9)
 
 
@@ -173,7 +173,7 @@ LOGITS = [0.3, -1.0, 2.0, 0.1, 1.2, -2.0, 1.9]
 @pytest.mark.parametrize("top_k", [0, 1, 3, 7, 50])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 0.01])
 def test_sampling_follows_the_intended_distribution(temperature, top_k, top_p):
-    """Over a fine grid of draws each token comes up as often as its renormalised probability says.
+    """Over a fine grid of draws the frequency of each token is its renormalised probability.
 
     A nucleus that leaves out the token which crosses p, a cut before the temperature, or a mass that is not
     renormalised shifts the frequencies by far more than the grid's width.
@@ -188,7 +188,7 @@ def test_sampling_follows_the_intended_distribution(temperature, top_k, top_p):
 
 
 def test_sampling_at_the_edges_of_a_draw():
-    """A draw of 0 gives the likeliest token; the largest draw below 1 must not fall off the end."""
+    """A draw of 0 gives the likeliest token; the largest draw below 1 gives the last one."""
     logits = torch.tensor([[0.0, 1.0, -1.0], [0.0, 1.0, -1.0]])
     assert sample(logits, torch.tensor([0.0, 1 - 2**-24]), 1.0).tolist() == [1, 2]
     impossible = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]] * 2)
@@ -208,12 +208,12 @@ class WithoutFloat64(TorchDispatchMode):
 
 @pytest.mark.parametrize("sampling", [{}, {"top_k": 3}, {"top_p": 0.9}, {"temperature": 0}])
 def test_generation_needs_no_float64(sampling):
-    """On a Mac a chat at its default temperature stopped at the first token."""
+    """On a Mac a chat at its default temperature stopped with an error at the first token."""
     model = make_model(V, dtype=torch.float32)
     with WithoutFloat64():
         assert len(generate(model, PROMPTS, END, 5, **sampling)) == len(PROMPTS)
 
 
 def test_temperature_0_is_the_likeliest_token():
-    """Greedy needs no draw, and no division by the temperature."""
+    """Greedy decoding neither draws nor divides by the temperature."""
     assert sample(torch.tensor([LOGITS, LOGITS[::-1]]), torch.tensor([0.99, 0.0]), 0).tolist() == [2, 4]

@@ -1,6 +1,6 @@
-"""Hugging Face folders, written here by hand, and what must not be read from one.
+"""Hugging Face folders, written here by hand, and folders that must be refused.
 
-`make parity` holds them against transformers.
+`make parity` compares with transformers.
 """
 
 import json
@@ -37,7 +37,7 @@ LLAMA3 = dict(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
 )
 OURS = dict(max_position_embeddings=64)
-# Name: what their config says, and what ours then is.
+# Name: their config, and ours.
 FAMILIES = {
     "llama": (dict(model_type="llama"), dict(tie_word_embeddings=False)),
     "llama-tied": (dict(model_type="llama", tie_word_embeddings=True, rope_theta=5e5), dict(rope_theta=5e5)),
@@ -65,7 +65,7 @@ FAMILIES = {
         dict(model_type="mistral", sliding_window=32),
         dict(sliding_window=32, tie_word_embeddings=False),
     ),
-    "mistral-that-says-nothing": (
+    "mistral-defaults": (
         dict(model_type="mistral"),
         dict(sliding_window=4096, tie_word_embeddings=False),
     ),
@@ -110,7 +110,7 @@ def test_the_tables_of_families_and_options_are_as_the_code():
 
 
 def write_folder(folder, theirs: dict, model: Transformer, dtype=torch.float32, shards=1):
-    """A folder as their tools write it: ``model.`` before all names but the head's, an index for shards."""
+    """Write a folder as their tools do: ``model.`` before all names but the head's, an index for shards."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**BASE, **theirs}))
     named = {
@@ -137,7 +137,7 @@ def llama(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_is_read_as_what_it_says(family, tmp_path):
-    """An absent key means what the family means by it, and not what another one does."""
+    """A missing key has the default of its family, not that of another."""
     theirs, ours = FAMILIES[family]
     model = make_model(V, torch.float32, **{**OURS, **ours})
     loaded = load_model(write_folder(tmp_path / family, theirs, model))
@@ -149,7 +149,7 @@ def test_a_folder_is_read_as_what_it_says(family, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_half_precision_and_shards_load_into_float32(dtype, shards, tmp_path):
-    """Weights kept in bf16 lose most of what a small learning rate teaches."""
+    """Weights in bf16 lose most of the updates of a small learning rate."""
     model = make_model(V, torch.float32, tie_word_embeddings=False)
     loaded = load_model(write_folder(tmp_path / "it", dict(model_type="llama"), model, dtype, shards))
     for name, weight in model.state_dict().items():
@@ -178,7 +178,7 @@ def test_half_precision_and_shards_load_into_float32(dtype, shards, tmp_path):
     (dict(rope_theta="big"), "rope_theta 'big' is not a finite number"),
 ])  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(edit, reason, llama):
-    """Read without it, the model loads, talks, and is another one."""
+    """Without the option the model would load, answer, and be a different one."""
     (llama / "config.json").write_text(json.dumps({**BASE, "model_type": "llama", **edit}))
     with pytest.raises(InputError, match=reason) as raised:
         load_model(llama)
@@ -205,7 +205,7 @@ def test_weights_that_do_not_fit_are_listed(llama, edit, reason):
 
 
 def test_stored_rotary_tables_and_a_copy_of_the_head_are_left_out(tmp_path):
-    """Old files hold both. A head that is no copy is another model, so it is refused."""
+    """Old files contain both. A head that is not a copy is refused: the model would be a different one."""
     model = make_model(V, torch.float32)
     folder = write_folder(tmp_path / "old", dict(model_type="llama", tie_word_embeddings=True), model)
     head = model.state_dict()["embed_tokens.weight"].clone()
@@ -231,14 +231,14 @@ def test_a_torn_file_is_refused(llama, size):
     ("model-00001-of-00002.safetensors", "no model-00001-of-00002"),
 ], ids=["outside", "missing"])  # fmt: skip
 def test_an_index_names_files_of_its_folder(llama, name, reason):
-    """A path that leads out of the folder reads whatever the index of a stranger likes."""
+    """A path out of the folder would let a stranger's index name any file."""
     index = {"weight_map": {"model.norm.weight": name}}
     (llama / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match=reason):
         load_model(llama)
 
 
-def test_other_formats_and_a_missing_extra_are_told(llama, monkeypatch):
+def test_other_formats_and_a_missing_library_are_named(llama, monkeypatch):
     (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"no model\.safetensors; other formats"):
         load_model(llama)
@@ -251,7 +251,7 @@ def test_other_formats_and_a_missing_extra_are_told(llama, monkeypatch):
 
 
 def test_llama3_scaling_is_the_published_rule():
-    """Long waves are slowed down, short ones left, those between mixed: here pair by pair, in wavelengths."""
+    """Low frequencies are divided, high ones kept, the rest interpolated: pair by pair, in wavelengths."""
     frequencies = torch.tensor([500.0 ** (-2 * i / 32) for i in range(16)], dtype=torch.float64)
     ours = scaled(frequencies, {"rope_type": "llama3", **LLAMA3})
     kinds = set()
@@ -270,7 +270,7 @@ def test_llama3_scaling_is_the_published_rule():
 
 
 def test_linear_scaling_is_positions_closer_together():
-    """Divided frequencies at position p are plain ones at p / factor."""
+    """Divided frequencies at position p equal plain ones at p / factor."""
     plain = make_model(V)
     linear = Transformer(ModelConfig(**{**plain.config.to_dict(), "rope_scaling": {
         "rope_type": "linear", "factor": 4.0,
@@ -309,7 +309,7 @@ def test_experts_are_not_exported_as_something_else(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("options", OUT)
 def test_export_and_load_is_the_identity(options, tokenizer, tmp_path):
-    """Bit for bit; a bias that no family can leave out alone is there as zeros."""
+    """Bit for bit; Qwen3 needs a bias of o_proj, which is then zeros."""
     model = run_folder(tmp_path / "run", tokenizer, **OUT[options])
     export(tmp_path / "run", tmp_path / "out", torch.float32)
     again = load_model(tmp_path / "out")
@@ -339,7 +339,7 @@ def test_export_names_a_family_that_computes_the_same(options, family, tokenizer
 
 
 def test_sentencepieces_own_file_goes_all_the_way(tokenizer, tmp_path):
-    """From the folder a run began with, byte for byte: llama.cpp's converter finds the scores there alone."""
+    """Byte for byte from the first folder: llama.cpp's converter needs the scores in it."""
     files = {"tokenizer.model": bytes(range(256)), "added_tokens.json": b'{"<pad>": 3}\r\n'}
     tokenizer.save(tmp_path)
     for name, content in files.items():
@@ -377,7 +377,7 @@ def test_an_adapter_is_exported_as_peft_names_it(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("script", [train_sft, train_dpo, train_reward])
 def test_more_ids_than_embeddings_are_refused(script, tokenizer, tmp_path):
-    """An index error deep inside, or on a GPU an assertion of the device, tells a user nothing."""
+    """Otherwise an index error deep inside, or an assertion on the GPU, ends the run."""
     save_model(tmp_path / "model", make_model(tokenizer.vocab_size - 1, torch.float32))
     tokenizer.save(tmp_path / "model")
     with pytest.raises(InputError, match=f"has {tokenizer.vocab_size} ids, the model's embedding only"):
@@ -386,7 +386,7 @@ def test_more_ids_than_embeddings_are_refused(script, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("script", [train_sft, train_dpo, train_reward])
 def test_text_longer_than_a_sliding_window_is_refused(script, tokenizer, tmp_path):
-    """Attention without the window would see what the model never saw."""
+    """Without the window, attention would use tokens that it did not use in pretraining."""
     run_folder(tmp_path / "model", tokenizer, sliding_window=64)
     arguments = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--max-length"]
     with pytest.raises(InputError, match="65 tokens do not fit into the model's sliding window of 64"):

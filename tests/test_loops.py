@@ -20,8 +20,9 @@ from model.weights import load_model, save_model
 from tests.conftest import make_model
 from tests.loops import metrics, record_gradients, weights
 from tests.ranks import forked
+from training import precision, setup
 from training import reference as reference_module
-from training import setup
+from training.precision import Precision, automatic
 from training.schedule import adamw, cosine_lr
 
 
@@ -233,6 +234,25 @@ def test_clipping_sees_the_true_gradient(dpo):
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=0.05)
 
 
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_auto_precision_knows_why(multiplies, monkeypatch):
+    """T4 and V100 emulate bf16: torch says that they support it, and a run is slower than in float32."""
+
+    def is_bf16_supported(including_emulation=True):
+        return including_emulation or multiplies
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: multiplies)
+    no = "" if multiplies else "does not "
+    many = "multiplies it" if multiplies else "multiply bf16"
+    assert automatic(torch.device("cuda")) == ("bf16" if multiplies else "fp16", f"this GPU {no}{many}")
+    made = Precision("auto", torch.device("cpu"))
+    assert made.name == ("bf16" if multiplies else "fp32")
+    assert made.reason == f"{made.name}: this CPU {no}{many}"
+    assert Precision("fp32", torch.device("cpu")).reason == "fp32: --precision"
+    assert automatic(torch.device("mps")) == ("fp32", "the default on mps")
+
+
 # ---- learning rate, saving, logging
 
 
@@ -306,6 +326,19 @@ def test_non_finite_gradient_stops_before_the_step(dpo, start, pairs, monkeypatc
     ):
         dpo(out="poisoned")
     assert not (start.parent / "poisoned" / "model.pt").exists()
+
+
+def test_held_out_figures_are_printed_as_they_come(dpo, pairs, capsys):
+    """A user looked for them in metrics.jsonl after the run."""
+    rows = metrics(dpo(epochs=2, eval_data=pairs, eval_every=3))
+    evaluated = [row for row in rows if "eval_loss" in row]
+    printed = [line for line in capsys.readouterr().out.splitlines() if "held-out" in line]
+    assert printed == [
+        f"step {row['step']} of 6: held-out loss {row['eval_loss']:.4f}, margin "
+        f"{row['eval_rewards/margins']:.4f}, accuracy {row['eval_rewards/accuracies']:.4f}"
+        for row in evaluated
+    ]
+    assert [row["step"] for row in evaluated] == [0, 3, 6]
 
 
 def test_sft_evaluates_and_continues_from_a_folder(sft, chats):

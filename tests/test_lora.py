@@ -1,4 +1,4 @@
-"""Adapters: what they add, what they leave alone, and that the reference is the model without them."""
+"""Adapters: their output, the weights they do not change, and the reference without them."""
 
 import copy
 import math
@@ -35,7 +35,7 @@ from training.schedule import adamw
 
 
 def adapted(tokenizer, trained=True, targets="all", dtype=torch.float64, **options) -> Transformer:
-    """A model with adapters of rank 3; `trained` ones say something."""
+    """A model with adapters of rank 3, whose output is zero unless they are `trained`."""
     model = make_model(tokenizer.vocab_size, dtype, attention_bias=True, **options)
     add_adapters(model, 3, 12.0, targets, seed=1)
     if trained:
@@ -71,7 +71,7 @@ def step(model: Transformer, stream, times: int = 1) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_first_loss_is_ln_2_exactly(tokenizer, stream, precision):
-    """B is zero, so the policy starts as the reference; a random B would start somewhere else."""
+    """B is zero, so the policy starts equal to the reference; with a random B it would not."""
     model = adapted(tokenizer, trained=False, dtype=torch.float32)
     reference = WithoutAdapters(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -96,7 +96,7 @@ def test_an_adapter_adds_what_the_paper_says():
 
 
 def test_training_changes_adapters_only(tokenizer, stream):
-    """Not a bit of the model, so that the reference stays where it was."""
+    """Not a bit of the base weights changes, so the reference stays the same."""
     model = adapted(tokenizer, trained=False)
     plain = make_model(tokenizer.vocab_size, attention_bias=True)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -109,7 +109,7 @@ def test_training_changes_adapters_only(tokenizer, stream):
 
 
 def test_gradients_reach_every_adapter_and_nothing_else(tokenizer, stream):
-    """A forward without adapters, right before, must not cost the policy its gradient."""
+    """A forward without adapters just before must not remove the gradients of the policy."""
     model = adapted(tokenizer)
     with torch.no_grad():
         WithoutAdapters(model)(stream)
@@ -120,7 +120,7 @@ def test_gradients_reach_every_adapter_and_nothing_else(tokenizer, stream):
 
 
 def test_optimizer_holds_adapters_only(tokenizer):
-    """Moments of frozen weights are most of the memory that LoRA is there to save."""
+    """Moments of frozen weights would be most of the memory that LoRA saves."""
     model = adapted(tokenizer)
     optimizer = adamw(model, weight_decay=0.0)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -138,7 +138,7 @@ def test_adapters_are_on_again_after_an_error(tokenizer):
 
 
 def test_merged_equals_unmerged(tokenizer, stream):
-    """What is exported is what was trained."""
+    """The exported weights compute the same as the trained model."""
     model = adapted(tokenizer)
     plain = Transformer(model.config).double()
     plain.load_state_dict(merged_weights(model), strict=True)
@@ -162,7 +162,7 @@ def test_targets_are_the_named_layers(tokenizer):
 
 
 def test_a_seed_gives_the_same_adapters_and_draws_from_no_other_source(tokenizer):
-    """Ranks must start alike, and the run's own random state must not move."""
+    """Ranks start equal, and the global random state does not change."""
     torch.manual_seed(5)
     state = torch.get_rng_state()
     one = make_model(tokenizer.vocab_size, seed=5)
@@ -193,7 +193,7 @@ OPTIONS = [
 
 
 def test_sft_then_dpo_keeps_the_first_adapter_in_the_reference(folder, ragged, write_jsonl, tmp_path):
-    """Were the reference the model below SFT's adapter, the first loss would not be ln 2."""
+    """If the reference lacked SFT's adapter, the first loss would not be ln 2."""
     rows = [{"prompt": str(place), "response": "Two apples are left."} for place in range(8)]
     chats = write_jsonl("chats.jsonl", rows)
     sft, dpo = tmp_path / "sft", tmp_path / "dpo"
@@ -219,7 +219,7 @@ def test_sft_then_dpo_keeps_the_first_adapter_in_the_reference(folder, ragged, w
 
 
 def test_experts_balance_is_the_policys(ragged, tmp_path, tokenizer, monkeypatch):
-    """With adapters off the same routers run once more, without gradient: that balance teaches nothing."""
+    """The reference runs the same routers without gradient; its balance would train nothing."""
     base = make_model(tokenizer.vocab_size, torch.float32, num_experts=3, router_aux_loss_coef=1.0)
     save_model(tmp_path / "experts", base)
     tokenizer.save(tmp_path / "experts")
@@ -238,13 +238,13 @@ def test_experts_balance_is_the_policys(ragged, tmp_path, tokenizer, monkeypatch
 
 
 def test_a_moving_reference_has_no_adapters(folder, ragged, tmp_path):
-    """TR-DPO moves a copy of the model; with adapters there is none."""
+    """TR-DPO moves a copy of the model, and a run with adapters has no copy."""
     with pytest.raises(InputError, match="--lora-rank keeps it frozen"):
         train_dpo.main(["--model", str(folder), "--data", str(ragged), "--tr-alpha", "0.5", *OPTIONS])
 
 
 def test_a_stopped_run_keeps_its_adapters_and_goes_on(folder, ragged, tmp_path):
-    """A checkpoint holds the adapters alone, and its run ends in the same bits."""
+    """A checkpoint contains only the adapters, and the resumed run ends in the same bits."""
     arguments = ["--model", str(folder), "--data", str(ragged), "--eval-data", "", "--epochs", "2", *OPTIONS]
     found = resume_from_each_step(train_dpo, arguments, tmp_path / "runs", World(0, 1, torch.device("cpu")))
     assert found and not any(found.values())
@@ -258,6 +258,6 @@ def test_a_checkpoint_of_other_adapters_is_refused(tokenizer):
 
 
 def test_a_fresh_model_is_not_adapted(tmp_path):
-    """Adapters on random weights that stay random learn nothing."""
+    """Adapters cannot train a model whose random weights are frozen."""
     with pytest.raises(InputError, match="--lora-rank needs a model folder; tiny is the size of a new model"):
         train_sft.main(["--lora-rank", "4", "--out", str(tmp_path)])

@@ -56,7 +56,7 @@ def test_forward_equals_the_formulas(option):
 
 @pytest.mark.parametrize("distance", [0, 1, 5, 40])
 def test_rope_depends_on_distance_alone(distance):
-    """If the score of two tokens depended on where they stand, no text could be moved behind a prompt."""
+    """A score that depends on absolute positions changes when a text follows a longer prompt."""
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 32, dtype=torch.float64)
     products = []
@@ -71,13 +71,13 @@ def test_rope_depends_on_distance_alone(distance):
 
 
 def test_rope_at_position_0_is_the_identity():
-    """Positions that start at 1 shift a cache against a stream."""
+    """With positions from 1 on in one of them, a cache and a stream disagree."""
     x = torch.randn(3, 1, 8)
     assert torch.equal(rotate(x, rotary(torch.tensor([0]), 8, 10_000.0)), x)
 
 
 def test_rope_turns_halves_not_neighbours():
-    """Llama checkpoints pair x_i with x_{i + D/2}; a model that pairs neighbours loads them, and is wrong."""
+    """Llama checkpoints pair x_i with x_{i + D/2}; a model that pairs neighbours loads them and is wrong."""
     for i in range(4):
         x = torch.zeros(1, 1, 8)
         x[0, 0, i] = 1.0
@@ -105,7 +105,7 @@ def test_rope_angles_are_float32_under_autocast():
 @pytest.mark.parametrize("queries, keys", [(5, 5), (1, 5), (3, 7), (4, 4)])
 @pytest.mark.parametrize("groups", [1, 2, 6])
 def test_causal_attention_equals_sdpa_with_a_mask(queries, keys, groups):
-    """The last query sees every key. SDPA's `is_causal` would let a single query see the first key only."""
+    """The last query attends to every key; with SDPA's `is_causal` a single one attends to the first key."""
     torch.manual_seed(1)
     q = torch.randn(6, queries, 4, dtype=torch.float64)
     k, v = torch.randn(2, groups, keys, 4, dtype=torch.float64)
@@ -118,7 +118,7 @@ def test_causal_attention_equals_sdpa_with_a_mask(queries, keys, groups):
 
 
 def test_gqa_equals_mha_with_repeated_heads():
-    """Query heads 0 and 1 share key head 0. The other order of sharing loads a checkpoint and breaks it."""
+    """Query heads 0 and 1 share key head 0. With the other order a checkpoint loads and computes nonsense."""
     grouped = make_model(V, attention_bias=True)
     full = make_model(V, attention_bias=True, num_key_value_heads=4)
     weights = copy.deepcopy(grouped.state_dict())
@@ -168,7 +168,7 @@ def test_log_softmax_is_float32_even_of_bf16_scores(autocast):
 
 
 def test_model_under_bf16_autocast_gives_float32_log_probs():
-    """The forward pass may round; what is summed and compared must not, and the weights stay as they are."""
+    """The forward pass may round; the log-probs are float32, and the weights and gradients as well."""
     model = make_model(V, dtype=torch.float32, spread=0.05)
     exact = model(one_stream(IDS))
     with torch.autocast("cpu", torch.bfloat16):
@@ -184,8 +184,8 @@ def test_model_under_bf16_autocast_gives_float32_log_probs():
 # ---- A fresh model
 
 
-def test_a_fresh_model_knows_nothing():
-    """Its loss is ln V; more means scores so large that training first has to undo them."""
+def test_a_fresh_model_predicts_all_tokens_alike():
+    """Its loss is ln V. A larger loss comes from large scores, which training has to reduce first."""
     model = make_model(1000, dtype=torch.float32, spread=0.0, hidden_size=64)
     torch.manual_seed(0)
     ids = torch.randint(1000, (400,)).tolist()
@@ -195,9 +195,9 @@ def test_a_fresh_model_knows_nothing():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_fresh_weights_keep_a_signals_size(tied):
-    """With one deviation for every width, a narrow model starts so small that it hardly learns to copy.
+    """With one deviation for every width, a narrow model has tiny activations and hardly learns to copy.
 
-    What writes into the residual stream is as large as the embedding in it, and less in a deep model.
+    The output of a layer has the size of the embeddings, divided by the root of the depth.
     """
     torch.manual_seed(0)
     options = {"num_attention_heads": 8, "attention_bias": True, "qk_norm": True, "tie_word_embeddings": tied}
@@ -217,7 +217,7 @@ def test_fresh_weights_keep_a_signals_size(tied):
 
 
 def test_one_batch_is_learned_by_heart():
-    """A model that cannot overfit twelve tokens has a broken gradient somewhere."""
+    """A model that cannot overfit twelve tokens has a wrong gradient."""
     model = make_model(V, dtype=torch.float32, spread=0.0, qk_norm=True, attention_bias=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.03)
     for _ in range(60):
@@ -229,7 +229,7 @@ def test_one_batch_is_learned_by_heart():
 
 
 def test_there_is_no_dropout():
-    """Noise between policy and reference is no preference, so train() and eval() are the same model."""
+    """Noise between policy and reference is not a preference: train() and eval() compute the same."""
     model = make_model(V)
     assert not any(isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules())
     with torch.no_grad():
@@ -251,7 +251,7 @@ def test_a_reward_model_shares_the_weights_of_its_language_model(option):
 
 
 def test_tied_embeddings_are_one_tensor():
-    """Kept twice, they would drift apart at the first step, and a checkpoint could contradict itself."""
+    """Two copies would differ after the first step, and a checkpoint would contain both."""
     tied, untied = make_model(V), make_model(V, tie_word_embeddings=False)
     assert "lm_head.weight" not in tied.state_dict() and "lm_head.weight" in untied.state_dict()
     hidden = torch.ones(3, 16, dtype=torch.float64)
@@ -281,7 +281,7 @@ def test_modules_are_named_as_in_hugging_face():
     ("qwen3-0.6b", 151_936, 596_049_920),
 ])  # fmt: skip
 def test_presets_have_the_published_sizes(preset, vocab_size, parameters):
-    """The counts that MiniMind and Qwen publish: a wrong width, bias or norm would change them."""
+    """The parameter counts that MiniMind and Qwen publish; a wrong width, bias or norm changes them."""
     with torch.device("meta"):
         model = Transformer(ModelConfig(vocab_size, **PRESETS[preset]))
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -336,14 +336,14 @@ def test_the_table_of_presets_is_as_the_code():
                        "original_max_position_embeddings": 64}}, "high_freq_factor .* not above low_freq"),
 ])  # fmt: skip
 def test_impossible_shapes_are_refused(options, reason):
-    """A mistake in config.json is named, not met as a reshape error ten layers down."""
+    """A wrong size in config.json is named; otherwise it is a reshape error deep inside the model."""
     with pytest.raises(InputError, match=reason):
         ModelConfig(V, **options)
 
 
 @pytest.mark.parametrize("option", ["all", "plain"])
 def test_weight_decay_is_for_matrices(option):
-    """Each parameter once, decayed if it is a matrix of a layer: decay on embeddings forgets rare tokens."""
+    """Each parameter once, decayed if it is a matrix of a layer: decay shrinks embeddings of rare tokens."""
     model = make_model(V, **MODEL_OPTIONS[option])
     groups = adamw(model, 0.3).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}

@@ -1,7 +1,6 @@
-"""Mixture of experts: what a token gets, what the balance says, and how both reach the loss.
+"""Mixture of experts: the output of a token, the balance of a layer, and how both enter the loss.
 
-That generation with a cache, `forked` and `twin`, saving and the whole forward agree is shown by the tests of
-those, for every option of the model: experts are among `MODEL_OPTIONS`.
+Experts are among `MODEL_OPTIONS`, so other files test them with a cache, in both layouts, saved and loaded.
 
     python -m pytest tests/test_moe.py
 """
@@ -58,14 +57,14 @@ def plain_mixture(layer: MixtureOfExperts, x, chosen: int, normalized: bool):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_mixture_equals_a_loop_over_tokens_and_experts(shape):
-    """Experts that meet other tokens' inputs, weights or places give plausible numbers, and a worse model."""
+    """Experts with the inputs, weights or places of other tokens give plausible numbers and a worse model."""
     layer = make_layer(*shape)
     x = torch.randn(23, 8, dtype=torch.float64, requires_grad=True)
     direction = torch.randn(23, 8, dtype=torch.float64)
     inputs = [x, *layer.parameters()]
     (y, _), expected = layer(x), plain_mixture(layer, x, *shape[1:3])
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
-    # What no token was sent to has a gradient of zeros here and none at all in the loop.
+    # An expert without a token has a gradient of zeros here, and None in the loop.
     gradients = torch.autograd.grad((y * direction).sum(), inputs)
     wanted = torch.autograd.grad((expected * direction).sum(), inputs, allow_unused=True)
     for got, want in zip(gradients, wanted, strict=True):
@@ -74,7 +73,7 @@ def test_mixture_equals_a_loop_over_tokens_and_experts(shape):
 
 @pytest.mark.parametrize("normalized", [True, False])
 def test_one_expert_is_the_dense_model(normalized):
-    """A single expert is sent every token with weight 1, so that the option off and on agree there."""
+    """A single expert computes every token with weight 1, as a dense layer does."""
     dense = make_model(50)
     one = make_model(50, num_experts=1, num_experts_per_tok=1, norm_topk_prob=normalized)
     weights = {name: value for name, value in one.state_dict().items() if name.endswith("mlp.gate.weight")}
@@ -97,7 +96,7 @@ def build_context(length: int):
 
 
 def test_experts_that_are_equal_are_one():
-    """With weights that sum to 1 it does not matter which of equal experts a token is sent to."""
+    """With weights that sum to 1 the choice among equal experts does not matter."""
     layer = make_layer(4, 2, True, 0)
     for expert in layer.experts:
         expert.load_state_dict(layer.experts[0].state_dict())
@@ -107,7 +106,7 @@ def test_experts_that_are_equal_are_one():
 
 @pytest.mark.parametrize("tokens", [0, 1, 3])
 def test_experts_without_a_token_have_zero_gradients_not_none(tokens):
-    """Ranks wait for the gradient of every expert; one that is left out hangs them all."""
+    """Ranks wait for the gradient of every expert; a missing one blocks them all."""
     layer = make_layer(5, 1, False, 7)
     y, balance = layer(torch.randn(tokens, 8, dtype=torch.float64))
     (y.sum() + balance).backward()
@@ -132,7 +131,7 @@ def test_balance_by_hand():
 
 @pytest.mark.parametrize("experts, chosen", [(4, 1), (4, 2), (8, 3), (5, 5)])
 def test_balance_is_k_when_even_and_rises_to_the_number_of_experts(experts, chosen):
-    """The least value tells a reader of the log how far a run is from it; a factor more or less does not."""
+    """A reader of the log compares the figure with its least value, so a constant factor would mislead."""
     tokens = 2 * experts
     even = torch.full((tokens, experts), 1 / experts)
     counts = torch.full((experts,), tokens * chosen // experts)
@@ -170,7 +169,7 @@ def test_gradient_of_the_balance():
 
 
 def test_lowering_the_balance_spreads_the_tokens():
-    """The sign: a router that sends everything to one expert learns to use them all."""
+    """The sign is right: a router that sends every token to one expert learns to use them all."""
     layer = make_layer(4, 1, False, 0)
     x = torch.randn(400, 8, dtype=torch.float64)
     x[:, 0] += 4
@@ -209,7 +208,7 @@ def test_a_recomputed_layer_appends_its_balance_once():
 
 
 def test_router_is_float32_under_autocast():
-    """In bf16 the mean probability of thousands of tokens is anything but a mean."""
+    """In bf16 the mean probability of thousands of tokens is off by far more than its last bits."""
     layer = make_layer(4, 2, True, 7).float()
     x = torch.randn(300, 8)
     exact, _ = layer(x)
@@ -233,7 +232,7 @@ def test_modules_are_named_as_in_hugging_face():
 
 
 def test_tiny_moe_computes_as_much_a_token_as_tiny():
-    """Its experts hold twice as much as tiny's feed-forward network; a token meets half of it."""
+    """Its experts have twice the weights of tiny's feed-forward network; a token uses half of them."""
     with torch.device("meta"):
         tiny, moe = (Transformer(ModelConfig(100, **PRESETS[name])) for name in ("tiny", "tiny-moe"))
     assert moe.config.num_experts_per_tok * moe.config.moe_intermediate_size == tiny.config.intermediate_size
@@ -259,7 +258,7 @@ RECORDS = {
 
 @pytest.fixture
 def start(tmp_path, tokenizer):
-    """A folder with a model of five experts, one of them for each token, and a coefficient that tells."""
+    """A model folder with five experts, one for each token, and a large coefficient of the balance."""
     options = {"num_experts": 5, "num_experts_per_tok": 1, "norm_topk_prob": False}
     model = make_model(tokenizer.vocab_size, torch.float32, router_aux_loss_coef=0.7, **options)
     save_model(tmp_path / "start", model)
@@ -278,10 +277,10 @@ SCRIPTS = {"dpo": train_dpo, "sft": train_sft, "reward": train_reward}
 @pytest.mark.parametrize("micro", [1, 150, 500])
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_each_window_counts_the_balance_once(name, micro, start, tokenizer, write_jsonl):
-    """Added whole in every micro-batch, the balance would weigh as many times more as there are of them.
+    """Added whole in every micro-batch, the balance would count once for each of them.
 
-    A micro-batch's balance weighs as much as its pairs (or supervised tokens) in the window; the logged
-    figure is the same mean; and it is the policy's, since the reference's moves nothing.
+    The balance of a micro-batch is weighted by its pairs (or supervised tokens) of the window. The logged
+    figure is the same mean, of the policy: the balance of the reference has no gradient.
     """
     module, kind = SCRIPTS[name], "conversations" if name == "sft" else "preferences"
     data = write_jsonl("data.jsonl", RECORDS[kind])
@@ -314,7 +313,7 @@ def test_each_window_counts_the_balance_once(name, micro, start, tokenizer, writ
 
 @pytest.mark.parametrize("script, kind", [("train_dpo", "preferences"), ("train_sft", "conversations")])
 def test_two_ranks_equal_one_process(script, kind, start, write_jsonl):
-    """Experts that get no token on a rank, and a rank that gets no record, take part in every exchange."""
+    """An expert without a token, and a rank without a record, take part in every exchange of gradients."""
     data = write_jsonl("data.jsonl", RECORDS[kind])
     flags = ["--batch-size", "3", "--micro-batch-tokens", "1", "--epochs", "2", "--lr", "1e-3"]
     flags = arguments(start, data, *flags, "--warmup-steps", "1")
@@ -332,7 +331,7 @@ def test_two_ranks_equal_one_process(script, kind, start, write_jsonl):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_dpo_starts_at_ln_2(precision, start, write_jsonl):
-    """The balance is logged beside the loss and not in it, and both models route a token alike."""
+    """The balance is not part of the logged loss, and both models route a token to the same experts."""
     data = write_jsonl("data.jsonl", RECORDS["preferences"])
     train_dpo.main(arguments(start, data, "--max-steps", "1", "--precision", precision))
     row = metrics(start.parent / "run")[0]

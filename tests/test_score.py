@@ -11,6 +11,7 @@ import pytest
 import torch.nn.functional as F
 
 import files
+import train_reward
 from dataset.records import read_preferences
 from errors import InputError, run_script
 from eval import score
@@ -123,7 +124,7 @@ def test_a_failed_write_leaves_the_old_file(reward_folder, ragged, tmp_path, mon
     (["--data", "x.jsonl"], "give --data, the pairs to score, and --out"),
     (["--out", "x.jsonl"], "give --data, the pairs to score, and --out"),
     (["--data", "x.jsonl", "--out", "x.json"], r"--out x\.json: the name must end in \.jsonl"),
-    (["--data", "x.jsonl", "--out", "y.jsonl", "--batch-size", "0"], "--batch-size must be at least 1"),
+    (["--data", "x.jsonl", "--out", "y.jsonl", "--micro-batch-tokens", "0"], "--micro-batch-tokens must"),
 ])  # fmt: skip
 def test_incomplete_requests_are_refused(flags, reason):
     with pytest.raises(InputError, match=reason):
@@ -170,3 +171,9 @@ def test_help_is_complete_and_bad_usage_is_one_line(capsys):
         run_script(lambda: score.main(["--model", "/nowhere", "--data", "x.jsonl", "--out", "y.jsonl"]))
     printed = capsys.readouterr()
     assert stopped.value.code == 2 and printed.err.count("\n") == 1 and "/nowhere" in printed.err
+
+
+def test_the_old_flag_names_the_new_command():
+    """Scoring was a flag of train_reward.py."""
+    with pytest.raises(InputError, match=r"--score was replaced by python -m eval\.score"):
+        train_reward.main(["--model", "runs/reward", "--score", "pairs.jsonl", "--to", "scored.jsonl"])

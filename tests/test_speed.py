@@ -1,4 +1,4 @@
-"""What makes it fast or small costs no exactness: the vocabulary in chunks, layers computed again, precision.
+"""Options that save time or memory change no result: chunks of the vocabulary, recomputed layers, precision.
 
 python -m pytest tests/test_speed.py
 """
@@ -37,7 +37,7 @@ def stream(ragged, tokenizer):
 
 
 def outcome(model, stream, distributions=False) -> tuple[list, dict]:
-    """What a forward returns, the experts' balance, and the gradients of a weighted sum over tokens."""
+    """Log-probs and experts' balance of a forward, and the gradients of a weighted sum over tokens."""
     model.zero_grad()
     balances = []
     found = [model(stream, balances)]
@@ -59,7 +59,7 @@ def assert_same(one, two, tolerance=1e-11):
 
 
 class Largest(TorchDispatchMode):
-    """The shape of the largest tensor that any operation gave, forward and backward."""
+    """The shape of the largest tensor that any operation returned, forward and backward."""
 
     shape = torch.Size()
 
@@ -72,7 +72,7 @@ class Largest(TorchDispatchMode):
 
 
 def kept_bytes(run) -> int:
-    """What autograd keeps from forward to backward, each storage once."""
+    """The bytes that autograd keeps from forward to backward, each storage once."""
     storages = {}
 
     def keep(x):
@@ -100,7 +100,7 @@ def test_chunks_are_exact(stream, tokenizer, options, monkeypatch):
 
 
 def test_chunks_add_up_in_float32(stream, tokenizer, monkeypatch):
-    """Under bf16, too: autocast's cache would sum the gradients of all chunks in one bf16 copy."""
+    """Under bf16, too: with autocast's cache the gradients of all chunks are summed in one bf16 copy."""
     model = make_model(tokenizer.vocab_size, torch.float32, tie_word_embeddings=False)
 
     def gradient(chunk: int) -> torch.Tensor:
@@ -117,7 +117,7 @@ def test_chunks_add_up_in_float32(stream, tokenizer, monkeypatch):
 
 
 def test_no_tensor_is_positions_times_vocabulary(stream, monkeypatch):
-    """Whatever the vocabulary, no operation of forward or backward gives more than MAX_LOGITS scores."""
+    """For any vocabulary, every operation of forward and backward returns at most MAX_LOGITS scores."""
     monkeypatch.setattr(transformer, "MAX_LOGITS", 2**18)
     for vocabulary in (4000, 8000, 16000):
         model = make_model(vocabulary, torch.float32, hidden_size=8, intermediate_size=12)
@@ -129,7 +129,7 @@ def test_no_tensor_is_positions_times_vocabulary(stream, monkeypatch):
 
 
 def test_what_is_kept_does_not_grow_with_the_vocabulary(stream, monkeypatch):
-    """Between forward and backward: the weights, and nothing else that a larger vocabulary makes larger."""
+    """Only the weights grow with the vocabulary, not the tensors kept between forward and backward."""
     monkeypatch.setattr(transformer, "MAX_LOGITS", 2**13)
     kept = []
     for vocabulary in (1000, 4000):
@@ -144,7 +144,7 @@ def test_what_is_kept_does_not_grow_with_the_vocabulary(stream, monkeypatch):
 
 @pytest.mark.parametrize("options", MODEL_OPTIONS.values(), ids=MODEL_OPTIONS)
 def test_checkpointed_activations_are_exact_and_not_kept(stream, tokenizer, options):
-    """The same numbers, experts and their balance included, with a fraction of what backward needs."""
+    """The same numbers, also of experts and their balance, with a fraction of the memory."""
     model = make_model(tokenizer.vocab_size, num_hidden_layers=4, **options)
     plain, needed = outcome(model, stream), kept_bytes(lambda: model(stream))
     model.checkpoint_activations = True
@@ -156,9 +156,9 @@ def test_checkpointed_activations_are_exact_and_not_kept(stream, tokenizer, opti
 
 
 def test_one_compilation_serves_all_layers_and_streams(ragged, tokenizer, monkeypatch):
-    """Torch gives up, and goes on uncompiled, when a function was compiled eight times.
+    """torch stops compiling a function after eight compilations and runs it uncompiled.
 
-    What torch traced is run as it is here; `--compile` below, a slow test, makes C++ of it.
+    Here the traced graphs run as they are; the slow test of `--compile` below compiles them to C++.
     """
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(
@@ -180,7 +180,7 @@ def test_one_compilation_serves_all_layers_and_streams(ragged, tokenizer, monkey
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_fused_attention_stays_out_of_compiled_layers(stream, tokenizer, monkeypatch):
-    """Traced into a layer, FlexAttention gets a head of unknown size, which its kernels do not take."""
+    """Traced into a layer, FlexAttention gets heads of symbolic size, which its kernels do not support."""
     graphs, compile_module = [], torch.nn.Module.compile
 
     def keep(graph, inputs):
@@ -240,7 +240,7 @@ def test_twenty_steps_are_the_same(flags, ragged, tokenizer, tmp_path, monkeypat
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_matmul_precision_reaches_torch(script, ragged, tokenizer, tmp_path, monkeypatch):
-    """And no later run inherits it."""
+    """The flag sets torch's precision, and a later run does not inherit it."""
     save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32))
     tokenizer.save(tmp_path / "start")
     seen = []
@@ -278,7 +278,7 @@ print(pages(), keep_freed_memory(), pages(), pages())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other allocators")
 def test_freed_memory_is_used_again():
-    """Ten tensors of 64 MiB, one after another: the kernel gives pages for each, or for one only."""
+    """Ten tensors of 64 MiB in turn: the kernel provides pages for each, or once for all."""
     ran = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True)
     given_back, _, _, kept = ran.stdout.split()
     assert int(kept) * 5 < int(given_back)

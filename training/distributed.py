@@ -178,9 +178,8 @@ def connect(ranks: int, hosting: bool) -> dist.Store:
         store = dist.TCPStore(host, port, ranks, is_master=hosting, timeout=TIMEOUT)
     except dist.DistError as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"MASTER_ADDR {host}, MASTER_PORT {port}: ranks cannot meet there ({reason})"
-        ) from None
+        where = f"MASTER_ADDR {host}, MASTER_PORT {port}"
+        raise InputError(f"{where}: ranks cannot meet there ({reason})") from None
     # A new prefix for each attempt: after a restart the store still contains the addresses of the dead
     # workers, and gloo would wait for them.
     return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -195,7 +194,7 @@ def leave(store: dist.Store, rank: int, ranks: int) -> None:
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of --device: ``auto`` is CUDA, then MPS, then the CPU. Each rank has its own GPU."""
+    """The device of --device; ``auto``: CUDA, else MPS, else the CPU. Each rank of a node has its own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":

@@ -1,22 +1,24 @@
-"""How many tokens a forward may hold: ``--micro-batch-tokens auto``."""
+"""The tokens of a forward that fit into memory: ``--micro-batch-tokens auto``."""
 
-import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from dataset.packing import build_stream, stream_lengths
 from dataset.store import TokenStore
 from errors import InputError
 from model.config import ModelConfig
+from model.stream import TokenStream
 from training.distributed import World
 from training.precision import Precision
 from training.settings import TrainSettings
 
 MOST_TOKENS = 2**14  # Longer streams are not faster, on a CPU or on a GPU.
 OUT_OF_MEMORY = (
-    "not even one record fits into the device's memory; these flags need less, the cheapest first: "
+    "even a single record does not fit into the GPU's memory; these flags need less, in this order: "
     "--reference cached, --checkpoint-activations, --lora-rank, --shard"
 )
 
@@ -27,23 +29,25 @@ def micro_batch_tokens(
     world: World,
     store: TokenStore,
     precision: Precision,
-    reference: nn.Module | None = None,
+    reference: Callable[[TokenStream], Tensor] | None = None,
 ) -> int:
-    """The most tokens of a forward: --micro-batch-tokens, or what fits where that is ``auto``.
+    """The maximum tokens of a forward: --micro-batch-tokens, or with ``auto`` the tokens that fit.
 
-    On a CPU that is a formula, on CUDA a trial of the data's heaviest micro-batch. The result is a power of
-    two and the same on every rank. Every rank must call this function.
+    `model` is the module inside DDP. The result of ``auto`` is a power of two, at most 16,384 and the same on
+    every rank: of a formula on a CPU and for split weights, of a trial on CUDA. Every rank must call this
+    function. Raises `InputError` if a trial of the longest record does not fit.
     """
     if settings.micro_batch_tokens != "auto":
         return int(settings.micro_batch_tokens)
-    layout = getattr(settings, "layout", "forked")
-    if world.device.type != "cuda":
-        tokens = fitting_tokens(free_memory() // (4 * world.local_ranks), model.config)
-        return -world.largest(-tokens)
-    lengths, tokens = stream_lengths(store, layout), MOST_TOKENS
+    # A backward that stops half-way would leave split weights in a state without return: no trial.
+    if world.device.type != "cuda" or isinstance(model, FSDPModule):
+        return -world.largest(-fitting_tokens(free_memory(world) // 4, model.config))
+    layout, tokens = getattr(settings, "layout", "forked"), MOST_TOKENS
+    lengths = stream_lengths(store, layout)
     while True:
         rows = heaviest_rows(lengths, tokens, settings.batch_size)
-        if not world.largest(int(not fits(rows, model, world, store, precision, reference, layout))):
+        stream = build_stream(store, rows, layout)
+        if not world.largest(int(not fits(stream, model, world, precision, reference))):
             return tokens
         if len(rows) == 1:
             raise InputError(OUT_OF_MEMORY)
@@ -64,17 +68,20 @@ def fitting_tokens(free: int, config: ModelConfig) -> int:
     return min(MOST_TOKENS, 2 ** max(0, (free // bytes_a_token).bit_length() - 1))
 
 
-def free_memory() -> int:
-    """Bytes of memory that programs of this machine can still have; all of it where that is unknown."""
+def free_memory(world: World) -> int:
+    """Free bytes for this rank: of its GPU, or an equal part of the node's memory."""
+    if world.device.type == "cuda":
+        return torch.cuda.mem_get_info(world.device)[0]
     try:
         with open("/proc/meminfo") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            kilobytes = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except OSError:  # Not Linux: a usual computer.
+        kilobytes = 8 * 2**20
+    return 1024 * kilobytes // world.local_ranks
 
 
 def heaviest_rows(lengths: np.ndarray, max_tokens: int, most_rows: int) -> list[int]:
-    """The longest row and then the longest others that fit: at least as heavy as any micro-batch of a run."""
+    """The longest row and the longest others that fit beside it: as heavy as a micro-batch can be."""
     rows, tokens = [], 0
     for row in np.argsort(-lengths, kind="stable").tolist():
         if not rows or (tokens + lengths[row] <= max_tokens and len(rows) < most_rows):
@@ -84,36 +91,34 @@ def heaviest_rows(lengths: np.ndarray, max_tokens: int, most_rows: int) -> list[
 
 
 def fits(
-    rows: list[int],
+    stream: TokenStream,
     model: nn.Module,
     world: World,
-    store: TokenStore,
     precision: Precision,
-    reference: nn.Module | None,
-    layout: str,
+    reference: Callable[[TokenStream], Tensor] | None,
 ) -> bool:
-    """Whether a forward and a backward of these rows fit beside the two moments that AdamW will keep.
+    """Whether a forward and a backward of the stream fit beside the two moments that AdamW will keep.
 
-    `model` is the module inside DDP, so that a rank without memory leaves no other rank in an exchange.
+    Ranks exchange nothing here, so a rank without memory does not leave the others waiting.
     """
 
     def run() -> bool:
         try:
             trained = [weight for weight in model.parameters() if weight.requires_grad]
             moments = [torch.empty_like(weight) for weight in (*trained, *trained)]
-            stream = build_stream(store, rows, layout).to(world.device)
+            here = stream.to(world.device)
             with precision.autocast():
-                outputs = model(stream)
+                outputs = model(here)
                 if reference is not None:
                     with torch.no_grad():
-                        reference(stream)
+                        reference(here)
             outputs.sum().backward()
             del moments
         except torch.OutOfMemoryError:
             return False
         return True
 
-    fitted = run()  # A function of its own: its tensors are free here, also after an error.
+    fitted = run()  # A function of its own, so that its tensors are free here, also after an error.
     model.zero_grad()
     if world.device.type == "cuda":
         torch.cuda.empty_cache()

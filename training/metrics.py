@@ -1,4 +1,4 @@
-"""Running means over micro-batches and ranks, and the file and the bar that show them."""
+"""Running means over micro-batches and ranks, the log file, and the progress bar."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ from training.distributed import World
 
 
 class Meter:
-    """Weighted means since the last `mean()`, kept on the device so that no step waits for a number."""
+    """Weighted means since the last `mean()`. Sums stay on the device, so that no step waits for them."""
 
     def __init__(self, world: World):
         self.world = world
@@ -31,12 +31,12 @@ class Meter:
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
 
     def is_finite(self, *others: float) -> bool:
-        """Whether all sums, and these other numbers, are finite on all ranks. Every rank must call it."""
+        """Whether all sums and the other numbers are finite on all ranks. Every rank must call this."""
         finite = all(map(math.isfinite, others)) and torch.stack([*self.sums.values()]).isfinite().all()
         return not self.world.largest(int(not finite))
 
     def mean(self) -> dict[str, float]:
-        """Means over all ranks; starts afresh. Every rank must call it."""
+        """The means over all ranks; the sums start again at 0. Every rank must call this function."""
         names = list(self.sums)
         totals = torch.stack([*self.sums.values(), torch.tensor(self.weight, device=self.world.device)])
         *sums, weight = self.world.sum(totals).tolist()
@@ -44,7 +44,7 @@ class Meter:
         return {name: value / weight for name, value in zip(names, sums, strict=True)}
 
     def state_dict(self) -> dict:
-        """The sums of each rank: added up early they would round otherwise. Every rank must call it."""
+        """The sums of each rank: a sum over ranks would round differently. Every rank must call this."""
         mine = [*(float(value) for value in self.sums.values()), self.weight]
         device = self.world.device if self.world.ranks > 1 else "cpu"
         rows = torch.zeros(self.world.ranks, len(mine), dtype=torch.float64, device=device)
@@ -53,7 +53,7 @@ class Meter:
 
     def load_state_dict(self, saved: dict) -> None:
         rows = saved["rows"]
-        if len(rows) != self.world.ranks:  # Other ranks than before: the main one takes it all.
+        if len(rows) != self.world.ranks:  # Another number of ranks: the main one takes the total.
             total = [sum(column) for column in zip(*rows, strict=True)]
             rows = [total] + [[0.0] * len(total)] * (self.world.ranks - 1)
         *sums, self.weight = rows[self.world.rank]
@@ -61,17 +61,17 @@ class Meter:
         self.sums = dict(zip(saved["names"], tensors, strict=True))
 
 
-SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}  # on the bar
+SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}  # at the terminal
 
 
 class MetricsLog:
-    """``metrics.jsonl``, one row a logged step, and the progress bar. Only the main rank writes.
+    """``metrics.jsonl``, one row per logged step, and the progress bar. Only the main rank writes.
 
-    A run that goes on from `first_step` keeps the rows up to it: those after it are written again.
+    A run that continues after `first_step` keeps the rows up to that step. Later rows are written again.
     """
 
     def __init__(self, folder: Path, world: World, first_step: int, total_steps: int, unit: str):
-        self.unit = unit
+        self.unit, self.total_steps = unit, total_steps
         self.items, self.since = 0, time.perf_counter()
         self.bar = tqdm(
             total=total_steps, initial=first_step, unit="step", disable=not world.is_main, dynamic_ncols=True
@@ -84,13 +84,14 @@ class MetricsLog:
             self.file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def advance(self, items: int) -> None:
-        """One optimizer step is done, over `items` pairs or conversations of all ranks."""
+        """Count an optimizer step over `items` pairs or conversations of all ranks."""
         self.items += items
         self.bar.update()
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """Append a row and show its main figures on the bar; training rows also get their speed.
+        """Append a row and show its main figures: of training on the bar, of an evaluation as a line.
 
+        A row of training also gets its speed, pairs or conversations per second.
         Raises `NotFiniteError` on every rank if an evaluation is not finite, `InputError` if the disk fails.
         """
         for name, value in row.items():
@@ -102,8 +103,11 @@ class MetricsLog:
             now = time.perf_counter()
             row = {**row, f"{self.unit}_per_second": self.items / (now - self.since)}
             self.items, self.since = 0, now
-            shown = {short: f"{row[name]:.4f}" for name, short in SHOWN.items() if name in row}
-            self.bar.set_postfix({**shown, f"{self.unit}/s": f"{row[f'{self.unit}_per_second']:.1f}"})
+            speed = {f"{self.unit}/s": f"{row[f'{self.unit}_per_second']:.1f}"}
+            self.bar.set_postfix({**shown(row, ""), **speed})
+        if "eval_loss" in row:
+            figures = ", ".join(f"{name} {value}" for name, value in shown(row, "eval_").items())
+            self.bar.write(f"step {step} of {self.total_steps}: held-out {figures}")
         line = json.dumps({"step": step, **row}).encode() + b"\n"
         try:
             if self.file.write(line) < len(line):
@@ -118,8 +122,13 @@ class MetricsLog:
             self.file.close()
 
 
+def shown(row: dict[str, float], prefix: str) -> dict[str, str]:
+    """The figures of a row for the terminal, by their short names."""
+    return {short: f"{row[prefix + name]:.4f}" for name, short in SHOWN.items() if prefix + name in row}
+
+
 def rows_until(step: int, path: Path) -> list[str]:
-    """The lines of a metrics file whose step is at most `step`; a line that was torn by a crash is none."""
+    """The lines of a metrics file whose step is at most `step`, without lines that a crash cut off."""
     kept = []
     for line in path.read_text("utf-8", errors="replace").splitlines(keepends=True) if path.exists() else ():
         try:

@@ -229,16 +229,15 @@ def call(function: Callable, values: dict) -> Tensor:
     return function(**{name: values[name] for name in parameters(function) & values.keys()})
 
 
-@torch.no_grad()
 def wpo_pair_weights(model: Transformer, stream: TokenStream, policy_logps: Tensor) -> Tensor:
     """WPO's weights of a stream's pairs, (B,), without gradient; one more forward of the policy.
 
     `policy_logps` are the policy's log-probs of the stream's targets, (N,).
     """
-    with unsharded(model):
+    with unsharded(model), torch.no_grad():
         # log Σ_v π(v | x, y_<t)², the log-probability that two draws are the same token, (N,)
         collisions = torch.cat([(2 * logps).logsumexp(-1) for logps in model.log_distributions(stream)])
-    surprise = stream.sum_by_side(policy_logps - collisions)
+    surprise = stream.sum_by_side(policy_logps.detach() - collisions)
     return wpo_weights(*surprise, *stream.sum_by_side(torch.ones_like(policy_logps)))
 
 

@@ -14,15 +14,13 @@ def automatic(device: torch.device) -> tuple[str, str]:
     """The precision that ``auto`` means on this device, and the reason."""
     if device.type == "cuda":
         # Emulated bf16 (V100, T4) is slow; fp16 is fast on every GPU.
-        multiplies = torch.cuda.is_bf16_supported(including_emulation=False)
-        return (
-            ("bf16", "this GPU multiplies it") if multiplies else ("fp16", "this GPU does not multiply bf16")
-        )
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "this GPU multiplies it"
+        return "fp16", "this GPU does not multiply bf16"
     if device.type == "cpu":
-        multiplies = cpu_multiplies_bf16()
-        return (
-            ("bf16", "this CPU multiplies it") if multiplies else ("fp32", "this CPU does not multiply bf16")
-        )
+        if cpu_multiplies_bf16():
+            return "bf16", "this CPU multiplies it"
+        return "fp32", "this CPU does not multiply bf16"
     return "fp32", f"the default on {device.type}"
 
 

@@ -107,13 +107,12 @@ def cache_reference(
     def is_missing() -> bool:
         return not path.is_file() or path.stat().st_size != int(store.target_bounds[-1]) * dtype.itemsize
 
-    # One rank of each node looks, since a network file system may remember that a file was not there. If the
-    # file is missing on one node, all ranks compute.
-    writes = world.local_rank == 0
-    if world.largest(int(writes and is_missing())):
+    # Ranks compute together or not at all. The first rank of each node looks for the file and writes it: a
+    # node may have a disk of its own, and another run may write the same file now.
+    if world.largest(int(world.is_node_main and is_missing())):
         world.print(f"computing reference log-probs of {len(store)} pairs")
         chunks = token_logps(model, store, world, precision, layout, max_tokens)
-        if writes:
+        if world.is_node_main:
             write_whole(path, lambda file: file.writelines(chunks))
         else:
             deque(chunks, maxlen=0)  # Every rank computes its part of each chunk.

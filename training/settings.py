@@ -1,6 +1,7 @@
-"""One dataclass of settings a script: its fields are the flags, the README's table and ``config.json``."""
+"""One dataclass of settings per script: its fields are the flags, docs/FLAGS.md and ``config.json``."""
 
 import argparse
+import math
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,7 +15,10 @@ from model.config import ModelConfig
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "dataset" / "sample"
 LONGEST = 4096  # tokens of a record, where --max-length is 0
-REPLACED = {"--micro-batch-size": "--micro-batch-tokens (tokens in a forward, instead of records)"}
+REPLACED = {
+    "--micro-batch-size": "--micro-batch-tokens (tokens in a forward, instead of records)",
+    "--score": "python -m eval.score --model DIR --data FILE --out FILE",
+}
 
 
 def default_length(config: ModelConfig) -> int:
@@ -23,88 +27,90 @@ def default_length(config: ModelConfig) -> int:
 
 
 def flag(default, why: str, choices: tuple[str, ...] | None = None):
-    """A field of a settings class: its default, one line on why it is there, and what it may be."""
+    """A field of a settings class: its default, its help text in one line, and the allowed values."""
     return field(default=default, metadata={"why": why, "choices": choices})
 
 
 @dataclass
 class TrainSettings:
-    """What every training script asks. A script adds its own and gives its own defaults."""
+    """The flags of all training scripts. A script adds its own and changes defaults."""
 
     model: str = flag("tiny", "model folder to start from")
     data: str = flag("", "training data: .jsonl or .json, also .gz")
-    eval_data: str = flag("", "held-out data, evaluated every --eval-every steps; empty: none")
-    eval_share: float = flag(0.0, "share of the prompts of --data to hold out and evaluate instead; 0: none")
-    out: str = flag("", "run folder: config, weights, tokenizer, metrics, checkpoints")
-    shape: str = flag("auto", "force how records are read (see dataset/records.py); auto looks at the first")
-    skip_bad: bool = flag(False, "leave bad records out (at most 1 %) instead of stopping at the first")
-    seed: int = flag(0, "of the data order and of a fresh model's weights")
+    eval_data: str = flag("", "held-out data, evaluated every --eval-every steps; empty: no evaluation")
+    eval_share: float = flag(0.0, "share of the prompts of --data that is held out and evaluated; 0: none")
+    out: str = flag("", "run folder for config, weights, tokenizer, metrics and checkpoints")
+    shape: str = flag("auto", "data format (see dataset/formats.py); auto detects it from the first record")
+    skip_bad: bool = flag(False, "skip bad records (at most 1 %) instead of stopping at the first")
+    seed: int = flag(0, "seed of the data order and of a new model's weights")
     device: str = flag(
-        "auto", "auto takes CUDA, then Apple's MPS, then the CPU", ("auto", "cuda", "mps", "cpu")
+        "auto", "auto: CUDA, else Apple's MPS, else the CPU", ("auto", "cuda", "mps", "cpu")
     )
     precision: str = flag(
         "auto",
-        "of the forward pass; weights stay float32. auto: bf16 if the hardware has it",
+        "number format of the forward pass; weights stay float32. auto: bf16 on hardware with bf16 "
+        "instructions, else fp16 on CUDA and fp32 elsewhere",
         ("auto", "fp32", "bf16", "fp16"),
     )
     matmul_precision: str = flag(
         "highest",
-        "of float32 products: high may use TF32, medium bf16, where that is faster",
+        "precision of float32 matrix products: high may use TF32, medium bf16, where that is faster",
         ("highest", "high", "medium"),
     )
     checkpoint_activations: bool = flag(
-        False, "compute each layer again in backward instead of keeping it: less memory, a third more time"
+        False, "recompute each layer in backward, keep no activations: less memory, a third more time"
     )
     fused_attention: bool = flag(
-        False, "on CUDA: one FlexAttention call a layer, compiled at the first step, not one a block"
+        False, "one FlexAttention call per layer instead of one call per block; CUDA only, compiled once"
     )
     compile: bool = flag(
-        False, "let torch.compile fuse a layer's small operations: a minute at the start, for GPUs and bf16"
+        False, "fuse a layer's small operations with torch.compile: a minute at the start; for GPUs and bf16"
     )
     shard: bool = flag(
-        False, "split weights, gradients and optimizer state among the ranks (FSDP2), instead of a copy each"
+        False, "split weights, gradients and optimizer state among the ranks (FSDP2) instead of copying them"
     )
-    epochs: int = flag(1, "times every record is seen")
-    max_steps: int = flag(0, "stop after this many optimizer steps; 0 for all of --epochs")
+    epochs: int = flag(1, "passes over the training data")
+    max_steps: int = flag(0, "stop after this number of optimizer steps; 0: after --epochs")
     batch_size: int = flag(32, "records per optimizer step, over all ranks and micro-batches")
     micro_batch_tokens: str = flag(
         "auto",
-        "most tokens in a forward on each rank (a longer record is alone); fewer need less memory",
+        "maximum tokens per forward on each rank; a longer record is alone. Fewer tokens need less memory; "
+        "auto: as many as fit, up to 16,384",
     )
     max_length: int = flag(
         0,
-        "most tokens of prompt and response; longer records are dropped and counted. "
-        "0: 4,096, or fewer where the model has fewer positions",
+        "maximum tokens of prompt and response; longer records are dropped and counted. 0: 4,096, or fewer "
+        "if the model has fewer positions",
     )
     lr: float = flag(1e-3, "peak learning rate")
     warmup_steps: int = flag(10, "steps of linear warm-up before the cosine")
-    weight_decay: float = flag(0.0, "AdamW's, on matrices only")
-    grad_clip: float = flag(1.0, "longest gradient norm; 0 to leave it alone")
+    weight_decay: float = flag(0.0, "weight decay of AdamW, on matrices only")
+    grad_clip: float = flag(1.0, "maximum gradient norm; 0: no clipping")
     log_every: int = flag(10, "optimizer steps between rows of metrics.jsonl")
     eval_every: int = flag(100, "optimizer steps between evaluations on --eval-data")
-    save_every: int = flag(500, "optimizer steps between checkpoints; 0 saves only when a signal stops it")
-    keep_checkpoints: int = flag(2, "newest checkpoints to keep: a damaged one falls back to an older one")
+    save_every: int = flag(500, "optimizer steps between checkpoints; 0: only when a signal stops the run")
+    keep_checkpoints: int = flag(2, "number of newest checkpoints to keep, in case one is damaged")
     overwrite: bool = flag(False, "replace the run that --out contains, finished or stopped")
-    resume: bool = flag(False, "go on from the newest valid checkpoint in --out; begin if it has none")
-    override: str = flag("", "settings in which --resume may differ from the checkpoint, by name: lr,data")
+    resume: bool = flag(False, "continue from the newest valid checkpoint in --out, or start if it has none")
+    override: str = flag("", "settings that --resume may change, by name and separated by commas: lr,data")
 
     def __post_init__(self) -> None:
-        """Refuse values that no run can mean."""
-        counts = ("epochs", "batch_size", "log_every", "eval_every")
-        for name in (*counts, "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        tokens = self.micro_batch_tokens
-        if tokens != "auto" and not (tokens.isdecimal() and int(tokens)):
-            raise InputError(f"--micro-batch-tokens must be auto or a number of at least 1, not {tokens}")
-        if not 0 <= self.eval_share < 1:
-            raise InputError(f"--eval-share must be at least 0 and below 1, not {self.eval_share}")
+        """Raise `InputError` for a value outside its range."""
+        for name in ("epochs", "batch_size", "log_every", "eval_every", "keep_checkpoints"):
+            self.require(getattr(self, name) >= 1, name, "at least 1")
         others = "max_steps", "max_length", "lr", "warmup_steps", "weight_decay", "grad_clip", "save_every"
         for name in others:
-            if not getattr(self, name) >= 0:
-                raise InputError(
-                    f"--{name.replace('_', '-')} must not be negative, nor {getattr(self, name)}"
-                )
+            self.require(0 <= getattr(self, name) < math.inf, name, "0 or more")
+        self.require(0 <= self.seed < 2**63, "seed", "from 0 to 2^63 - 1")
+        self.require(0 <= self.eval_share < 1, "eval_share", "at least 0 and below 1")
+        tokens = self.micro_batch_tokens
+        is_number = tokens.isdecimal() and int(tokens) > 0
+        self.require(is_number or tokens == "auto", "micro_batch_tokens", "auto, or a number from 1")
+
+    def require(self, holds: bool, name: str, rule: str) -> None:
+        """Raise `InputError` about the flag of a field unless `holds`."""
+        if not holds:
+            raise InputError(f"--{name.replace('_', '-')} must be {rule}, not {getattr(self, name)}")
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -116,18 +122,30 @@ class TrainSettings:
 
 @dataclass
 class AdapterSettings(TrainSettings):
-    """What the scripts that train a language model also ask."""
+    """The further flags of the scripts that train a language model."""
 
-    lora_rank: int = flag(0, "train adapters of this rank and leave the model as it is; 0 trains all weights")
-    lora_alpha: float = flag(32.0, "what an adapter says counts alpha / rank times")
-    lora_targets: str = flag("all", "layers with an adapter: all linear ones, or names such as q_proj,v_proj")
+    lora_rank: int = flag(0, "rank of the adapters to train (LoRA); 0: train all weights")
+    lora_alpha: float = flag(32.0, "adapter output is scaled by alpha / rank")
+    lora_targets: str = flag("all", "layers with an adapter: all (linear) layers, or names: q_proj,v_proj")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lora_rank < 0:
-            raise InputError(f"--lora-rank must not be negative, nor {self.lora_rank}")
-        if not self.lora_alpha > 0:
-            raise InputError(f"--lora-alpha must be above 0, not {self.lora_alpha}")
+        self.require(self.lora_rank >= 0, "lora_rank", "0 or more")
+        self.require(0 < self.lora_alpha < math.inf, "lora_alpha", "above 0")
+
+
+LARGE = 100_000_000  # weights
+
+
+def learning_rate_advice(settings: TrainSettings, weights: int) -> str:
+    """A line of advice if a model of more than 100 million weights trains with the default --lr; else ""."""
+    default = type(settings).lr
+    if weights <= LARGE or settings.lr != default or getattr(settings, "lora_rank", 0):
+        return ""
+    return (
+        f"--lr {default:g} is the default for models of a few million weights; this model has {weights:,}: "
+        "try --lr 5e-6 for preferences, --lr 2e-5 for supervised fine-tuning"
+    )
 
 
 @dataclass
@@ -150,7 +168,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(settings_class: type, description: str, arguments: list[str] | None = None):
-    """Command line to settings: ``--batch-size 8`` sets `batch_size`, ``--x`` and ``--no-x`` set a bool."""
+    """The settings of a command line: ``--batch-size 8`` sets `batch_size`, ``--x`` and ``--no-x`` a bool."""
     parser = OneLineParser(
         description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

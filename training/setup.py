@@ -11,7 +11,7 @@ from model.transformer import Transformer
 from model.weights import load_model
 from training.distributed import World, first_device
 from training.precision import Precision
-from training.settings import SAMPLE, AdapterSettings, TrainSettings
+from training.settings import SAMPLE, AdapterSettings, TrainSettings, learning_rate_advice
 
 
 def load_policy(settings: AdapterSettings, world: World) -> tuple[Transformer, ChatTokenizer, int]:
@@ -74,10 +74,14 @@ def held_out_path(settings: TrainSettings) -> str:
     return str(SAMPLE / "heldout.jsonl") if bundled and not settings.eval_share else ""
 
 
-def describe_run(world: World, precision: Precision, model: Transformer, objective: str) -> None:
-    """Print one line: device, precision and its reason, parameters, objective."""
+def describe_run(
+    settings: TrainSettings, world: World, precision: Precision, model: Transformer, objective: str
+) -> None:
+    """Print one line: device, precision and its reason, parameters, objective; and advice on --lr if any."""
     weights = list(model.parameters())
     total = sum(weight.numel() for weight in weights)
     trained = sum(weight.numel() for weight in weights if weight.requires_grad)
     adapters = f", {trained:,} of them trained" if trained < total else ""
     world.print(f"{world.device.type}, {precision.reason}; {total:,} parameters{adapters}; {objective}")
+    if advice := learning_rate_advice(settings, total):
+        world.print(advice)

@@ -84,7 +84,7 @@ MUTANTS = [
         "decode_steps",
         "running = tokens != end_id",
         "running = tokens >= 0",
-        GENERATE + "test_a_row_falls_silent_after_its_end_token",
+        GENERATE + "test_a_row_ends_with_its_end_token",
     ),
     Mutant(
         "sampling-in-float64",

@@ -140,8 +140,7 @@ MUTANTS = [
         "A response cut at the limit loses its end token; a pair cut to its prompt trains on nothing.",
         "dataset.store",
         "reason_to_drop",
-        "if full_length(branches) > max_length:\n"
-        "    return 'too long'",
+        "if full_length(branches) > max_length:\n    return 'too long'",
         "if full_length(branches) > max_length:\n"
         "    for ids, mask in branches:\n"
         "        del ids[max_length:], mask[max_length:]",

@@ -143,7 +143,7 @@ MUTANTS = [
         "Each rank holds the file and the model at once.",
         "model.weights",
         "read_ours",
-        "torch.load(path, map_location=device, weights_only=True, mmap=not on_meta)",
+        "torch.load(path, map_location=device, mmap=not on_meta, weights_only=True)",
         "torch.load(path, map_location=device, weights_only=True)",
         WEIGHTS + "test_a_file_of_weights_is_mapped_and_not_read_into_memory",
     ),
@@ -217,8 +217,7 @@ MUTANTS = [
         "Policy and reference are one model, and the loss is ln 2 for ever.",
         "model.lora",
         "WithoutAdapters.__call__",
-        "with adapters_off(self.model):\n"
-        "    return self.model(stream)",
+        "with adapters_off(self.model):\n    return self.model(stream)",
         "return self.model(stream)",
         LORA + "test_training_changes_adapters_only",
     ),
@@ -227,10 +226,8 @@ MUTANTS = [
         "After the reference's forward the policy has no adapters either, and no gradient.",
         "model.lora",
         "adapters_off",
-        "for layer in layers:\n"
-        "    layer.on = True",
-        "for layer in layers:\n"
-        "    layer.on = False",
+        "for layer in layers:\n    layer.on = True",
+        "for layer in layers:\n    layer.on = False",
         LORA + "test_gradients_reach_every_adapter_and_nothing_else",
     ),
     Mutant(

@@ -210,3 +210,10 @@ def plant_on_import(mutant: Mutant) -> None:
     sys.meta_path.insert(0, Finder(mutant))
     os.environ["MINIDPO_MUTANT"] = json.dumps(dataclasses.asdict(mutant))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(STARTUP), str(ROOT)])
+
+
+def force_bf16(value: str) -> None:
+    """Let `cpu_multiplies_bf16` return `value == "1"`, here and in the processes that this one starts."""
+    name = "training.precision", "cpu_multiplies_bf16"
+    sys.meta_path.insert(0, Finder(Mutant("bf16", "", *name, "any(...)", str(value == "1"), "")))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(STARTUP), str(ROOT)])

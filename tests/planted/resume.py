@@ -70,10 +70,8 @@ MUTANTS = [
         "Moments are assigned by position, so a changed order gives them to the wrong parameters.",
         "training.checkpoint",
         "check_moments",
-        "if then != now:\n"
-        "    ...",
-        "if False:\n"
-        "    ...",
+        "if then != now:\n    ...",
+        "if False:\n    ...",
         CHECKPOINT + "test_state_that_does_not_fit_is_refused",
     ),
     Mutant(
@@ -126,10 +124,8 @@ MUTANTS = [
         "The reference is what the policy had become: DPO starts anew at ln 2.",
         "train_dpo",
         "train",
-        "first_step = run.begin(state, weights_hash(model), pairs.fingerprint, tokenizer.fingerprint)",
-        "first_step = run.begin(state, weights_hash(model), pairs.fingerprint, tokenizer.fingerprin"
-        "t)\n"
-        "reference.load_state_dict(model.state_dict())",
+        "first_step = run.begin(..., **...)",
+        "first_step = run.begin(..., **...)\nreference.load_state_dict(model.state_dict())",
         RESUME + "test_the_reference_stays_the_original_one",
     ),
     Mutant(

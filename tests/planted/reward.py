@@ -22,8 +22,7 @@ MUTANTS = [
         "model.stream",
         "TokenStream.last_tokens",
         "segments = self.segments.tolist()",
-        "return self.predictors[self.lengths().cumsum(0) - 1] + 1\n"
-        "segments = []",
+        "return self.predictors[self.lengths().cumsum(0) - 1] + 1\nsegments = []",
         REWARD + "test_last_tokens_are_end_tokens[forked]",
     ),
     Mutant(
@@ -58,10 +57,8 @@ MUTANTS = [
         "A matrix that no gradient reaches: ranks wait for it, and checkpoints carry it along.",
         "model.reward",
         "RewardModel.__init__",
-        "if not config.tie_word_embeddings:\n"
-        "    del self.lm_head",
-        "if not config.tie_word_embeddings:\n"
-        "    self.lm_head.requires_grad_()",
+        "if not config.tie_word_embeddings:\n    del self.lm_head",
+        "if not config.tie_word_embeddings:\n    self.lm_head.requires_grad_()",
         REWARD + "test_a_fresh_reward_model_is_the_language_models_body[False]",
     ),
     Mutant(
@@ -69,8 +66,8 @@ MUTANTS = [
         "Each micro-batch is divided by its own size, so pairs of small micro-batches weigh more.",
         "train_reward",
         "train",
-        "total * world.ranks / len(window)",
-        "total / len(losses) * world.ranks / len([*micro_batches(pairs, window, world, max_tokens)])",
+        "(losses + penalty).sum() * world.ranks / len(window)",
+        "(losses + penalty).mean() * world.ranks / len([*micro_batches(pairs, window, world, max_tokens)])",
         REWARD + "test_accumulation_equals_one_big_batch[200]",
     ),
     Mutant(
@@ -78,8 +75,8 @@ MUTANTS = [
         "DDP averages the ranks' gradients; without the factor two ranks learn at half the rate.",
         "train_reward",
         "train",
-        "total * world.ranks",
-        "total",
+        "(losses + penalty).sum() * world.ranks",
+        "(losses + penalty).sum()",
         REWARD + "test_two_ranks_equal_one_process",
     ),
     Mutant(
@@ -123,8 +120,8 @@ MUTANTS = [
         "BCO's running mean begins anew after a resume, and the run is another one.",
         "train_dpo",
         "train",
-        'state["objective"] = objective',
-        "",
+        '{"objective": objective, **...}',
+        "{**...}",
         RESUME + "test_what_an_objective_remembers_is_resumed[soft]",
     ),
     Mutant(

@@ -55,10 +55,8 @@ MUTANTS = [
         "What was split is left as it was allocated: noise, or zeros.",
         "training.sharded",
         "place_tensors",
-        "if missing:\n"
-        "    ...",
-        "if False:\n"
-        "    ...",
+        "if missing:\n    ...",
+        "if False:\n    ...",
         SHARD + "test_what_is_saved_is_what_is_loaded",
     ),
     Mutant(
@@ -111,9 +109,8 @@ MUTANTS = [
         "A rank with fewer batches is done while another waits for its part of the weights.",
         "dataset.packing",
         "share",
-        "mine, most = range(rank, rows, ranks), len(range(0, rows, ranks))",
-        "mine = range(rank, rows, ranks)\n"
-        "most = len(mine)",
+        "parts[rank] + [range(0)] * (max(map(len, parts)) - len(parts[rank]))",
+        "parts[rank]",
         "tests/test_store.py::test_shares_of_an_evaluation_are_as_many_batches_on_every_rank[5-2]",
     ),
 ]

@@ -205,11 +205,11 @@ MUTANTS = [
     ),
     Mutant(
         "balance-whole-in-every-micro-batch",
-        "With n micro-batches the load-balancing loss weighs n times as much.",
-        "train_dpo",
-        "train",
-        "(losses + model.config.router_aux_loss_coef * aux_loss).sum()",
-        "losses.sum() + model.config.router_aux_loss_coef * aux_loss * len(window)",
+        "Each micro-batch adds the balance of a whole window: more micro-batches push the experts harder.",
+        "training.objective",
+        "Objective.training_losses",
+        "model.config.router_aux_loss_coef * (aux_loss - aux_loss.detach())",
+        "model.config.router_aux_loss_coef * (aux_loss - aux_loss.detach()) * 7 / len(losses)",
         MOE + "test_each_window_counts_the_balance_once[dpo-150]",
     ),
     Mutant(
@@ -226,8 +226,8 @@ MUTANTS = [
         "The option is read, saved and shown, and never reaches the loss.",
         "train_sft",
         "train",
-        "model.config.router_aux_loss_coef * aux_loss",
-        "aux_loss",
+        "model.config.router_aux_loss_coef * router_loss(balances)",
+        "router_loss(balances)",
         MOE + "test_each_window_counts_the_balance_once[sft-5]",
     ),
 ]

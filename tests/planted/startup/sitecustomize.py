@@ -3,7 +3,9 @@
 import json
 import os
 
-from tests.planted.mutant import Mutant, plant_on_import
+from tests.planted.mutant import Mutant, force_bf16, plant_on_import
 
+if "MINIDPO_TEST_BF16" in os.environ:
+    force_bf16(os.environ["MINIDPO_TEST_BF16"])
 if "MINIDPO_MUTANT" in os.environ:
     plant_on_import(Mutant(**json.loads(os.environ["MINIDPO_MUTANT"])))

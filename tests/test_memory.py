@@ -1,0 +1,230 @@
+"""Micro-batches by tokens: what `auto` is, and that results do not depend on it.
+
+python -m pytest tests/test_memory.py
+"""
+
+import io
+import itertools
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+import train_dpo
+from dataset.packing import build_stream
+from dataset.store import open_store
+from errors import InputError
+from model.stream import TokenStream
+from model.weights import save_model
+from tests.conftest import make_model
+from tests.loops import record_gradients
+from tests.ranks import forked
+from tests.test_loops import PAIRS, command_line
+from training import memory
+from training.distributed import World
+from training.precision import Precision
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LONG = {"prompt": "Count. " * 40, "chosen": "1 2 3 " * 90, "rejected": "No. " * 60}
+
+
+@pytest.fixture
+def flags(tmp_path, tokenizer, write_jsonl):
+    """Flags of a run on ten short pairs and a long one."""
+    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32))
+    tokenizer.save(tmp_path / "start")
+    data = write_jsonl("pairs.jsonl", [*PAIRS, LONG])
+
+    def of(out="out", **changes) -> list[str]:
+        settings = {
+            "model": tmp_path / "start", "data": data, "eval_data": "", "batch_size": 6, "epochs": 2,
+            "lr": 1e-3, "warmup_steps": 1, "log_every": 1, "device": "cpu", "precision": "fp32", **changes,
+        }  # fmt: skip
+        return command_line(out=tmp_path / out, **settings)
+
+    return of
+
+
+# ---- the same result
+
+
+@pytest.mark.parametrize("layout", ["forked", "twin"])
+def test_the_result_does_not_depend_on_the_budget(layout, flags, monkeypatch):
+    """Three budgets, the smallest below one record; no forward is longer, but for a record alone."""
+    lengths = []
+    made = train_dpo.micro_batches
+
+    def noting(*arguments):
+        for stream, last in made(*arguments):
+            lengths.append((len(stream.tokens), stream.responses // 2))
+            yield stream, last
+
+    monkeypatch.setattr(train_dpo, "micro_batches", noting)
+    steps = {}
+    for most in (20, 150, 100_000):
+        arguments = flags(str(most), micro_batch_tokens=most, layout=layout)
+        lengths.clear()
+        steps[most] = record_gradients(train_dpo, lambda given=arguments: train_dpo.main(given))
+        assert all(tokens <= most or pairs == 1 for tokens, pairs in lengths)
+        assert max(lengths)[0] > 800
+    assert len(lengths) == len(steps[20]) == 4
+    for most in (20, 150):
+        for one, whole in zip(itertools.chain(*steps[most]), itertools.chain(*steps[100_000]), strict=True):
+            assert (one - whole).abs().max() <= 2e-4 * whole.abs().max().clamp(min=1e-3)
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["copies", "split"])
+def test_two_ranks_with_unequal_data_equal_one(shard, flags, tmp_path):
+    """A rank with the long record has few others; both make the same number of forwards, or wait for ever."""
+    arguments = flags("one", micro_batch_tokens=150)
+    alone = record_gradients(train_dpo, lambda: train_dpo.main(arguments))
+    arguments = flags("two", micro_batch_tokens=150, **({"shard": True} if shard else {}))
+    result = forked("tests.loops", "train_dpo", tmp_path / "two.pt", *arguments, ranks=2)
+    assert result.returncode == 0, result.stderr
+    if shard:
+        one, two = (torch.load(tmp_path / out / "model.pt", weights_only=True) for out in ("one", "two"))
+        assert all((one[name] - two[name]).abs().max() < 2e-4 for name in one)
+        return
+    both = torch.load(tmp_path / "two.pt", weights_only=True)
+    for one, two in zip(itertools.chain(*alone), itertools.chain(*both), strict=True):
+        assert (one - two).abs().max() <= 2e-4 * one.abs().max().clamp(min=1e-3)
+
+
+# ---- auto on a CPU
+
+
+def test_bytes_a_token_are_those_that_backward_keeps(tokenizer, ragged):
+    """The formula against what autograd keeps; scores of attention come on top and grow with the records."""
+    model = make_model(tokenizer.vocab_size, torch.float32, hidden_size=256, intermediate_size=704)
+    store = open_store(ragged, "preferences", tokenizer, 512)
+    parameters = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+
+    def kept(copies: int) -> int:
+        storages = {}
+
+        def note(tensor):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage
+            return tensor
+
+        stream = build_stream(store, [0] * copies)
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            output = model.hidden_of(stream)
+        sizes = {place: storage.nbytes() for place, storage in storages.items() if place not in parameters}
+        assert output.requires_grad
+        return sum(sizes.values()), len(stream.tokens)
+
+    (few, tokens), (many, more) = kept(8), kept(40)
+    measured = (many - few) / (more - tokens)
+    assert memory.fitting_tokens(2**40, model.config) == 2**14
+    per_token = next(size for size in range(10_000, 200_000) if memory.fitting_tokens(size, model.config) >= 1
+                     and memory.fitting_tokens(2 * size, model.config) >= 2)  # fmt: skip
+    assert per_token == 2 * (24 * 256 + 8 * 256 + 8 * 128 + 16 * 704)
+    assert 0.8 < measured / per_token < 1.7
+
+
+def test_auto_is_a_power_of_two_for_each_rank_of_a_node(tokenizer, monkeypatch):
+    """A number that followed the free memory byte by byte would change the rounding from run to run."""
+    model = make_model(tokenizer.vocab_size, hidden_size=256, intermediate_size=704)
+    settings, found = train_dpo.Settings(), []
+    monkeypatch.setattr(World, "largest", lambda world, number: number)
+    for free, ranks in ((10.0, 1), (11.0, 1), (11.0, 4), (4000.0, 1)):
+        line = f"MemTotal: 9 kB\nMemAvailable: {int(free * 40960)} kB\n"
+        monkeypatch.setattr("builtins.open", lambda path, line=line: io.StringIO(line))
+        world = World(0, ranks, CPU, local_ranks=ranks)
+        found.append(memory.micro_batch_tokens(settings, model, world, None, Precision("fp32", CPU)))
+    assert found == [2048, 2048, 512, 16384]
+
+
+def test_a_given_number_is_taken(tokenizer):
+    settings = train_dpo.Settings(micro_batch_tokens="777")
+    world = World(0, 1, CPU)
+    assert memory.micro_batch_tokens(settings, make_model(9), world, None, Precision("fp32", CPU)) == 777
+
+
+def test_resuming_keeps_what_auto_was(flags, tmp_path, monkeypatch):
+    """With other free memory other pairs would share a forward, and the weights differ in their last bits."""
+
+    def auto(tokens):
+        monkeypatch.setattr(memory, "free_memory", lambda world: 4 * tokens * per_token)
+
+    config = make_model(9).config
+    per_token = 2 * (24 * 16 + 8 * 16 + 8 * 8 + 16 * 24)
+    assert memory.fitting_tokens(per_token, config) == 1
+    auto(128)
+    train_dpo.main(flags("whole", save_every=2, max_steps=4))
+    auto(128)
+    stopped = flags("stopped", save_every=2, max_steps=4)
+    original = train_dpo.RunFolder.save_when_due
+
+    def stop(run, step):
+        original(run, step)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_dpo.RunFolder, "save_when_due", stop)
+        train_dpo.main(stopped)
+    auto(4096)
+    train_dpo.main([*stopped, "--resume"])
+    one, two = (torch.load(tmp_path / out / "model.pt", weights_only=True) for out in ("whole", "stopped"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# ---- auto on CUDA: a trial, with a memory that is simulated
+
+
+@pytest.fixture
+def card(tokenizer, ragged, monkeypatch):
+    """A function: `auto` on a card whose memory holds this many tokens, in forward or in backward."""
+    monkeypatch.setattr(TokenStream, "to", lambda stream, device: stream)
+    store = open_store(ragged, "preferences", tokenizer, 512)
+    model = make_model(tokenizer.vocab_size, torch.float32)
+
+    def auto(most: int, where="forward", batch_size=7, ranks=1):
+        tried = []
+
+        def trying(stream):
+            tried.append(len(stream.tokens))
+            logps = type(model).forward(model, stream)
+            if len(stream.tokens) <= most:
+                return logps
+            if where == "forward":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            logps.register_hook(out_of_memory)
+            return logps
+
+        def out_of_memory(gradient):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(model, "forward", trying)
+        settings, world = train_dpo.Settings(batch_size=batch_size), World(0, ranks, CUDA)
+        before = [p.clone() for p in model.parameters()]
+        try:
+            return memory.micro_batch_tokens(settings, model, world, store, Precision("fp32", CPU)), tried
+        finally:
+            assert all(p.grad is None for p in model.parameters())
+            assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+
+    return auto
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_trial_halves_until_the_heaviest_fits(where, card):
+    """The pairs have 34 to 85 tokens, 448 in all. Nothing of a failed trial may stay in the gradients."""
+    tokens, tried = card(300, where)
+    assert tokens == 256 and tried[0] == 448 and tried[-1] <= 256 and max(tried[:-1]) > 300
+    assert card(448)[0] == 2**14
+    assert card(100, batch_size=1) == (2**14, [85])  # No micro-batch has more pairs than a step.
+
+
+def test_all_ranks_take_the_smallest(card, monkeypatch):
+    """This rank has memory for all, and another one only for 130 tokens."""
+    answers = iter([1] * 7 + [0])
+    monkeypatch.setattr(World, "largest", lambda world, number: max(number, next(answers)))
+    assert card(10_000, ranks=2)[0] == 128
+
+
+def test_a_record_that_does_not_fit_names_the_flags_that_help(card):
+    with pytest.raises(InputError, match="cached, --checkpoint-activations, --lora-rank, --shard"):
+        card(80)
