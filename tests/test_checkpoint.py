@@ -147,12 +147,13 @@ def test_nothing_in_the_project_unpickles():
     """With one call without `weights_only=True`, a downloaded file could run any code."""
     sources = [p for p in ROOT.glob("**/*.py") if p.relative_to(ROOT).parts[0] not in ("tests", ".venv")]
     wrong = r"import (dill|joblib|yaml|pickle as)|from pickle|weights_only=False|allow_pickle=True"
-    wrong += r"|pickle\.(?!UnpicklingError)"  # torch raises that error for a file that it refuses.
+    wrong += r"|pickle\.(?!UnpicklingError)\w"  # torch raises that error for a file that it refuses.
     assert len(sources) > 30
     for path in sources:
         text = path.read_text("utf-8")
         assert not re.search(wrong, text), path
-        assert text.count("torch.load(") == len(re.findall(r"torch\.load\([^()]*weights_only=True\b", text)), path
+        safe = re.findall(r"torch\.load\([^()]*weights_only=True\b", text)
+        assert text.count("torch.load(") == len(safe), path
 
 
 @pytest.mark.parametrize("state", [{"step": 7}, {"model": {}}, [1, 2], torch.zeros(3)], ids=str)
