@@ -19,8 +19,8 @@ MAX_LINES = 32  # Data lines that an error message names.
 def cosine_lr(step: int, total_steps: int, peak: float, warmup_steps: int) -> float:
     """Learning rate of optimizer step `step`, counted from 0.
 
-    It rises linearly over `warmup_steps`, whose last step has the peak, and then falls along half a cosine. It
-    would be 0 at step `total_steps`, which is never taken.
+    It rises linearly over `warmup_steps`, whose last step has the peak, and then falls along half a cosine.
+    It would be 0 at step `total_steps`, which is never taken.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
