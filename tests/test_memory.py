@@ -3,7 +3,6 @@
 python -m pytest tests/test_memory.py
 """
 
-import io
 import itertools
 
 import pytest
@@ -123,17 +122,41 @@ def test_bytes_a_token_are_those_that_backward_keeps(tokenizer, ragged):
     assert 0.8 < measured / per_token < 1.7
 
 
-def test_auto_is_a_power_of_two_for_each_rank_of_a_node(tokenizer, monkeypatch):
-    """A number that followed the free memory byte by byte would change the rounding from run to run."""
+@pytest.fixture
+def machine_memory(tmp_path, monkeypatch):
+    """A function that sets the free memory of the machine, and the limit and use of its container, in MB."""
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CONTAINER", tmp_path)
+
+    def write(free: float, limit: float | str = "max", used: float = 0) -> None:
+        (tmp_path / "meminfo").write_text(f"MemTotal: 9 kB\nMemAvailable: {int(free * 1024)} kB\n")
+        (tmp_path / "memory.max").write_text(limit if limit == "max" else str(int(limit * 2**20)))
+        (tmp_path / "memory.current").write_text(str(int(used * 2**20)))
+
+    return write
+
+
+def test_auto_is_a_power_of_two_for_each_rank_of_a_node(tokenizer, monkeypatch, machine_memory):
+    """A number that followed the free memory byte by byte would change the rounding from run to run.
+
+    A token of this model takes 40 kB. Four ranks share a node; a container may allow less than is free.
+    """
     model = make_model(tokenizer.vocab_size, hidden_size=256, intermediate_size=704)
     settings, found = train_dpo.Settings(), []
     monkeypatch.setattr(World, "largest", lambda world, number: number)
-    for free, ranks in ((10.0, 1), (11.0, 1), (11.0, 4), (4000.0, 1)):
-        line = f"MemTotal: 9 kB\nMemAvailable: {int(free * 40960)} kB\n"
-        monkeypatch.setattr("builtins.open", lambda path, line=line: io.StringIO(line))
+    machines = (1, 400), (1, 600), (4, 600), (1, 160_000), (1, 600, 300, 100), (1, 600, 100, 200)
+    for ranks, *megabytes in machines:
+        machine_memory(*megabytes)
         world = World(0, ranks, CPU, local_ranks=ranks)
         found.append(memory.micro_batch_tokens(settings, model, world, None, Precision("fp32", CPU)))
-    assert found == [2048, 2048, 512, 16384]
+    assert found == [2048, 2048, 512, 16384, 1024, 1]
+
+
+def test_auto_where_the_system_does_not_tell_its_memory(tmp_path, monkeypatch):
+    """macOS has no /proc: 8 GB are taken to be free."""
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(memory, "CONTAINER", tmp_path / "none")
+    assert memory.free_memory(World(0, 1, CPU)) == 2**33
 
 
 def test_a_given_number_is_taken(tokenizer):

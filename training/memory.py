@@ -1,6 +1,7 @@
 """The tokens of a forward that fit into memory: ``--micro-batch-tokens auto``."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from training.distributed import World
 from training.precision import Precision
 from training.settings import TrainSettings
 
+MEMINFO = Path("/proc/meminfo")  # Linux
+CONTAINER = Path("/sys/fs/cgroup")  # has memory.max in a container with a limit
 MOST_TOKENS = 2**14  # Longer streams are not faster, on a CPU or on a GPU.
 OUT_OF_MEMORY = (
     "even a single record does not fit into the GPU's memory; these flags need less, in this order: "
@@ -72,12 +75,15 @@ def free_memory(world: World) -> int:
     """Free bytes for this rank: of its GPU, or an equal part of the node's memory."""
     if world.device.type == "cuda":
         return torch.cuda.mem_get_info(world.device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            kilobytes = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    except OSError:  # Not Linux: a usual computer.
-        kilobytes = 8 * 2**20
-    return 1024 * kilobytes // world.local_ranks
+    free = 8 * 2**30  # where the system does not tell
+    if MEMINFO.is_file():
+        lines = (line.split() for line in MEMINFO.read_text().splitlines())
+        free = next((1024 * int(line[1]) for line in lines if line[0] == "MemAvailable:"), free)
+    limit = CONTAINER / "memory.max"
+    if limit.is_file() and limit.read_text().strip() != "max":
+        used = int((CONTAINER / "memory.current").read_text())
+        free = min(free, max(0, int(limit.read_text()) - used))
+    return free // world.local_ranks
 
 
 def heaviest_rows(lengths: np.ndarray, max_tokens: int, most_rows: int) -> list[int]:
