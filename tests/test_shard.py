@@ -257,7 +257,7 @@ def test_a_signal_to_one_rank_saves_the_parts_of_all(saved, flags, tmp_path):
 def test_a_number_that_is_not_finite_on_one_rank_stops_both(flags, tmp_path):
     result = forked(*faulty("loss nan", 1, 2), *flags(tmp_path, shard=True, save_every=1), ranks=2)
     assert result.returncode != 0
-    assert result.stderr.count("error: step 2: ") == 2, result.stderr
+    assert "error: step 2: " in result.stderr and "Traceback" not in result.stderr, result.stderr
     assert step_of(checkpoints(tmp_path / "checkpoints")[0]) == 1
 
 
