@@ -37,7 +37,7 @@ class Settings(AdapterSettings):
     out: str = flag("runs/sft", "run folder: config, weights, tokenizer, metrics")
     epochs: int = flag(4, "times every conversation is seen")
     batch_size: int = flag(16, "conversations per optimizer step, over all ranks and micro-batches")
-    lr: float = flag(2e-3, "peak learning rate")
+    lr: float = flag(2.5e-3, "peak learning rate")
     warmup_steps: int = flag(50, "steps of linear warm-up before the cosine")
 
 
