@@ -24,7 +24,15 @@ from model.weights import save_model
 from tests.conftest import ROOT, make_model
 from tests.faults import digest
 from tests.test_weights import Evil
-from training.checkpoint import checkpoints, load_checkpoint, newest_valid, restore, save_checkpoint, step_of
+from training.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    newest_valid,
+    restore,
+    save_checkpoint,
+    states_of,
+    step_of,
+)
 from training.distributed import World
 from training.metrics import Meter
 from training.precision import Precision
@@ -147,12 +155,14 @@ def test_a_checkpoint_is_mapped(folder):
 def test_nothing_in_the_project_unpickles():
     """With one call without `weights_only=True`, a downloaded file could run any code."""
     sources = [p for p in ROOT.glob("**/*.py") if p.relative_to(ROOT).parts[0] not in ("tests", ".venv")]
-    wrong = r"import (pickle|dill|joblib|yaml)|weights_only=False|allow_pickle=True"
+    wrong = r"import (dill|joblib|yaml|pickle as)|from pickle|weights_only=False|allow_pickle=True"
+    wrong += r"|pickle\.(?!UnpicklingError)\w"  # torch raises that error for a file that it refuses.
     assert len(sources) > 30
     for path in sources:
         text = path.read_text("utf-8")
         assert not re.search(wrong, text), path
-        assert text.count("torch.load(") == len(re.findall(r"torch\.load\(.*weights_only=True\)", text)), path
+        safe = re.findall(r"torch\.load\([^()]*weights_only=True\b", text)
+        assert text.count("torch.load(") == len(safe), path
 
 
 @pytest.mark.parametrize("state", [{"step": 7}, {"model": {}}, [1, 2], torch.zeros(3)], ids=str)
@@ -184,6 +194,10 @@ def test_other_files_are_left_alone(folder):
 # ---- checkpoints that do not fit the run
 
 
+def give(parts: dict, saved: dict) -> None:
+    restore(parts, saved, states_of(parts))
+
+
 def test_state_that_does_not_fit_is_refused():
     """torch assigns moments to parameters by position; in another order they would go to the wrong ones."""
     model = make_model(50, torch.float32)
@@ -196,17 +210,17 @@ def test_state_that_does_not_fit_is_refused():
     names = saved["optimizer"]["param_groups"][1]["param_names"]
     names[0], names[1] = names[1], names[0]
     with pytest.raises(InputError, match="other parameters: the same ones in another order"):
-        restore({"optimizer": optimizer}, saved)
+        give({"optimizer": optimizer}, saved)
     names[0] = "gone.weight"
     with pytest.raises(InputError, match=r"other parameters: \['gone\.weight', "):
-        restore({"optimizer": optimizer}, saved)
+        give({"optimizer": optimizer}, saved)
 
     lacking = {"model": {**saved["model"]}}
     del lacking["model"]["norm.weight"]
     with pytest.raises(InputError, match=r"model does not fit: state has other keys.* norm\.weight"):
-        restore({"model": model}, lacking)
+        give({"model": model}, lacking)
     with pytest.raises(InputError, match="the checkpoint does not contain objective, only model"):
-        restore({"objective": model}, lacking)
+        give({"objective": model}, lacking)
 
 
 def trained(seed: int = 0) -> tuple:
@@ -273,7 +287,7 @@ def test_a_forged_checkpoint_is_refused_before_anything_changes(name, tmp_path):
     FORGERIES[name](saved)
     save_checkpoint(tmp_path, 2, {"step": 2, **saved}, keep=1)
     with pytest.raises(InputError, match=r"does not fit|not a checkpoint|does not contain"):
-        restore({"model": model, "optimizer": optimizer}, load_checkpoint(*checkpoints(tmp_path)))
+        give({"model": model, "optimizer": optimizer}, load_checkpoint(*checkpoints(tmp_path)))
     assert digest({"model": model.state_dict(), "optimizer": optimizer.state_dict()}) == before
 
 
@@ -290,8 +304,8 @@ def test_the_other_states_of_a_forged_checkpoint_are_checked():
         (precision, "fp32"),
     ]:
         with pytest.raises(InputError, match="the checkpoint's part does not fit: "):
-            restore({"part": part}, {"part": forged})
-    restore({"part": meter}, {"part": {"names": ["loss"], "rows": [[1.0, 2.0]]}})
+            give({"part": part}, {"part": forged})
+    give({"part": meter}, {"part": {"names": ["loss"], "rows": [[1.0, 2.0]]}})
     assert meter.mean() == {"loss": 0.5}
 
 

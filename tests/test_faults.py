@@ -91,7 +91,7 @@ def planted(monkeypatch):
 
     def plant_here(module, fault: str, step: int) -> None:
         monkeypatch.setattr(module, "clip_gradients", module.clip_gradients)
-        monkeypatch.setattr(module, "Objective", getattr(module, "Objective", None), raising=False)
+        monkeypatch.setattr(module, "sigmoid", getattr(module, "sigmoid", None), raising=False)
         plant(module, fault, 0, step)
 
     return plant_here

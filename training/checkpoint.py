@@ -156,24 +156,34 @@ def newest_valid(folder: Path, report: Callable[[str], None]) -> tuple[Path, dic
     return None
 
 
-def restore(parts: dict, saved: dict, path: Path | None = None, mesh: DeviceMesh | None = None) -> None:
+def states_of(parts: dict) -> dict:
+    """The state of each part. Every rank must call it: running means are gathered from all ranks."""
+    return {name: part.state_dict() for name, part in parts.items()}
+
+
+def restore(
+    parts: dict, saved: dict, current: dict, path: Path | None = None, mesh: DeviceMesh | None = None
+) -> None:
     """Give each part of the run its state in the checkpoint `saved`. Raises `InputError` if one does not fit.
 
-    Every part is checked before any is changed. Split tensors are read from `path`, and split among the ranks
-    of `mesh`.
+    Every part is compared with its `current` state, by `states_of`, before any is changed. Split tensors are
+    read from `path`, and split among the ranks of `mesh`; only then must all ranks call it together.
     """
     for name, part in parts.items():
         if name not in saved:
             found = ", ".join(map(str, saved))
             raise InputError(f"--resume: the checkpoint does not contain {name}, only {found}")
         with fitting(name):
-            check_part(part, saved[name])
+            if isinstance(part, torch.optim.Optimizer):
+                check_moments(part, saved[name])
+            else:
+                check_like(saved[name], current[name])
     placed = place_tensors({name: saved[name] for name in parts}, path, mesh)
     for name, part in parts.items():
         state = placed[name]
         if isinstance(part, torch.optim.Optimizer):
             # How the optimizer steps is for the settings to decide, not for the checkpoint.
-            state = {"state": state["state"], "param_groups": part.state_dict()["param_groups"]}
+            state = {"state": state["state"], "param_groups": current[name]["param_groups"]}
         with fitting(name):
             part.load_state_dict(state)
 
@@ -185,14 +195,6 @@ def fitting(name: str):
         yield
     except MISFITS as error:
         raise InputError(f"--resume: the checkpoint's {name} does not fit: {error}") from None
-
-
-def check_part(part, saved) -> None:
-    """Raise an error of `MISFITS` unless `saved` is a state that `part` could have itself."""
-    if isinstance(part, torch.optim.Optimizer):
-        check_moments(part, saved)
-    else:
-        check_like(saved, part.state_dict())
 
 
 def check_like(saved, like, name: str = "state") -> None:

@@ -33,6 +33,7 @@ from training.checkpoint import (
     restore,
     save_checkpoint,
     set_aside,
+    states_of,
     step_of,
     tensors,
 )
@@ -109,9 +110,16 @@ class RunFolder:
         if path is None:
             return None
         if path:
-            path = Path(path)
-            saved = saved or load_checkpoint(path, check_parts=False)  # The main rank has checked them.
-            restore(state, saved, path, self.world.mesh if self.is_split else None)
+            path, current = Path(path), states_of(state)
+
+            def load() -> None:
+                found = saved or load_checkpoint(path, check_parts=False)  # The main rank has checked it.
+                restore(state, found, current, path, self.world.mesh if self.is_split else None)
+
+            if self.is_split:
+                load()  # Ranks read the parts together.
+            else:
+                self.world.one_by_one(load)  # The memory for a whole checkpoint, once on each node.
             self.step = self.saved_step = step_of(path)
             self.world.print(f"{path}: continuing after step {self.step}")
         for number in SIGNALS:
@@ -168,7 +176,7 @@ class RunFolder:
 
     def _save(self) -> None:
         """Save a checkpoint. Every rank must call it: some states, such as running means, need all ranks."""
-        state = {name: part.state_dict() for name, part in self.state.items()}
+        state = states_of(self.state)
         if self.world.largest(int(not is_finite(state))):
             raise NotFiniteError(self.step, "a weight or a moment is not finite; this step is not saved")
         state |= {"step": self.step, "identity": self.identity}
