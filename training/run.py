@@ -111,15 +111,8 @@ class RunFolder:
             return None
         if path:
             path, current = Path(path), states_of(state)
-
-            def load() -> None:
-                found = saved or load_checkpoint(path, check_parts=False)  # The main rank has checked it.
-                restore(state, found, current, path, self.world.mesh if self.is_split else None)
-
-            if self.is_split:
-                load()  # Ranks read the parts together.
-            else:
-                self.world.one_by_one(load)  # The memory for a whole checkpoint, once on each node.
+            saved = saved or load_checkpoint(path, check_parts=False)  # The main rank has checked them.
+            restore(state, saved, current, path, self.world.mesh if self.is_split else None)
             self.step = self.saved_step = step_of(path)
             self.world.print(f"{path}: continuing after step {self.step}")
         for number in SIGNALS:
