@@ -9,8 +9,8 @@ import html
 import math
 from collections.abc import Iterable
 
-WIDTH, HEIGHT = 340, 190
-LEFT, RIGHT, TOP, BOTTOM = 40, 52, 10, 24  # margins; the labels of the curves' ends are in the right one
+WIDTH, HEIGHT = 300, 180
+LEFT, RIGHT, TOP, BOTTOM = 38, 50, 10, 24  # margins; the labels of the curves' ends are in the right one
 LINE = 12  # height of a line of text
 MOST = 400  # points of a line
 
@@ -18,7 +18,7 @@ Point = tuple[float, float]
 
 
 class Plot:
-    """A chart of 340 × 190 units. Marks are drawn in the order of the calls, in data coordinates."""
+    """A chart of 300 × 180 units. Marks are drawn in the order of the calls, in data coordinates."""
 
     def __init__(self, x: tuple[float, float], y: tuple[float, float], x_label: str = "", percent=False):
         self.x, self.y = widen(*x), widen(*y)
@@ -73,7 +73,9 @@ class Plot:
         self.marks.append(f'<rect class="{css}" x={x:.1f} y={y:.1f} {size}>{title}</rect>')
 
     def interval(self, x: float, low: float, high: float) -> None:
-        self.marks.append(f'<path class=interval d="M{self.across(x):.1f} {self.down(low):.1f}V{self.down(high):.1f}"/>')
+        """An upright line from `low` to `high`."""
+        place = f"M{self.across(x):.1f} {self.down(low):.1f}V{self.down(high):.1f}"
+        self.marks.append(f'<path class=interval d="{place}"/>')
 
     def level(self, y: float, label: str) -> None:
         """A dashed horizontal line with a label, if `y` is in the range of the axis."""
@@ -90,15 +92,21 @@ class Plot:
 
     def svg(self, label: str) -> str:
         """The chart; `label` describes it to readers who do not see it."""
-        lowest = 0.0
-        for height, text, css in sorted(self.ends):
-            lines = text.split("\n")
-            top = max(height - (len(lines) - 1) * LINE / 2 + 3.5, lowest + LINE)
-            for i, line in enumerate(lines):
-                self.text(WIDTH - RIGHT + 6, top + i * LINE, line, css=f"end {css}")
-            lowest = top + (len(lines) - 1) * LINE
+        self.name_ends()
         size = f'viewBox="0 0 {WIDTH} {HEIGHT}" role=img'
         return f'<svg {size} aria-label="{html.escape(label)}">{"".join(self.marks)}</svg>'
+
+
+    def name_ends(self) -> None:
+        """Write the labels of the lines right of their ends, from below, without overlaps."""
+        ends = sorted((height, text.split("\n"), css) for height, text, css in self.ends if text)
+        free = HEIGHT - BOTTOM + LINE / 2  # the room above this height is free
+        for i, (height, lines, css) in reversed([*enumerate(ends)]):
+            above = sum(len(other) for _, other, _ in ends[:i]) * LINE  # room that the other labels need
+            bottom = min(free, height + len(lines) * LINE / 2)
+            free = max(bottom, above + len(lines) * LINE) - len(lines) * LINE
+            for j, line in enumerate(lines, start=1):
+                self.text(WIDTH - RIGHT + 6, free + j * LINE - 2.5, line, css=f"end {css}")
 
 
 def widen(low: float, high: float) -> tuple[float, float]:

@@ -151,7 +151,7 @@ def colour_of(logratio: float) -> str:
 
 
 def token_pieces(answer: Answer, tokenizer) -> Iterator[tuple[str, float, float]]:
-    """(text, log π, log π_ref) of each token. Tokens that share a character come together, with their sums."""
+    """(text, log π, log π_ref) of each token. Tokens that share a character come together, with sums."""
     pieces = list(text_pieces(tokenizer, answer.tokens))
     total, reference_total = 0.0, 0.0
     for piece, logp, reference in zip(pieces, answer.logps, answer.reference_logps, strict=False):

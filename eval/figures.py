@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from eval.charts import Plot, around, number
+from eval.charts import HEIGHT, RIGHT, WIDTH, Plot, around, number
 from eval.curves import BLUE, ORANGE, PARTS, Curve, Panel, last_finite
 from eval.pairs import Measured, MeasuredPair, accuracy, signed
 
@@ -23,7 +23,7 @@ def figure(title: str, unit: str, svg: str) -> str:
 
 
 def curve_charts(panels: list[Panel], runs: list[tuple[str, str, dict[str, Curve]]]) -> Iterator[str]:
-    """A figure for each panel. `runs` are (name, colour, curves); a single run has the panel's own colours."""
+    """A figure for each panel. `runs` are (name, colour, curves); a single run has the panel's colours."""
     last_step = max(max(curve) for _, _, curves in runs for curve in curves.values())
     for panel in panels:
         lines = list(panel_lines(panel, runs))
@@ -48,7 +48,7 @@ def panel_lines(panel: Panel, runs) -> Iterator[tuple[Curve, str, str, str]]:
         for place, (metric, label, colour) in enumerate(panel.curves):
             training, held_out = (curves.get(part + metric, {}) for part in PARTS)
             alone = len(runs) == 1
-            css = (NAMES.get(colour, "violet") if alone else run_colour) + (" dashed" if place and not alone else "")
+            css = NAMES.get(colour, "violet") if alone else run_colour + " dashed" * place
             end = last_finite(held_out or training)
             text = "\n".join([label] * bool(label and alone) + [number(end[1])]) if end else ""
             yield training, css + (" thin" if held_out else ""), "" if held_out else text, name
@@ -112,12 +112,13 @@ def accuracy_bars(measured: Measured, title: str, unit: str, key) -> str:
     for place, group in enumerate(groups):
         values, found = [key(pair) for pair in group], accuracy(group)
         low, high = (f"{value}".replace("-", "−") for value in (min(values), max(values)))
-        name = low if low == high else f"{low} to {high}"
+        name = low if low == high else f"{low}…{high}"
         words.append(f"{name}: {found.value:.0%} of {len(group)}")
-        plot.bar(place + 0.12, place + 0.88, found.value, "blue", words[-1])
+        plot.bar(place + 0.12, place + 0.88, found.value, "blue faint", words[-1])
         plot.interval(place + 0.5, found.low, found.high)
-        plot.text(plot.across(place + 0.5), 180, name, "middle")
-    plot.level(0.5, "chance")
+        plot.text(plot.across(place + 0.5), HEIGHT - 10, name, "middle", "small")
+    plot.level(0.5, "")
+    plot.text(WIDTH - RIGHT + 6, plot.down(0.5) + 3.5, "chance")
     return figure(title, html.escape(unit), plot.svg(f"{title}: {', '.join(words)}"))
 
 
@@ -126,5 +127,5 @@ def buckets(pairs: list[MeasuredPair], key) -> list[list[MeasuredPair]]:
     values = np.array([key(pair) for pair in pairs])
     edges = np.unique(np.quantile(values, np.linspace(0, 1, BUCKETS + 1)[1:-1], method="lower"))
     numbers = np.searchsorted(edges, values)  # values equal to an edge are below it
-    groups = [[pair for pair, at in zip(pairs, numbers, strict=True) if at == i] for i in range(len(edges) + 1)]
+    groups = ([pairs[i] for i in np.flatnonzero(numbers == number)] for number in range(len(edges) + 1))
     return [group for group in groups if group]

@@ -8,22 +8,19 @@ the style of this folder, by their digests: a script that came with the data wou
 
 import base64
 import hashlib
-import html
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.jsonl import printable
-from eval.charts import number
 from eval.common import describe_training, run_settings
 from eval.curves import PARTS, Curve, is_preference, last_finite, shown_panels
-from eval.explain import STEPS, Answer, token_pieces
+from eval.explain import SIDES
 from eval.figures import ACCURACY, curve_charts, distributions
-from eval.pairs import Estimate, Measured, MeasuredPair, signed, worries
+from eval.judge import summary
+from eval.page_pairs import esc, pair_section
+from eval.pairs import Estimate, Measured, signed, worries
+from model.weights import read_json
 
 COLOURS = ("blue", "orange", "green", "violet", "pink", "brown")  # of the runs
-TOKENS = 60_000  # on the page; longer answers are cut
-PROMPT = 2_000  # characters of a prompt on the page
 STYLE, SCRIPT = (Path(__file__).with_name(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
 
 
@@ -37,18 +34,14 @@ class Shown:
     reason: str = ""
 
 
-def esc(text: str) -> str:
-    """Text for HTML, in an element or in an attribute; control characters are visible."""
-    return html.escape(printable(str(text)))
-
-
 def page(runs: list[Shown]) -> str:
     """The whole page. The first run with pairs shows its pairs and distributions."""
     first = next((run for run in runs if run.measured), None)
     title = esc(" · ".join(run.folder for run in runs))
     parts = [headline(runs[0]) if len(runs) == 1 else comparison(runs), curve_section(runs)]
     if first:
-        parts += [distribution_section(first, len(runs) > 1), pair_section(first.measured)]
+        sections = judged_section(first), distribution_section(first, len(runs) > 1)
+        parts += [*sections, pair_section(first.measured)]
     policy = f"default-src 'none'; style-src {digest(STYLE)}; script-src {digest(SCRIPT)}; base-uri 'none'"
     return f"""<!doctype html>
 <html lang="en">
@@ -88,8 +81,9 @@ def headline(run: Shown) -> str:
         parts.append(f'<div class="worries"><h3>What to worry about</h3><ul>{items}</ul></div>')
     elif run.measured:
         parts.append(
-            '<div class="worries good"><h3>Nothing to worry about</h3><p>The loss moved and held-out loss did '
-            "not rise. Chosen answers kept their probability. The margin does not follow the length.</p></div>"
+            "<div class='worries good'><h3>Nothing to worry about</h3><p>Checked: a loss near ln 2, a rising "
+            "held-out loss, a gap between training and held-out pairs, chosen answers that become less "
+            "likely, and margins that follow the length.</p></div>"
         )
     return f"<header>{''.join(parts)}</header>"
 
@@ -110,11 +104,11 @@ def described(run: Shown) -> str:
 def verdict(measured: Measured) -> str:
     """Whether the run worked, with its numbers, as HTML."""
     found = measured.accuracy
-    word = "It worked." if found.low > 0.5 else "It did harm." if found.high < 0.5 else "No effect is visible."
+    harm = "It did harm." if found.high < 0.5 else "No effect is visible."
     return (
-        f"<b>{word}</b> The policy prefers the chosen answer more than its reference does in "
-        f"{percent(found)} of {len(measured.pairs)} held-out pairs. The margin log π/π<sub>ref</sub> of chosen "
-        f"minus rejected is {nats(measured.margin)} nats; before training it is 0."
+        f"<b>{'It worked.' if found.low > 0.5 else harm}</b> The policy prefers the chosen answer more than "
+        f"its reference does in {percent(found)} of {len(measured.pairs)} held-out pairs. The log-ratio "
+        f"margin, chosen − rejected, is {nats(measured.margin)} nats; before training it is 0."
     )
 
 
@@ -127,17 +121,15 @@ def cards(measured: Measured) -> str:
         (f"{measured.accuracy.value:.0%}", f"reward accuracy, {interval(measured.accuracy, '.0%')}"),
         (signed(margin.value, 1), f"log-ratio margin, nats, {interval(margin, '.1f')}"),
         (signed(reward.value), f"reward margin, β = {beta:g}, {interval(reward, '.2f')}"),
-        *((nats_only(measured.logratio(side)), f"log-ratio of {side} answers, nats") for side in SIDES),
-        (f"{before} → {after}", "pairs with log π(chosen) > log π(rejected), before and after"),
+        *((signed(measured.logratio(side).value, 1), f"log-ratio of {side} answers, nats") for side in SIDES),
+        (f"{before} → {after}", "of pairs have log π(chosen) > log π(rejected), before → after"),
     ]
-    return f"<div class=cards>{''.join(f'<div><strong>{a}</strong><span>{b}</span></div>' for a, b in figures)}</div>"
-
-
-SIDES = ("chosen", "rejected")
+    items = "".join(f"<div><strong>{value}</strong><span>{what}</span></div>" for value, what in figures)
+    return f"<div class=cards>{items}</div>"
 
 
 def interval(estimate: Estimate, form: str) -> str:
-    return f"95 %: {estimate.low:{form}} to {estimate.high:{form}}".replace("-", "−")
+    return f"95 %: {estimate.low:{form}} to {estimate.high:{form}}".replace("-", "−")
 
 
 def percent(estimate: Estimate) -> str:
@@ -148,13 +140,9 @@ def nats(estimate: Estimate) -> str:
     return f"{signed(estimate.value)} ({interval(estimate, '.2f')})"
 
 
-def nats_only(estimate: Estimate) -> str:
-    return signed(estimate.value, 1)
-
-
 def comparison(runs: list[Shown]) -> str:
     """The headline of several runs: a table with a row for each, and what to worry about."""
-    heads = "run", "loss", "β", "accuracy", "log-ratio margin, nats", "log-ratio chosen", "rejected", "held-out loss"
+    heads = ["run", "loss", "β", "accuracy", "log-ratio margin, nats", "log-ratio chosen", "rejected"]
     rows, found = [], []
     for colour, run in zip(COLOURS * len(runs), runs, strict=False):
         name = f"<i class='swatch {colour}'></i>{esc(run.folder)}"
@@ -169,7 +157,7 @@ def comparison(runs: list[Shown]) -> str:
         found += [f"{run.folder}, without pairs: {run.reason}." for _ in range(bool(run.reason))]
     table = "".join(f"<tr>{row}" for row in rows)
     text = "".join(f"<p>{esc(run.folder)}: {described(run)}</p>" for run in runs)
-    head = "".join(f"<th scope=col>{head}" for head in heads)
+    head = "".join(f"<th scope=col>{head}" for head in [*heads, "held-out loss"])
     table = f"<div class=wide tabindex=0><table><thead><tr>{head}<tbody>{table}</table></div>"
     items = "".join(f"<li>{esc(sentence)}" for sentence in found)
     worry = f"<div class=worries><h3>What to worry about</h3><ul>{items}</ul></div>" if found else ""
@@ -197,111 +185,15 @@ def distribution_section(run: Shown, name_it: bool) -> str:
         f"The chosen answer is longer in {longer:.0%} of the pairs. Length difference and margin correlate "
         f"with r = {signed(measured.length_correlation)}. {ACCURACY}"
     )
-    charts = "".join(distributions(measured))
-    return f"<section><h2>Distributions{of}</h2><p class=pale>{text}</p><div class=charts>{charts}</div></section>"
+    head = f"<h2>Distributions{of}</h2><p class=pale>{text}</p>"
+    return f"<section>{head}<div class='charts four'>{''.join(distributions(measured))}</div></section>"
 
 
-# ---- The pairs
-
-
-def pair_section(measured: Measured) -> str:
-    """The list of pairs, the largest change first; each opens to its tokens."""
-    pairs = sorted(measured.pairs, key=lambda pair: -pair.change)
-    lengths = [len(getattr(pair, side).tokens) for pair in pairs for side in SIDES]
-    limits = (2**i for i in range(14, 2, -1))
-    limit = next((n for n in limits if sum(min(length, n) for length in lengths) <= TOKENS), 4)
-    rows = (pair_row(pair, measured, limit, number == 0) for number, pair in enumerate(pairs))
-    few = f"{len(pairs)} of {measured.held_out} held-out pairs" if len(pairs) < measured.held_out else "All held-out pairs"
-    cut = f" Answers are cut after {limit} tokens; sums include all." if limit < max(lengths) else ""
-    return f"""<section><h2>Pairs</h2>
-<p class=pale>{few} of {esc(Path(measured.data).name)}. Each token is coloured by log π/π<sub>ref</sub>, how much
-more likely training made it. The log-ratios of an answer sum to its log-ratio; β times that is its reward.
-A dotted line marks the tokens that both answers start with: they cancel in the margin.{cut}</p>
-{scale()}<p class=pale>Point at a token for its numbers. With the keyboard: Tab to an answer, then the arrow keys.</p>
-<div class=heads><span></span><span>prompt</span>{"".join(sort_button(*column) for column in COLUMNS)}</div>
-<div id="list">{"".join(rows)}</div></section>"""
-
-
-COLUMNS = [  # key, head, explanation
-    ("margin", "margin", "log π(chosen) − log π(rejected), after training"),
-    ("change", "change", "margin after − margin before = log-ratio margin"),
-    ("length", "length diff.", "tokens of chosen − tokens of rejected"),
-]
-
-
-def sort_button(key: str, head: str, why: str) -> str:
-    order = " data-order=falling" if key == "change" else ""
-    return f'<button type=button data-sort={key} title="Sort by {why}"{order}>{head}</button>'
-
-
-def scale() -> str:
-    """The legend of the colours."""
-    less = "".join(f"<span class=less-{i}>−{STEPS[i - 1]:g}</span>" for i in (4, 3, 2, 1))
-    more = "".join(f"<span class=more-{i}>+{STEPS[i - 1]:g}</span>" for i in (1, 2, 3, 4))
-    return f"<div class=scale>less likely <span>{less}{more}</span> more likely, nats from this value on</div>"
-
-
-def pair_row(pair: MeasuredPair, measured: Measured, limit: int, is_open: bool) -> str:
-    right = pair.change > 0
-    question = shorten(pair.prompt[-1].content, 300)
-    sign = f'<span class="sign {"blue" if right else "orange"}">{"✓" if right else "✗"}</span>'
-    cells = f"<span>{signed(pair.after)}</span><span>{signed(pair.change)}</span><span>{pair.longer:+d}</span>"
-    keys = f"data-margin={pair.after:.3f} data-change={pair.change:.3f} data-length={pair.longer}"
-    head = f"<summary>{sign}<span class=ask>{esc(question)}</span>{cells.replace('>-', '>−')}</summary>"
-    turns = "\n".join(f"{message.role}: {message.content}" for message in pair.prompt)
-    margin, beta = f"{signed(pair.after)} − ({signed(pair.before)}) = {signed(pair.change)}", measured.objective.beta
-    sides = "".join(answer_column(side, getattr(pair, side), pair.shared, measured, limit) for side in SIDES)
-    return (
-        f"<details {keys}{' open' if is_open else ''}>{head}<div class=inside>"
-        f"<p class=prompt><small>Prompt, line {pair.line}, not scored</small>\n{esc(shorten(turns, PROMPT))}</p>"
-        f"<div class=sides>{sides}</div>"
-        f"<p class=pale>Margin after − before: {margin} nats. Reward margin {signed(beta * pair.change)}, "
-        f"loss {pair.loss:.4f}.</p></div></details>\n"
-    )
-
-
-def answer_column(side: str, answer: Answer, shared: int, measured: Measured, limit: int) -> str:
-    """One answer: its sums, and its tokens on their colours."""
-    total, logp, reference = (sum(x) for x in (answer.logratios, answer.logps, answer.reference_logps))
-    sums = (
-        f"log π/π<sub>ref</sub> {signed(total)} = {signed(logp)} − ({signed(reference)}), "
-        f"reward {signed(measured.objective.beta * total)}, {len(answer.tokens)} tokens"
-    )
-    tokens = "".join(token_marks(answer, measured.tokenizer, shared, limit))
-    label = f"{side} answer; the arrow keys move from token to token"
-    return (
-        f'<div><h4>{side}<small>{sums}</small></h4><p class=answer tabindex=0 role=group aria-label="{label}">'
-        f"{tokens}</p></div>"
-    )
-
-
-def token_marks(answer: Answer, tokenizer, shared: int, limit: int) -> Iterator[str]:
-    """An element for each token: its class is the colour, `data-l` is log π and log π_ref."""
-    shown = Answer(answer.tokens[:limit], answer.logps[:limit], answer.reference_logps[:limit])
-    last = len(answer.tokens) - 1
-    if shared:
-        yield "<span class=shared>"
-    done = 0
-    for text, logp, reference in token_pieces(shown, tokenizer):
-        logratio = logp - reference
-        strength = sum(abs(logratio) >= step for step in STEPS)
-        names = [f"{'more' if logratio > 0 else 'less'}-{strength}"] if strength else []
-        names += ["end"] if done == last and answer.tokens[-1] == tokenizer.end_id else []
-        css = f' class="{" ".join(names)}"' if names else ""
-        visible = esc(text).replace("\n", "↵\n")
-        yield f'<b{css} data-l="{logp:.2f} {reference:.2f}">{visible}</b>'
-        done += 1
-        if done == shared:
-            yield "</span>"
-    if 0 < done < shared:
-        yield "</span>"
-    if limit < len(answer.tokens):
-        yield f" … {len(answer.tokens) - limit} more tokens"
-
-
-def shorten(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[:most]} … {len(text) - most:,} more characters"
-
-
-def write_number(value: float) -> str:
-    return number(value)
+def judged_section(run: Shown) -> str:
+    """The judge's comparison, if a demo has written it beside the run; "" otherwise."""
+    path = Path(run.folder).parent / "judge.json"
+    figures = read_json(path) if path.is_file() else {}
+    if next(iter(figures.get("right_answers", ())), None) != Path(run.folder).name:
+        return ""
+    text = f"<pre class=wide tabindex=0>{esc(summary(figures))}</pre>"
+    return f"<section><h2>Answers, judged</h2>{text}</section>"

@@ -66,7 +66,8 @@ def write_page(runs: list[str], out: str | Path | None = None, **options) -> Pat
         require_folder(Path(run))
     curves = [read_curves(Path(run) / "metrics.jsonl") for run in runs]
     require_panels(curves, runs[0])
-    shown = [page.Shown(run, c, *measured_or_reason(run, options)) for run, c in zip(runs, curves, strict=True)]
+    found = [measured_or_reason(run, options) for run in runs]
+    shown = [page.Shown(*run) for run in zip(runs, curves, *zip(*found, strict=True), strict=True)]
     out = Path(out or Path(runs[0]) / "report.html")
     text = page.page(shown).encode("utf-8", "backslashreplace")
     write_file(out, lambda file: file.write(text))
