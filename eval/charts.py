@@ -1,8 +1,8 @@
 """Small charts as SVG, without a library. Colours are CSS classes, so they follow the page's theme.
 
-    plot = Plot(x=(0, 188), y=(0, 1))
-    plot.line([(0, 0.5), (188, 0.86)], "blue heavy", "step")
-    page += plot.svg("Accuracy rises from 0.5 to 0.86")
+plot = Plot(x=(0, 188), y=(0, 1))
+plot.line([(0, 0.5), (188, 0.86)], "blue heavy", "step")
+page += plot.svg("Accuracy rises from 0.5 to 0.86")
 """
 
 import html
@@ -40,7 +40,7 @@ class Plot:
     def y_tick(self, value: float, percent: bool) -> Iterable[str]:
         height, shown = self.down(value), f"{value:.0%}" if percent else number(value)
         yield f'<path class=grid d="M{LEFT} {height:.1f}H{WIDTH - RIGHT}"/>'
-        yield f'<text x={LEFT - 6} y={height + 3.5:.1f} text-anchor=end>{shown}</text>'
+        yield f"<text x={LEFT - 6} y={height + 3.5:.1f} text-anchor=end>{shown}</text>"
 
     def text(self, x: float, y: float, text: str, anchor: str = "start", css: str = "") -> None:
         shown = f'<text x={x:.1f} y={y:.1f} text-anchor={anchor} class="{css}">{html.escape(text)}</text>'
@@ -95,7 +95,6 @@ class Plot:
         self.name_ends()
         size = f'viewBox="0 0 {WIDTH} {HEIGHT}" role=img'
         return f'<svg {size} aria-label="{html.escape(label)}">{"".join(self.marks)}</svg>'
-
 
     def name_ends(self) -> None:
         """Write the labels of the lines right of their ends, from below, without overlaps."""

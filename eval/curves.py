@@ -1,7 +1,7 @@
 """The metrics of a run as curves, and the panels that show them.
 
-    curves = read_curves("runs/dpo/metrics.jsonl")        # {"loss": {1: 0.693, 10: 0.672, …}, …}
-    shown_panels([curves])                                # the panels of which the run logged a metric
+curves = read_curves("runs/dpo/metrics.jsonl")        # {"loss": {1: 0.693, 10: 0.672, …}, …}
+shown_panels([curves])                                # the panels of which the run logged a metric
 """
 
 import json

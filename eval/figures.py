@@ -99,7 +99,7 @@ def length_scatter(measured: Measured) -> str:
     plot.level(0.0, "")
     for length, logratio, css in points:
         plot.dot(length, logratio, f"{css} faint", f"{length} tokens, {signed(logratio)} nats")
-    legend = '<span class=blue>● chosen</span> <span class=orange>● rejected</span>, log π/π_ref in nats'
+    legend = "<span class=blue>● chosen</span> <span class=orange>● rejected</span>, log π/π_ref in nats"
     return figure("Log-ratio against length", legend, plot.svg("Log-ratio of each answer against its length"))
 
 

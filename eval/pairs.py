@@ -1,8 +1,8 @@
 """The held-out pairs of a run with the log-probs of every token, and what they show about the run.
 
-    measured = measure("runs/dpo", pairs=200)
-    measured.accuracy                       # Estimate(0.86, 0.81, 0.90)
-    worries(measured, curves)               # sentences; [] for a run without a visible problem
+measured = measure("runs/dpo", pairs=200)
+measured.accuracy                       # Estimate(0.86, 0.81, 0.90)
+worries(measured, curves)               # sentences; [] for a run without a visible problem
 """
 
 import math
