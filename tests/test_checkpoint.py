@@ -30,7 +30,6 @@ from training.checkpoint import (
     newest_valid,
     restore,
     save_checkpoint,
-    states_of,
     step_of,
 )
 from training.distributed import World
@@ -194,10 +193,6 @@ def test_other_files_are_left_alone(folder):
 # ---- checkpoints that do not fit the run
 
 
-def give(parts: dict, saved: dict) -> None:
-    restore(parts, saved, states_of(parts))
-
-
 def test_state_that_does_not_fit_is_refused():
     """torch assigns moments to parameters by position; in another order they would go to the wrong ones."""
     model = make_model(50, torch.float32)
@@ -210,17 +205,17 @@ def test_state_that_does_not_fit_is_refused():
     names = saved["optimizer"]["param_groups"][1]["param_names"]
     names[0], names[1] = names[1], names[0]
     with pytest.raises(InputError, match="other parameters: the same ones in another order"):
-        give({"optimizer": optimizer}, saved)
+        restore({"optimizer": optimizer}, saved)
     names[0] = "gone.weight"
     with pytest.raises(InputError, match=r"other parameters: \['gone\.weight', "):
-        give({"optimizer": optimizer}, saved)
+        restore({"optimizer": optimizer}, saved)
 
     lacking = {"model": {**saved["model"]}}
     del lacking["model"]["norm.weight"]
     with pytest.raises(InputError, match=r"model does not fit: state has other keys.* norm\.weight"):
-        give({"model": model}, lacking)
+        restore({"model": model}, lacking)
     with pytest.raises(InputError, match="the checkpoint does not contain objective, only model"):
-        give({"objective": model}, lacking)
+        restore({"objective": model}, lacking)
 
 
 def trained(seed: int = 0) -> tuple:
@@ -287,7 +282,7 @@ def test_a_forged_checkpoint_is_refused_before_anything_changes(name, tmp_path):
     FORGERIES[name](saved)
     save_checkpoint(tmp_path, 2, {"step": 2, **saved}, keep=1)
     with pytest.raises(InputError, match=r"does not fit|not a checkpoint|does not contain"):
-        give({"model": model, "optimizer": optimizer}, load_checkpoint(*checkpoints(tmp_path)))
+        restore({"model": model, "optimizer": optimizer}, load_checkpoint(*checkpoints(tmp_path)))
     assert digest({"model": model.state_dict(), "optimizer": optimizer.state_dict()}) == before
 
 
@@ -304,8 +299,8 @@ def test_the_other_states_of_a_forged_checkpoint_are_checked():
         (precision, "fp32"),
     ]:
         with pytest.raises(InputError, match="the checkpoint's part does not fit: "):
-            give({"part": part}, {"part": forged})
-    give({"part": meter}, {"part": {"names": ["loss"], "rows": [[1.0, 2.0]]}})
+            restore({"part": part}, {"part": forged})
+    restore({"part": meter}, {"part": {"names": ["loss"], "rows": [[1.0, 2.0]]}})
     assert meter.mean() == {"loss": 0.5}
 
 

@@ -498,7 +498,7 @@ def test_orphans_keep_their_folder_until_they_end(flags, tmp_path):
         for worker in workers_of(tmp_path):
             os.kill(worker, signal.SIGKILL)
     wait_for(lambda: not workers_of(tmp_path))
-    take_lock(tmp_path).close()  # The system released the lock when the process died.
+    wait_for(lambda: take_lock(tmp_path).close() is None)  # The system releases the lock of a dead process.
 
 
 def workers_of(folder) -> list[int]:

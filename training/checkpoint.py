@@ -156,18 +156,11 @@ def newest_valid(folder: Path, report: Callable[[str], None]) -> tuple[Path, dic
     return None
 
 
-def states_of(parts: dict) -> dict:
-    """The state of each part. Every rank must call it: running means are gathered from all ranks."""
-    return {name: part.state_dict() for name, part in parts.items()}
-
-
-def restore(
-    parts: dict, saved: dict, current: dict, path: Path | None = None, mesh: DeviceMesh | None = None
-) -> None:
+def restore(parts: dict, saved: dict, path: Path | None = None, mesh: DeviceMesh | None = None) -> None:
     """Give each part of the run its state in the checkpoint `saved`. Raises `InputError` if one does not fit.
 
-    Every part is compared with its `current` state, by `states_of`, before any is changed. Split tensors are
-    read from `path`, and split among the ranks of `mesh`; only then must all ranks call it together.
+    Every part is checked before any is changed. Split tensors are read from `path`, and split among the ranks
+    of `mesh`. All ranks must call it together: the running means of the run are gathered from them.
     """
     for name, part in parts.items():
         if name not in saved:
@@ -177,13 +170,13 @@ def restore(
             if isinstance(part, torch.optim.Optimizer):
                 check_moments(part, saved[name])
             else:
-                check_like(saved[name], current[name])
+                check_like(saved[name], part.state_dict())
     placed = place_tensors({name: saved[name] for name in parts}, path, mesh)
     for name, part in parts.items():
         state = placed[name]
         if isinstance(part, torch.optim.Optimizer):
             # How the optimizer steps is for the settings to decide, not for the checkpoint.
-            state = {"state": state["state"], "param_groups": current[name]["param_groups"]}
+            state = {"state": state["state"], "param_groups": part.state_dict()["param_groups"]}
         with fitting(name):
             part.load_state_dict(state)
 

@@ -33,7 +33,6 @@ from training.checkpoint import (
     restore,
     save_checkpoint,
     set_aside,
-    states_of,
     step_of,
     tensors,
 )
@@ -110,9 +109,9 @@ class RunFolder:
         if path is None:
             return None
         if path:
-            path, current = Path(path), states_of(state)
+            path = Path(path)
             saved = saved or load_checkpoint(path, check_parts=False)  # The main rank has checked it.
-            restore(state, saved, current, path, self.world.mesh if self.is_split else None)
+            restore(state, saved, path, self.world.mesh if self.is_split else None)
             self.step = self.saved_step = step_of(path)
             self.world.print(f"{path}: continuing after step {self.step}")
         for number in SIGNALS:
@@ -169,7 +168,7 @@ class RunFolder:
 
     def _save(self) -> None:
         """Save a checkpoint. Every rank must call it: some states, such as running means, need all ranks."""
-        state = states_of(self.state)
+        state = {name: part.state_dict() for name, part in self.state.items()}
         if self.world.largest(int(not is_finite(state))):
             raise NotFiniteError(self.step, "a weight or a moment is not finite; this step is not saved")
         state |= {"step": self.step, "identity": self.identity}

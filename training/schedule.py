@@ -65,15 +65,19 @@ def require_finite(meter: Meter, grad_norm: float, precision: Precision, step: i
     One such element would make every weight NaN. Under fp16 gradients overflow now and then: the scaler skips
     that step and lowers its scale. Skips are counted, and at most `MOST_SKIPS` in a row are accepted.
     """
-    loss_is_finite = meter.is_finite()
     if precision.scaler.is_enabled():
         precision.count_skip(not math.isfinite(grad_norm))
         gradient_is_fine = precision.skipped_in_a_row <= MOST_SKIPS
     else:
         gradient_is_fine = math.isfinite(grad_norm)
-    if loss_is_finite and gradient_is_fine:
+    if meter.is_finite(0.0 if gradient_is_fine else math.nan):
         return
-    reason = f"the gradient norm is {grad_norm}" if loss_is_finite else "the loss is not finite"
+    if not meter.is_finite():
+        reason = "the loss is not finite"
+    elif gradient_is_fine:
+        reason = "the gradient of another rank is not finite"
+    else:
+        reason = f"the gradient norm is {grad_norm}"
     where = ", ".join(map(str, sorted(lines.tolist())[:MAX_LINES]))
     more = f" and {len(lines) - MAX_LINES} more" if len(lines) > MAX_LINES else ""
     raise NotFiniteError(step, f"{reason}; the step used the data lines {where}{more}")
