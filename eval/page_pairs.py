@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from dataset.jsonl import printable
-from eval.explain import SIDES, STEPS, Answer, token_pieces
-from eval.pairs import Measured, MeasuredPair, signed
+from eval.explain import SIDES, STEPS, Answer, signed, token_pieces
+from eval.pairs import Measured, MeasuredPair
 from eval.terminal import text_pieces
 
 TOKENS = 50_000  # on the page, some 45 bytes each; longer answers are cut

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +23,7 @@ from dataset.records import Message
 from errors import InputError
 from eval import charts, curves, figures, page, page_pairs, pairs, preference, report
 from eval.common import load_model
-from eval.explain import Answer
+from eval.explain import Answer, signed
 from model.weights import save_model
 from tests.conftest import RAGGED, as_record, make_model, plain_ids, plain_logits
 from training.distributed import World
@@ -217,7 +218,8 @@ def test_the_judge_of_a_demo_is_quoted(written, folders, tmp_path, ragged):
     counts = {"prompts": 5, "samples": 4, "wins": 9, "ties": 8, "losses": 3, "win_rate": 0.75}
     judged = counts | dict.fromkeys((*rates, "mean_characters"), both) | {"win_rate_ci95": [0.6, 0.9]}
     (tmp_path / "judge.json").write_text(json.dumps(judged))
-    assert "9 wins, 8 ties, 3 losses" in written(tmp_path / "dpo", "--data", ragged)
+    text = written(tmp_path / "dpo", "--data", ragged)
+    assert "9 wins, 8 ties, 3 losses" in text and "win rate of its answers, 95\u00a0%: 60% to 90%" in text
     (tmp_path / "dpo").rename(tmp_path / "other")
     assert "9 wins" not in written(tmp_path / "other", "--data", ragged)
 
@@ -266,7 +268,8 @@ def test_colours_follow_size_and_sign():
     found = [page_pairs.colour(value) for value in (-5, -1.5, -0.5, -0.2, 0.05, 0.2, 0.5, 1.5, 5)]
     assert found[0] == ["less-4"] and found[4] == [] and found[-1] == ["more-4"]
     assert len({*map(tuple, found)}) == 9
-    assert all(f".{name[0]} " in page.STYLE for name in found if name)
+    style = Path(page.__file__).with_name("page.css").read_text()
+    assert all(f".{name[0]} " in style for name in found if name)
 
 
 def noisy(n: int, chosen: float, rejected: float) -> list[pairs.MeasuredPair]:
@@ -389,7 +392,7 @@ def test_a_browser_sorts_shows_tokens_and_keeps_its_box(width, written, folders,
     rising = sorted(found["rising"])
     assert found["rising"] == rising and found["falling"] == rising[::-1]
     logp, reference = map(float, found["values"].split(","))
-    assert f"difference {pairs.signed(logp - reference)}" in found["hovered"]
+    assert f"difference {signed(logp - reference)}" in found["hovered"]
     assert found["focused"] == 2 and found["shown"].startswith("“")
 
 
