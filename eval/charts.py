@@ -99,7 +99,7 @@ class Plot:
     def name_ends(self) -> None:
         """Write the labels of the lines right of their ends, from below, without overlaps."""
         ends = sorted((height, text.split("\n"), css) for height, text, css in self.ends if text)
-        free = HEIGHT - BOTTOM + LINE / 2  # the room above this height is free
+        free = HEIGHT - BOTTOM + 2  # the room above this height is free
         for i, (height, lines, css) in reversed([*enumerate(ends)]):
             above = sum(len(other) for _, other, _ in ends[:i]) * LINE  # room that the other labels need
             bottom = min(free, height + len(lines) * LINE / 2)

@@ -189,8 +189,9 @@ def lay_out(pieces: list[tuple[str, float]], width: int, colour: bool) -> list[s
     return [*lines, line]
 
 
-def signed(value: float) -> str:
-    return f"{round(value, 2) + 0.0:+.2f}".replace("-", "−")  # + 0.0: not −0.00
+def signed(value: float, digits: int = 2) -> str:
+    """``+1.25`` or ``−0.40``. Adding 0.0 avoids ``−0.00``."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")
 
 
 def describe(

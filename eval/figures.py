@@ -8,7 +8,8 @@ import numpy as np
 
 from eval.charts import HEIGHT, RIGHT, WIDTH, Plot, around, number
 from eval.curves import BLUE, ORANGE, PARTS, Curve, Panel, last_finite
-from eval.pairs import Measured, MeasuredPair, accuracy, signed
+from eval.explain import signed
+from eval.pairs import Measured, MeasuredPair, accuracy
 
 NAMES = {BLUE: "blue", ORANGE: "orange"}  # other colours are violet
 BINS, BUCKETS = 24, 5

@@ -20,7 +20,7 @@ const signed = (value, sign = "") => (value < 0 ? "−" : sign) + Math.abs(value
 function show(token) {
   readout.hidden = !token;
   if (!token) return;
-  const [logp, reference] = token.dataset.l.split(" ").map(Number);
+  const [logp, reference] = token.dataset.l.split(",").map(Number);
   const text = token.textContent.replace("\n", "") || "↵";
   readout.textContent =
     `“${text}”\nlog π ${signed(logp)}   log π_ref ${signed(reference)}\n` +

@@ -13,15 +13,14 @@ from pathlib import Path
 
 from eval.common import describe_training, run_settings
 from eval.curves import PARTS, Curve, is_preference, last_finite, shown_panels
-from eval.explain import SIDES
+from eval.explain import SIDES, signed
 from eval.figures import ACCURACY, curve_charts, distributions
 from eval.judge import summary
 from eval.page_pairs import esc, pair_section
-from eval.pairs import Estimate, Measured, signed, worries
+from eval.pairs import Estimate, Measured, worries
 from model.weights import read_json
 
 COLOURS = ("blue", "orange", "green", "violet", "pink", "brown")  # of the runs
-STYLE, SCRIPT = (Path(__file__).with_name(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,8 @@ def page(runs: list[Shown]) -> str:
     if first:
         sections = judged_section(first), distribution_section(first, len(runs) > 1)
         parts += [*sections, pair_section(first.measured)]
-    policy = f"default-src 'none'; style-src {digest(STYLE)}; script-src {digest(SCRIPT)}; base-uri 'none'"
+    style, script = (Path(__file__).with_name(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    policy = f"default-src 'none'; style-src {digest(style)}; script-src {digest(script)}; base-uri 'none'"
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -50,12 +50,12 @@ def page(runs: list[Shown]) -> str:
 <meta http-equiv="Content-Security-Policy" content="{policy}; form-action 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
-<style>{STYLE}</style>
+<style>{style}</style>
 </head>
 <body>
 {"".join(parts)}
 <output id="readout" hidden></output>
-<script>{SCRIPT}</script>
+<script>{script}</script>
 </body>
 </html>
 """
@@ -72,7 +72,7 @@ def headline(run: Shown) -> str:
     """What was trained on what, whether it worked, and what to worry about."""
     parts = [f"<h1>{esc(run.folder)}</h1><p>{described(run)}</p>"]
     if run.measured:
-        parts.append(f"<p class=verdict>{verdict(run.measured)}</p>{cards(run.measured)}")
+        parts.append(f"<p class=verdict>{verdict(run.measured)}</p>{cards(run.measured, judge_of(run))}")
     elif run.reason:
         parts.append(f"<p class=pale>Without pairs: {esc(run.reason)}.</p>")
     found = worries(run.measured, run.curves)
@@ -112,7 +112,8 @@ def verdict(measured: Measured) -> str:
     )
 
 
-def cards(measured: Measured) -> str:
+def cards(measured: Measured, judged: dict) -> str:
+    """The figures of a run; the win rate if a judge compared it with its reference."""
     beta, margin = measured.objective.beta, measured.margin
     reward = Estimate(beta * margin.value, beta * margin.low, beta * margin.high)
     ranked = sum(pair.after > 0 for pair in measured.pairs), sum(pair.before > 0 for pair in measured.pairs)
@@ -124,6 +125,9 @@ def cards(measured: Measured) -> str:
         *((signed(measured.logratio(side).value, 1), f"log-ratio of {side} answers, nats") for side in SIDES),
         (f"{before} → {after}", "of pairs have log π(chosen) > log π(rejected), before → after"),
     ]
+    if judged and judged["win_rate_ci95"]:
+        won = Estimate(judged["win_rate"], *judged["win_rate_ci95"])
+        figures.insert(1, (f"{won.value:.0%}", f"win rate of its answers, {interval(won, '.0%')}"))
     items = "".join(f"<div><strong>{value}</strong><span>{what}</span></div>" for value, what in figures)
     return f"<div class=cards>{items}</div>"
 
@@ -189,11 +193,17 @@ def distribution_section(run: Shown, name_it: bool) -> str:
     return f"<section>{head}<div class='charts four'>{''.join(distributions(measured))}</div></section>"
 
 
-def judged_section(run: Shown) -> str:
-    """The judge's comparison, if a demo has written it beside the run; "" otherwise."""
+def judge_of(run: Shown) -> dict:
+    """The judge's figures, if a demo has written them beside the run; {} otherwise."""
     path = Path(run.folder).parent / "judge.json"
     figures = read_json(path) if path.is_file() else {}
-    if next(iter(figures.get("right_answers", ())), None) != Path(run.folder).name:
+    is_about_it = next(iter(figures.get("right_answers", ())), None) == Path(run.folder).name
+    return figures if is_about_it else {}
+
+
+def judged_section(run: Shown) -> str:
+    """The comparison of a run's answers with those of the model that it started from."""
+    if not (figures := judge_of(run)):
         return ""
     text = f"<pre class=wide tabindex=0>{esc(summary(figures))}</pre>"
     return f"<section><h2>Answers, judged</h2>{text}</section>"

@@ -2,19 +2,21 @@
 
     html = pair_section(measured)
 
-A token is an element ``<b data-l="log π, log π_ref">``; its class is the colour of its log-ratio.
+A token is an element ``<b data-l=log π,log π_ref>``; its class is the colour of its log-ratio.
 """
 
 import html
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from dataset.jsonl import printable
-from eval.explain import SIDES, STEPS, Answer, token_pieces
-from eval.pairs import Measured, MeasuredPair, signed
+from eval.explain import SIDES, STEPS, Answer, signed, token_pieces
+from eval.pairs import Measured, MeasuredPair
 from eval.terminal import text_pieces
 
-TOKENS = 60_000  # on the page; longer answers are cut
+TOKENS = 50_000  # on the page, some 45 bytes each; longer answers are cut
 PROMPT = 2_000  # characters of a prompt on the page
 COLUMNS = [  # key, head, explanation
     ("margin", "margin", "log π(chosen) − log π(rejected), after training"),
@@ -47,11 +49,11 @@ cancel in the margin.{cut}</p>
 
 
 def token_limit(pairs: list[MeasuredPair]) -> tuple[int, bool]:
-    """The most tokens of an answer on the page, a power of 2, and whether an answer is longer."""
-    lengths = [len(answer.tokens) for pair in pairs for answer in (pair.chosen, pair.rejected)]
-    limits = (2**i for i in range(16, 3, -1))
-    limit = next((n for n in limits if sum(min(length, n) for length in lengths) <= TOKENS), 8)
-    return limit, limit < max(lengths)
+    """The most tokens of an answer on the page, at least 8, and whether an answer is longer."""
+    lengths = np.array([len(answer.tokens) for pair in pairs for answer in (pair.chosen, pair.rejected)])
+    limits = range(lengths.max(), 8, -1)
+    limit = next((n for n in limits if np.minimum(lengths, n).sum() <= TOKENS), 8)
+    return limit, limit < lengths.max()
 
 
 def sort_button(key: str, head: str, why: str) -> str:
@@ -93,12 +95,12 @@ def answer_column(side: str, answer: Answer, shared: int, measured: Measured, li
     total, logp, reference = (sum(x) for x in (answer.logratios, answer.logps, answer.reference_logps))
     sums = (
         f"log π/π<sub>ref</sub> {signed(total)} = {signed(logp)} − ({signed(reference)}), "
-        f"reward {signed(measured.objective.beta * total)}, {len(answer.tokens)} tokens"
+        f"reward {signed(measured.objective.beta * total)}"
     )
     tokens = "".join(token_marks(answer, measured.tokenizer, shared, limit))
     label = f"{side} answer; the arrow keys move from token to token"
     return (
-        f"<div><h4>{side}<small>{sums}</small></h4>"
+        f"<div><h4>{side}, {len(answer.tokens)} tokens<small>{sums}</small></h4>"
         f'<p class=answer tabindex=0 role=group aria-label="{label}">{tokens}</p></div>'
     )
 
@@ -113,9 +115,9 @@ def token_marks(answer: Answer, tokenizer, shared: int, limit: int) -> Iterator[
         names = colour(logp - reference) + ["shared"] * (number <= same)
         if number == len(pieces) and shown.tokens[-1] == tokenizer.end_id:
             names.append("end")
-        css = f' class="{" ".join(names)}"' if names else ""
+        css = f" class={names[0]}" if len(names) == 1 else f' class="{" ".join(names)}"' * bool(names)
         visible = esc(text).replace("\n", "↵\n")
-        yield f'<b{css} data-l="{logp:.2f} {reference:.2f}">{visible}</b>'
+        yield f'<b{css} data-l={logp:.2f},{reference:.2f}>{visible}</b>'
     if limit < len(answer.tokens):
         yield f" … {len(answer.tokens) - limit} more tokens"
 

@@ -18,7 +18,7 @@ from dataset.store import open_store
 from dataset.tokenizer import ChatTokenizer
 from eval.common import length_limit, load_policy_and_reference, print_start, run_settings, starting_model
 from eval.curves import Curve, last_finite
-from eval.explain import Answer, explain_rows
+from eval.explain import Answer, explain_rows, signed
 from eval.judge import Z95, win_interval
 from eval.preference import Settings, choose_objective, held_out_pairs
 from training.distributed import pick_device
@@ -202,8 +202,3 @@ def worries(measured: Measured | None, curves: dict[str, Curve]) -> list[str]:
             f"prefer {'longer' if r > 0 else 'shorter'} answers. See accuracy by length below."
         )
     return found
-
-
-def signed(value: float, digits: int = 2) -> str:
-    """``+1.25`` or ``−0.40``; a value that rounds to 0 has a plus."""
-    return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")

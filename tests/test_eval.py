@@ -558,4 +558,6 @@ def test_the_demo_writes_its_results(tmp_path, capsys):
     assert {"preference_accuracy", "win_rate", "win_rate_ci95", "well_formed", "seconds"} <= results.keys()
     assert results["wins"] + results["ties"] + results["losses"] == 6 and results["prompts"] == 3
     assert results["right_answers"].keys() == results["right_answers_greedy"].keys() == {"sft", "dpo"}
-    assert "eval.chat --model" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "eval.chat --model" in printed and str(tmp_path / "dpo" / "report.html") in printed
+    assert "Answers, judged" in (tmp_path / "dpo" / "report.html").read_text("utf-8")

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +23,7 @@ from dataset.records import Message
 from errors import InputError
 from eval import charts, curves, figures, page, page_pairs, pairs, preference, report
 from eval.common import load_model
-from eval.explain import Answer
+from eval.explain import Answer, signed
 from model.weights import save_model
 from tests.conftest import RAGGED, as_record, make_model, plain_ids, plain_logits
 from training.distributed import World
@@ -96,7 +97,7 @@ def token_values(parsed: Parsed) -> list[list[list[float]]]:
         if "answer" in (element.attributes.get("class") or "").split():
             values.append([])
         elif element.tag == "b" and "data-l" in element.attributes:
-            values[-1].append([float(x) for x in element.attributes["data-l"].split()])
+            values[-1].append([float(x) for x in element.attributes["data-l"].split(",")])
     return values
 
 
@@ -217,7 +218,8 @@ def test_the_judge_of_a_demo_is_quoted(written, folders, tmp_path, ragged):
     counts = {"prompts": 5, "samples": 4, "wins": 9, "ties": 8, "losses": 3, "win_rate": 0.75}
     judged = counts | dict.fromkeys((*rates, "mean_characters"), both) | {"win_rate_ci95": [0.6, 0.9]}
     (tmp_path / "judge.json").write_text(json.dumps(judged))
-    assert "9 wins, 8 ties, 3 losses" in written(tmp_path / "dpo", "--data", ragged)
+    text = written(tmp_path / "dpo", "--data", ragged)
+    assert "9 wins, 8 ties, 3 losses" in text and "win rate of its answers, 95\u00a0%: 60% to 90%" in text
     (tmp_path / "dpo").rename(tmp_path / "other")
     assert "9 wins" not in written(tmp_path / "other", "--data", ragged)
 
@@ -225,13 +227,13 @@ def test_the_judge_of_a_demo_is_quoted(written, folders, tmp_path, ragged):
 # ---- pairs without a model
 
 
-def made_pair(chosen: list[float], rejected: list[float], line: int = 1, end: int = 0) -> pairs.MeasuredPair:
-    """A pair with these log-ratios; every log π_ref is −1, and the ids are their places."""
+def made_pair(chosen: list[float], rejected: list[float], prompt: str = "?") -> pairs.MeasuredPair:
+    """A pair with these log-ratios, without equal tokens; every log π_ref is −1."""
     answers = [
-        Answer([3 + i % 50 for i in range(len(x))], [v - 1.0 for v in x], [-1.0] * len(x))
-        for x in (chosen, rejected)
+        Answer([first + i % 50 for i in range(len(x))], [v - 1.0 for v in x], [-1.0] * len(x))
+        for first, x in ((3, chosen), (70, rejected))
     ]
-    return pairs.MeasuredPair(line, (Message("user", "?"),), *answers, 0.5)
+    return pairs.MeasuredPair(1, (Message("user", prompt),), *answers, 0.5)
 
 
 def measured_of(made: list[pairs.MeasuredPair], tokenizer=None, **options) -> pairs.Measured:
@@ -242,10 +244,11 @@ def measured_of(made: list[pairs.MeasuredPair], tokenizer=None, **options) -> pa
 
 def test_a_page_of_200_long_pairs_stays_small(tokenizer):
     """Answers of a thousand tokens are cut, and their sums are not."""
-    measured = measured_of([made_pair([0.5] * 1000, [-0.5] * 900, i) for i in range(200)], tokenizer)
+    made = [made_pair([0.5] * 1000, [-0.5] * 900, "What? " * 999) for _ in range(200)]
+    measured = measured_of(made, tokenizer)
     text = page_pairs.pair_section(measured)
-    assert len(text.encode()) < 2.5e6 and text.count("<details") == 200
-    assert "cut after 128 tokens" in text and "+500.00 = −500.00 − (−1000.00)" in text
+    assert len(text.encode()) < 2.9e6 and text.count("<details") == 200
+    assert "cut after 125 tokens" in text and "+500.00 = −500.00 − (−1000.00)" in text
     short = page_pairs.pair_section(measured_of([made_pair([0.5] * 20, [0.5] * 9)] * 200, tokenizer))
     assert "cut after" not in short
 
@@ -265,7 +268,8 @@ def test_colours_follow_size_and_sign():
     found = [page_pairs.colour(value) for value in (-5, -1.5, -0.5, -0.2, 0.05, 0.2, 0.5, 1.5, 5)]
     assert found[0] == ["less-4"] and found[4] == [] and found[-1] == ["more-4"]
     assert len({*map(tuple, found)}) == 9
-    assert all(f".{name[0]} " in page.STYLE for name in found if name)
+    style = Path(page.__file__).with_name("page.css").read_text()
+    assert all(f".{name[0]} " in style for name in found if name)
 
 
 def noisy(n: int, chosen: float, rejected: float) -> list[pairs.MeasuredPair]:
@@ -301,7 +305,7 @@ def test_groups_hold_every_pair_once_and_equal_keys_together():
     made = [made_pair([1.0] * n, [0.0]) for n in (1, 1, 1, 1, 1, 1, 1, 2, 3, 9)]
     groups = figures.buckets(made, lambda pair: pair.longer)
     keys = [{pair.longer for pair in group} for group in groups]
-    assert sum(map(len, groups)) == len(made) and len({*().union(*keys)}) == sum(map(len, keys))
+    assert sum(map(len, groups)) == len(made) and len(set().union(*keys)) == sum(map(len, keys))
     assert [min(key) for key in keys] == sorted(min(key) for key in keys)
 
 
@@ -387,8 +391,8 @@ def test_a_browser_sorts_shows_tokens_and_keeps_its_box(width, written, folders,
     assert found["inside"] and found["open"], "something is wider than the page"
     rising = sorted(found["rising"])
     assert found["rising"] == rising and found["falling"] == rising[::-1]
-    logp, reference = map(float, found["values"].split())
-    assert f"difference {pairs.signed(logp - reference)}" in found["hovered"]
+    logp, reference = map(float, found["values"].split(","))
+    assert f"difference {signed(logp - reference)}" in found["hovered"]
     assert found["focused"] == 2 and found["shown"].startswith("“")
 
 
