@@ -16,7 +16,7 @@ from pathlib import Path
 import train_dpo
 import train_sft
 from dataset.jsonl import printable
-from errors import InputError, run_script
+from errors import run_script
 from eval import preference, report, turns
 from eval.chat import column_width, side_by_side
 from eval.common import load_model_and_tokenizer, require, write_json
@@ -81,20 +81,19 @@ def main(arguments: list[str] | None = None) -> None:
         "seconds_per_stage": {name: round(value, 1) for name, value in seconds.items()},
     }
     write_json(out / "results.json", results)
-    pictures = draw(sft, dpo)
+    page = report.write_page([dpo], pairs=preferred["pairs"])
     print("\n" + summary(judged))
     print(f"preference accuracy on held-out pairs: {preferred['rewards/accuracies']:.1%}\n")
     print(turns.table(by_turn) + "\n")
     print(examples(records, replies))
     print(f"\n{results['seconds']:.0f} seconds. Figures: {out / 'results.json'}; by task: judge.json")
-    print(f"{pictures}\n{next_commands(sft, dpo)}")
+    print(f"What DPO changed, token by token: open {page} in a browser\n{next_commands(sft, dpo)}")
 
 
 def next_commands(sft: str, dpo: str) -> str:
-    """Three commands to go on with."""
+    """Two commands to go on with."""
     return f"""Next:
   python -m eval.chat --model {dpo} --versus {sft}       # talk to both models
-  python -m eval.report {dpo}                            # the curves of the run
   python -m eval.preference --model {dpo} --reference {sft}   # evaluate on held-out pairs"""
 
 
@@ -114,14 +113,6 @@ def ask_both(folders: dict[str, str], records: list[dict], settings: Settings) -
         name: answer(*load_model_and_tokenizer(folder, device), records, settings.samples, seed=settings.seed)
         for name, folder in folders.items()
     }
-
-
-def draw(*runs: str) -> str:
-    """The paths of the drawn pictures, or why they could not be drawn; the demo works without them."""
-    try:
-        return "Pictures: " + ", ".join(str(report.picture(run)) for run in runs)
-    except InputError as error:
-        return f"No pictures: {error}"
 
 
 def examples(records: list[dict], replies: dict[str, list[list[Reply]]], most: int = 3) -> str:

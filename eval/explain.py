@@ -20,7 +20,7 @@ import torch
 from dataset.jsonl import printable
 from dataset.packing import build_stream
 from dataset.records import DataError, Message, Preference, read_preferences
-from dataset.store import Branch, encode, score_margin
+from dataset.store import Branch, TokenStore, encode, score_margin
 from errors import InputError, run_script
 from eval.common import (
     DEVICE_WHY,
@@ -94,19 +94,24 @@ class Answer:
 
 
 @torch.no_grad()
+def explain_rows(
+    policy: Transformer, reference: Transformer, pairs: TokenStore | OnePair, rows, objective: Objective
+) -> list[tuple[list[Answer], float]]:
+    """For each row its chosen and its rejected answer with the log-probs of both models, and its loss."""
+    stream = build_stream(pairs, rows).to(policy.embed_tokens.weight.device)
+    policy_logps, reference_logps = policy(stream), reference(stream)  # (N,)
+    losses = objective(Pairs.of(stream, policy_logps, reference_logps)).tolist()  # (B,)
+    lengths = stream.lengths().tolist()  # The targets of an answer are consecutive.
+    columns = (x.split(lengths) for x in (stream.targets, policy_logps, reference_logps))
+    answers = [Answer(*(x.tolist() for x in values)) for values in zip(*columns, strict=True)]
+    return [(answers[2 * i : 2 * i + 2], loss) for i, loss in enumerate(losses)]
+
+
 def explain(
     policy: Transformer, reference: Transformer, pair: OnePair, objective: Objective
 ) -> tuple[list[Answer], float]:
-    """The chosen and the rejected answer with the log-probs of both models, and the loss of the pair."""
-    stream = build_stream(pair, [0]).to(policy.embed_tokens.weight.device)
-    policy_logps, reference_logps = policy(stream), reference(stream)  # (N,)
-    answers = []
-    for side in range(2):
-        of_side = stream.owners == side
-        values = (x[of_side].tolist() for x in (stream.targets, policy_logps, reference_logps))
-        answers.append(Answer(*values))
-    loss = objective(Pairs.of(stream, policy_logps, reference_logps))
-    return answers, loss.item()
+    """The chosen and the rejected answer of one pair, and its loss."""
+    return explain_rows(policy, reference, pair, [0], objective)[0]
 
 
 def read_row(path: str, row: int) -> Preference:
@@ -145,17 +150,22 @@ def colour_of(logratio: float) -> str:
     return f"\x1b[38;5;16;48;5;{codes[strength - 1]}m" if strength else ""
 
 
-def pieces_of(answer: Answer, tokenizer) -> Iterator[tuple[str, float]]:
-    """(text, log-ratio) of each token. Tokens that share a character come together, with their sum."""
+def token_pieces(answer: Answer, tokenizer) -> Iterator[tuple[str, float, float]]:
+    """(text, log π, log π_ref) of each token. Tokens that share a character come together, with sums."""
     pieces = list(text_pieces(tokenizer, answer.tokens))
-    total = 0.0
-    for piece, logratio in zip(pieces, answer.logratios, strict=False):
-        total += logratio
+    total, reference_total = 0.0, 0.0
+    for piece, logp, reference in zip(pieces, answer.logps, answer.reference_logps, strict=False):
+        total, reference_total = total + logp, reference_total + reference
         if piece:
-            yield printable(piece), total
-            total = 0.0
+            yield printable(piece), total, reference_total
+            total, reference_total = 0.0, 0.0
     if pieces[-1]:  # bytes at the end that are not a character
-        yield printable(pieces[-1]), total
+        yield printable(pieces[-1]), total, reference_total
+
+
+def pieces_of(answer: Answer, tokenizer) -> Iterator[tuple[str, float]]:
+    """(text, log-ratio) of each token, from `token_pieces`."""
+    return ((text, logp - reference) for text, logp, reference in token_pieces(answer, tokenizer))
 
 
 def lay_out(pieces: list[tuple[str, float]], width: int, colour: bool) -> list[str]:
@@ -179,8 +189,9 @@ def lay_out(pieces: list[tuple[str, float]], width: int, colour: bool) -> list[s
     return [*lines, line]
 
 
-def signed(value: float) -> str:
-    return f"{round(value, 2) + 0.0:+.2f}".replace("-", "−")  # + 0.0: not −0.00
+def signed(value: float, digits: int = 2) -> str:
+    """``+1.25`` or ``−0.40``. Adding 0.0 avoids ``−0.00``."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")
 
 
 def describe(

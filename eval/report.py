@@ -1,83 +1,93 @@
-"""Draw the curves of a training run: the figures of its `metrics.jsonl`, for SFT, DPO and reward models.
+"""Show whether a run worked: one HTML page with its figures, curves and held-out pairs, token by token.
 
-    python -m eval.report runs/dpo                    # writes runs/dpo/report.png
-    python -m eval.report runs/dpo --out figure.png
+    python -m eval.report runs/dpo                    # writes runs/dpo/report.html
+    python -m eval.report runs/dpo runs/ipo --out compare.html
+    python -m eval.report runs/dpo --png              # the curves only, as runs/dpo/report.png
 
-Thin lines are means over the training steps between two rows. Heavy lines with dots are held-out data.
+The page needs no network and no other file. `--png` needs matplotlib. Thin lines are means over the training
+steps between two rows of `metrics.jsonl`. Heavy lines with dots are held-out data.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.jsonl import printable
 from errors import InputError, run_script
+from eval import page
+from eval.common import DEVICE_WHY, DEVICES, print_note, require, write_file
+from eval.curves import (
+    BLUE,
+    FAINT,
+    INK,
+    ORANGE,
+    PALE,
+    PARTS,
+    VIOLET,
+    Curve,
+    Panel,
+    last_finite,
+    read_curves,
+    shown_panels,
+)
+from eval.pairs import Measured, measure
 from model.weights import require_folder
 from training.settings import OneLineParser
 
-INK, PALE, FAINT = "#262b33", "#7d8590", "#e6e8eb"
-BLUE, ORANGE, VIOLET = "#2b6ca3", "#c4622d", "#6f5a9a"
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One plot of the picture, drawn if the run logged at least one of its metrics."""
-
-    title: str
-    curves: list[tuple[str, str, str]]  # metric, label, colour
-    unit: str = ""
-    mark: float | None = None  # height of a dashed line
-    mark_label: str = ""  # its label
-    from_zero: bool = False
-
-
-GRADIENT = Panel("Gradient norm", [("grad_norm", "", VIOLET)], "before clipping", from_zero=True)
-SFT_PANELS = [
-    Panel("Loss", [("loss", "", BLUE)], "−log π, nats per token"),
-    GRADIENT,
-    Panel("Learning rate", [("learning_rate", "", VIOLET)], "of each step", from_zero=True),
-    Panel("Speed", [("conversations_per_second", "", VIOLET)], "conversations per second", from_zero=True),
-]
-PREFERENCE_PANELS = [
-    Panel("Loss", [("loss", "", BLUE)], "nats per pair", math.log(2), "ln 2"),
-    Panel("Reward accuracy", [("rewards/accuracies", "", BLUE)], "share of pairs", 0.5, "chance"),
-    GRADIENT,
-    # Rewards contain beta, log-ratios do not: runs with a different beta compare by log-ratios.
-    Panel("Log-ratio margin", [("logratios/margins", "", BLUE)], "chosen − rejected, nats", 0.0),
-    Panel(
-        "Log-ratios",
-        [("logratios/chosen", "chosen", BLUE), ("logratios/rejected", "rejected", ORANGE)],
-        "log π / π_ref, nats per answer",
-        0.0,
-    ),
-    Panel(
-        "Log-probability of answers",
-        [("logps/chosen", "chosen", BLUE), ("logps/rejected", "rejected", ORANGE)],
-        "log π, nats per answer",
-    ),
-    Panel("Reward margin", [("rewards/margins", "", BLUE)], "chosen − rejected", 0.0),
-    Panel(
-        "Rewards",
-        [("rewards/chosen", "chosen", BLUE), ("rewards/rejected", "rejected", ORANGE)],
-        "β · log π / π_ref, or a reward model's",
-        0.0,
-    ),
-    Panel("Learning rate", [("learning_rate", "", VIOLET)], "of each step", from_zero=True),
-]
-PARTS = ("", "eval_")  # prefixes of the metrics: training, held-out
-
-Curve = dict[int, float]  # step: value
+__all__ = ["BLUE", "ORANGE", "VIOLET"]  # for the pictures of the experiments
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m eval.report", description=__doc__.split("\n")[0])
-    parser.add_argument("run", help="run folder that contains metrics.jsonl")
-    parser.add_argument("--out", help="file of the picture; default: RUN/report.png")
+    parser.add_argument("run", nargs="+", help="run folders that contain metrics.jsonl")
+    parser.add_argument("--out", help="file to write; default: report.html or report.png in the first folder")
+    parser.add_argument("--png", action="store_true", help="draw the curves of one run as a PNG instead")
+    parser.add_argument("--pairs", type=int, default=200, help="most held-out pairs to measure and to show")
+    parser.add_argument("--data", default="", help="preference pairs; default: the run's held-out pairs")
+    parser.add_argument("--reference", default="", help="model folder; default: the start of the run")
+    parser.add_argument("--device", default="auto", choices=DEVICES, help=DEVICE_WHY)
     given = parser.parse_args(arguments)
-    print(printable(str(picture(given.run, given.out))))
+    require(given.pairs >= 1, "--pairs", given.pairs, "must be at least 1")
+    if given.png:
+        require(len(given.run) == 1, "--png", " ".join(given.run), "takes one run")
+        print(printable(str(picture(given.run[0], given.out))))
+        return
+    options = {name: getattr(given, name) for name in ("pairs", "data", "reference", "device")}
+    print(printable(str(write_page(given.run, given.out, **options))))
+
+
+def write_page(runs: list[str], out: str | Path | None = None, **options) -> Path:
+    """Write the report of runs as a page; return its path. `options` are those of `eval.pairs.measure`.
+
+    A run whose pairs cannot be measured, such as SFT, has its curves only; the page names the reason.
+    """
+    for run in runs:
+        require_folder(Path(run))
+    curves = [read_curves(Path(run) / "metrics.jsonl") for run in runs]
+    require_panels(curves, runs[0])
+    found = [measured_or_reason(run, options) for run in runs]
+    shown = [page.Shown(*run) for run in zip(runs, curves, *zip(*found, strict=True), strict=True)]
+    out = Path(out or Path(runs[0]) / "report.html")
+    text = page.page(shown).encode("utf-8", "backslashreplace")
+    write_file(out, lambda file: file.write(text))
+    return out
+
+
+def measured_or_reason(run: str, options: dict) -> tuple[Measured | None, str]:
+    """The measured pairs of a run, or None and the reason."""
+    try:
+        return measure(run, **options), ""
+    except InputError as error:
+        print_note(f"no pairs on the page: {error}")
+        return None, str(error)
+
+
+def require_panels(runs: list[dict[str, Curve]], title: str) -> list[Panel]:
+    """The panels of the runs. Raises `InputError` if there are none."""
+    if not (panels := shown_panels(runs)):
+        raise InputError(f"{title}: metrics.jsonl contains none of the metrics that this picture shows")
+    return panels
 
 
 def picture(run: str | Path, out: str | Path | None = None) -> Path:
@@ -88,39 +98,9 @@ def picture(run: str | Path, out: str | Path | None = None) -> Path:
     return out
 
 
-def read_curves(path: Path) -> dict[str, Curve]:
-    """The numbers of a metrics file: ``{name: {step: value}}``. Of two rows of a step the later one counts.
-
-    The last line is skipped if it is incomplete, because a killed run may leave half of it. Another line that
-    is not a row of numbers raises `InputError`.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); is this a run folder?") from None
-    curves: dict[str, Curve] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            step = int(row["step"])
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines):
-                break
-            raise InputError(f"{path}:{number}: not a row of metrics ({error})") from None
-        for name, value in row.items():
-            if name != "step" and isinstance(value, (int, float)):
-                curves.setdefault(name, {})[step] = value
-    if not curves:
-        raise InputError(f"{path}: contains no row of metrics yet")
-    return {name: dict(sorted(curve.items())) for name, curve in curves.items()}
-
-
 def draw(curves: dict[str, Curve], title: str, out: Path) -> None:
     """Draw the panels whose metrics are in `curves` as a PNG, 1800 pixels wide."""
-    known = PREFERENCE_PANELS if any(part + "rewards/margins" in curves for part in PARTS) else SFT_PANELS
-    panels = [p for p in known if any(part + name in curves for name, *_ in p.curves for part in PARTS)]
-    if not panels:
-        raise InputError(f"{title}: metrics.jsonl contains none of the metrics that this picture shows")
+    panels = require_panels([curves], title)
     columns = 3 if len(panels) > 4 else min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     with canvas(12, 1.3 + 2.9 * rows, out) as figure:
@@ -224,11 +204,6 @@ def name_ends(axes, ends: list[tuple[float, str, str]]) -> None:
         axes.text(
             1.025, floor, label, transform=axes.transAxes, color=colour, va="center", weight="bold", size=9
         )
-
-
-def last_finite(curve: Curve) -> tuple[int, float] | None:
-    """The last (step, value) with a finite value; None without one."""
-    return next(((step, value) for step, value in reversed(curve.items()) if math.isfinite(value)), None)
 
 
 if __name__ == "__main__":

@@ -548,115 +548,6 @@ def test_task_names_cannot_steer_the_terminal(folders, write_jsonl, capsys):
     assert "\\x1b[2Jsum" in printed.out and "\x1b" not in printed.out + printed.err
 
 
-# ---- the picture
-
-
-def dpo_rows(steps: int = 6) -> list[dict]:
-    names = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-             "logps/chosen", "logps/rejected", "logratios/chosen", "logratios/rejected",
-             "logratios/margins")  # fmt: skip
-    rows = [{"step": 0} | {f"eval_{name}": 0.5 for name in names}]
-    for step in range(1, steps):
-        figures = {name: math.sin(step + i) for i, name in enumerate(names)}
-        rows += [
-            {"step": step} | figures | {"grad_norm": 1.0},
-            {"step": step} | {f"eval_{n}": 0.1 for n in names},
-        ]
-    return rows
-
-
-def write_run(folder, rows: list[dict], torn: str = ""):
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    folder.mkdir(exist_ok=True)
-    (folder / "metrics.jsonl").write_text(lines + torn, encoding="utf-8")
-    return folder
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [
-        dpo_rows(),
-        dpo_rows(1),
-        [{"step": s, "loss": 5 / s, "grad_norm": 1.0, "learning_rate": 1e-3} for s in (1, 2, 3)],
-        [{"step": 1, "loss": float("nan")}],
-    ],
-    ids=["dpo", "one evaluation", "sft", "nan"],
-)
-def test_a_run_becomes_a_picture(rows, tmp_path, capsys):
-    """Also if the run was killed: its last line is incomplete."""
-    image = pytest.importorskip("matplotlib.image")
-    run = write_run(tmp_path / "run $1_2$", rows, torn='{"step": 9, "loss": 0.')
-    report.main([str(run)])
-    assert capsys.readouterr().out.strip() == str(run / "report.png")
-    pixels = image.imread(run / "report.png")
-    assert pixels.shape[1] == 1800 and pixels.var() > 1e-3
-
-
-def titles_of(names: list[str], monkeypatch, tmp_path) -> list[str]:
-    """The titles of the panels that are drawn for a run with these metrics."""
-    titles = []
-    draw_panel = report.draw_panel
-
-    def spy(axes, panel, *rest):
-        titles.append(panel.title)
-        draw_panel(axes, panel, *rest)
-
-    monkeypatch.setattr(report, "draw_panel", spy)
-    report.draw({name: {1: 0.5, 2: 0.6} for name in names}, "run", tmp_path / "out.png")
-    return titles
-
-
-def test_log_ratios_are_drawn_beside_rewards(monkeypatch, tmp_path):
-    """Rewards grow with beta while the policy hardly differs. Log-ratios compare runs of different beta."""
-    pytest.importorskip("matplotlib")
-    rewards = ["loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"]
-    logratios = ["logratios/chosen", "logratios/rejected", "logratios/margins"]
-    dpo = titles_of([*rewards, *logratios], monkeypatch, tmp_path)
-    assert dpo == [
-        "Loss", "Reward accuracy", "Log-ratio margin", "Log-ratios", "Reward margin", "Rewards"
-    ]  # fmt: skip
-    reward_model = titles_of(rewards, monkeypatch, tmp_path)
-    assert reward_model == ["Loss", "Reward accuracy", "Reward margin", "Rewards"]
-
-
-def test_a_step_that_was_repeated_after_a_resume_counts_once(tmp_path):
-    rows = [
-        {"step": 1, "loss": 1.0},
-        {"step": 2, "loss": 9.0},
-        {"step": 2, "loss": 2.0},
-        {"step": 3, "loss": 3.0},
-    ]
-    curves = report.read_curves(write_run(tmp_path / "run", rows) / "metrics.jsonl")
-    assert curves == {"loss": {1: 1.0, 2: 2.0, 3: 3.0}}
-
-
-@pytest.mark.parametrize(
-    "text, reason",
-    [('{"step": 1}\ntorn\n{"step": 2}\n', ":2: not a row"), ("", "no row"), ("torn", "no row")],
-)
-def test_damaged_metrics_are_named(text, reason, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(text)
-    with pytest.raises(InputError, match=reason):
-        report.main([str(tmp_path)])
-
-
-def test_a_picture_without_matplotlib_names_the_library(tmp_path, monkeypatch):
-    """The project is not on PyPI: `pip install "minidpo[plots]"` would fail or install another package."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(InputError, match=r"pictures need matplotlib: pip install matplotlib$"):
-        report.main([str(write_run(tmp_path / "run", dpo_rows()))])
-
-
-def test_labels_of_curves_do_not_overlap(tmp_path):
-    """The two log-probs often end at the same height."""
-    figure = pytest.importorskip("matplotlib.figure").Figure()
-    axes = figure.subplots()
-    axes.plot([0, 1], [0, 1])
-    report.name_ends(axes, [(0.5, "chosen", "k"), (0.5, "rejected", "k"), (0.51, "third", "k")])
-    low, middle, high = sorted(text.get_position()[1] for text in axes.texts)
-    assert middle - low > 0.1 and high - middle > 0.1
-
-
 # ---- the demo
 
 
@@ -667,4 +558,6 @@ def test_the_demo_writes_its_results(tmp_path, capsys):
     assert {"preference_accuracy", "win_rate", "win_rate_ci95", "well_formed", "seconds"} <= results.keys()
     assert results["wins"] + results["ties"] + results["losses"] == 6 and results["prompts"] == 3
     assert results["right_answers"].keys() == results["right_answers_greedy"].keys() == {"sft", "dpo"}
-    assert "eval.chat --model" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "eval.chat --model" in printed and str(tmp_path / "dpo" / "report.html") in printed
+    assert "Answers, judged" in (tmp_path / "dpo" / "report.html").read_text("utf-8")

@@ -1,0 +1,133 @@
+"""Small charts as SVG, without a library. Colours are CSS classes, so they follow the page's theme.
+
+plot = Plot(x=(0, 188), y=(0, 1))
+plot.line([(0, 0.5), (188, 0.86)], "blue heavy", "step")
+page += plot.svg("Accuracy rises from 0.5 to 0.86")
+"""
+
+import html
+import math
+from collections.abc import Iterable
+
+WIDTH, HEIGHT = 300, 180
+LEFT, RIGHT, TOP, BOTTOM = 38, 50, 10, 24  # margins; the labels of the curves' ends are in the right one
+LINE = 12  # height of a line of text
+MOST = 400  # points of a line
+
+Point = tuple[float, float]
+
+
+class Plot:
+    """A chart of 300 × 180 units. Marks are drawn in the order of the calls, in data coordinates."""
+
+    def __init__(self, x: tuple[float, float], y: tuple[float, float], x_label: str = "", percent=False):
+        self.x, self.y = widen(*x), widen(*y)
+        self.ends: list[tuple[float, str, str]] = []  # (height, text, class) of each line's end
+        self.marks = [tick for value in ticks(*self.y) for tick in self.y_tick(value, percent)]
+        for value in ticks(*self.x):
+            self.text(self.across(value), HEIGHT - BOTTOM + 14, number(value), "middle")
+        if x_label:
+            self.text(WIDTH - 2, HEIGHT - BOTTOM + 14, x_label, "end")
+
+    def across(self, x: float) -> float:
+        low, high = self.x
+        return LEFT + (x - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+
+    def down(self, y: float) -> float:
+        low, high = self.y
+        return HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    def y_tick(self, value: float, percent: bool) -> Iterable[str]:
+        height, shown = self.down(value), f"{value:.0%}" if percent else number(value)
+        yield f'<path class=grid d="M{LEFT} {height:.1f}H{WIDTH - RIGHT}"/>'
+        yield f"<text x={LEFT - 6} y={height + 3.5:.1f} text-anchor=end>{shown}</text>"
+
+    def text(self, x: float, y: float, text: str, anchor: str = "start", css: str = "") -> None:
+        shown = f'<text x={x:.1f} y={y:.1f} text-anchor={anchor} class="{css}">{html.escape(text)}</text>'
+        self.marks.append(shown)
+
+    def line(self, points: list[Point], css: str, end: str = "") -> None:
+        """A line through the finite points; `heavy` in `css` adds dots. `end` is written at its end."""
+        points = [(x, y) for x, y in points if math.isfinite(y)]
+        if not points:
+            return
+        shown = points[:: math.ceil(len(points) / MOST)]
+        shown += points[-1:] if shown[-1] != points[-1] else []
+        places = " ".join(f"{self.across(x):.1f},{self.down(y):.1f}" for x, y in shown)
+        self.marks.append(f'<polyline class="{css}" points="{places}"/>')
+        if "heavy" in css:
+            for x, y in shown:
+                self.dot(x, y, css, f"step {x}: {number(y)}")
+        self.ends.append((self.down(points[-1][1]), end, css))
+
+    def dot(self, x: float, y: float, css: str, label: str) -> None:
+        """A dot; a pointer that rests on it shows the label."""
+        place = f"cx={self.across(x):.1f} cy={self.down(y):.1f} r=2.6"
+        self.marks.append(f'<circle class="{css}" {place}><title>{html.escape(label)}</title></circle>')
+
+    def bar(self, left: float, right: float, height: float, css: str, label: str) -> None:
+        """A bar from the bottom to `height`."""
+        x, y = self.across(left), self.down(height)
+        size = f"width={max(self.across(right) - x - 1, 0.5):.1f} height={HEIGHT - BOTTOM - y:.1f}"
+        title = f"<title>{html.escape(label)}</title>"
+        self.marks.append(f'<rect class="{css}" x={x:.1f} y={y:.1f} {size}>{title}</rect>')
+
+    def interval(self, x: float, low: float, high: float) -> None:
+        """An upright line from `low` to `high`."""
+        place = f"M{self.across(x):.1f} {self.down(low):.1f}V{self.down(high):.1f}"
+        self.marks.append(f'<path class=interval d="{place}"/>')
+
+    def level(self, y: float, label: str) -> None:
+        """A dashed horizontal line with a label, if `y` is in the range of the axis."""
+        if self.y[0] <= y <= self.y[1]:
+            height = self.down(y)
+            self.marks.append(f'<path class=mark d="M{LEFT} {height:.1f}H{WIDTH - RIGHT}"/>')
+            self.text(WIDTH - RIGHT, height - 4, label, "end")
+
+    def upright(self, x: float, label: str) -> None:
+        """A dashed vertical line with a label."""
+        place = self.across(x)
+        self.marks.append(f'<path class=mark d="M{place:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
+        self.text(place + 4, TOP + 8, label)
+
+    def svg(self, label: str) -> str:
+        """The chart; `label` describes it to readers who do not see it."""
+        self.name_ends()
+        size = f'viewBox="0 0 {WIDTH} {HEIGHT}" role=img'
+        return f'<svg {size} aria-label="{html.escape(label)}">{"".join(self.marks)}</svg>'
+
+    def name_ends(self) -> None:
+        """Write the labels of the lines right of their ends, from below, without overlaps."""
+        ends = sorted((height, text.split("\n"), css) for height, text, css in self.ends if text)
+        free = HEIGHT - BOTTOM + 2  # the room above this height is free
+        for i, (height, lines, css) in reversed([*enumerate(ends)]):
+            above = sum(len(other) for _, other, _ in ends[:i]) * LINE  # room that the other labels need
+            bottom = min(free, height + len(lines) * LINE / 2)
+            free = max(bottom, above + len(lines) * LINE) - len(lines) * LINE
+            for j, line in enumerate(lines, start=1):
+                self.text(WIDTH - RIGHT + 6, free + j * LINE - 2.5, line, css=f"end {css}")
+
+
+def widen(low: float, high: float) -> tuple[float, float]:
+    """The range, or a wider one if it is a point."""
+    return (low, high) if high > low else (low - 0.5 * (abs(low) or 1), low + 0.5 * (abs(low) or 1))
+
+
+def around(values: list[float], share: float = 0.05) -> tuple[float, float]:
+    """A range that contains the values, with a margin on both sides."""
+    low, high = widen(min(values), max(values))
+    return low - share * (high - low), high + share * (high - low)
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """At most `most` + 1 round numbers in a range, at equal distances."""
+    rough = (high - low) / most
+    unit = 10 ** math.floor(math.log10(rough))
+    step = next(factor * unit for factor in (1, 2, 2.5, 5, 10, 20) if factor * unit >= rough * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def number(value: float) -> str:
+    """Three significant digits, with a true minus sign."""
+    return f"{value:.3g}".replace("e-0", "e-").replace("-", "−")

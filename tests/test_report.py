@@ -1,0 +1,505 @@
+"""The report of a run: one HTML page, and the curves as a PNG: eval/report.py, page.py and what they use.
+
+python -m pytest tests/test_report.py
+"""
+
+import base64
+import hashlib
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dataset.records import Message
+from errors import InputError
+from eval import charts, curves, figures, page, page_pairs, pairs, preference, report
+from eval.common import load_model
+from eval.explain import Answer, signed
+from model.weights import save_model
+from tests.conftest import RAGGED, as_record, make_model, plain_ids, plain_logits
+from training.distributed import World
+from training.options import ObjectiveSettings
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"' onfocus=alert(1) \x1b[2J\u202e"
+VOID = {"meta", "polyline", "path", "circle", "rect", "li", "br", "td", "th", "tr", "thead", "tbody"}
+
+
+class Parsed(HTMLParser):
+    """The elements of a page: (tag, attributes, text inside)."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements: list[SimpleNamespace] = []
+        self.open: list[SimpleNamespace] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        element = SimpleNamespace(tag=tag, attributes=dict(attributes), text="")
+        self.elements.append(element)
+        if tag not in VOID:
+            self.open.append(element)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop().tag == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data):
+        for element in self.open:
+            element.text += data
+
+    def all(self, tag: str, name: str = "") -> list[SimpleNamespace]:
+        """The elements with this tag, and with this class if it is given."""
+        found = (e for e in self.elements if e.tag == tag)
+        return [e for e in found if not name or name in (e.attributes.get("class") or "").split()]
+
+
+# ---- the page
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tokenizer) -> tuple[str, str]:
+    """A DPO run with beta 0.5, and the reference that its settings name."""
+    policy, reference = (tmp_path_factory.mktemp(name) for name in ("policy", "reference"))
+    save_model(reference, make_model(tokenizer.vocab_size, torch.float32, 1))
+    run = {"model": str(reference), "beta": 0.5, "loss": "sigmoid", "batch_size": 4}
+    save_model(policy, make_model(tokenizer.vocab_size, torch.float32, 2), settings=run)
+    for folder in (policy, reference):
+        tokenizer.save(folder)
+    write_run(policy, dpo_rows())
+    return str(policy), str(reference)
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Call eval.report; return the text of the page."""
+
+    def call(*arguments: str) -> str:
+        out = tmp_path / "page.html"
+        report.main([*map(str, arguments), "--out", str(out), "--device", "cpu"])
+        return out.read_text(encoding="utf-8")
+
+    return call
+
+
+def token_values(parsed: Parsed) -> list[list[list[float]]]:
+    """[log π, log π_ref] of each token of each answer of the page."""
+    values: list[list[list[float]]] = []
+    for element in parsed.elements:
+        if "answer" in (element.attributes.get("class") or "").split():
+            values.append([])
+        elif element.tag == "b" and "data-l" in element.attributes:
+            values[-1].append([float(x) for x in element.attributes["data-l"].split(",")])
+    return values
+
+
+def test_tokens_of_the_page_are_those_of_a_plain_loop(folders, written, tokenizer, write_jsonl):
+    """Log-probs of the neighbouring token, the other side or the other model would look plausible too."""
+    prompt, *texts = RAGGED[0]
+    text = written(folders[0], "--data", write_jsonl("one.jsonl", [as_record(RAGGED[0])]))
+    for answer, values in zip(texts, token_values(Parsed(text)), strict=True):
+        x, y = plain_ids(tokenizer, prompt, answer)
+        assert len(values) == len(y)  # No token of this pair shares a character with another one.
+        for place, folder in enumerate(folders):
+            table = plain_logits(load_model(folder).double(), x + y).log_softmax(-1)[len(x) - 1 : -1]
+            oracle = table.gather(1, torch.tensor(y)[:, None])[:, 0].tolist()
+            assert [pair[place] for pair in values] == pytest.approx(oracle, abs=0.0051)
+
+
+def test_tokens_of_the_page_sum_to_the_logged_rewards(folders, written, write_jsonl):
+    """The page and the training log must not contradict each other."""
+    for pair in RAGGED:
+        path = write_jsonl("one.jsonl", [as_record(pair)])
+        asked = preference.Settings(model=folders[0], data=str(path), device="cpu", precision="fp32")
+        logged = preference.measure(asked, World(0, 1, torch.device("cpu")))
+        answers = token_values(Parsed(written(folders[0], "--data", path)))
+        for side, values in zip(("chosen", "rejected"), answers, strict=True):
+            total = sum(logp - reference for logp, reference in values)
+            assert 0.5 * total == pytest.approx(logged[f"rewards/{side}"], abs=0.0051 * len(values))
+
+
+def test_headline_figures_are_those_of_the_evaluation(folders, ragged):
+    found = pairs.measure(folders[0], data=str(ragged), device="cpu")
+    asked = preference.Settings(model=folders[0], data=str(ragged), device="cpu", precision="fp32")
+    logged = preference.measure(asked, World(0, 1, torch.device("cpu")))
+    assert found.accuracy.value == pytest.approx(logged["rewards/accuracies"])
+    assert found.margin.value == pytest.approx(logged["logratios/margins"], abs=1e-3)
+    assert found.logratio("rejected").value == pytest.approx(logged["logratios/rejected"], abs=1e-3)
+    assert np.mean([pair.loss for pair in found.pairs]) == pytest.approx(logged["loss"], abs=1e-4)
+    assert found.accuracy.low < found.accuracy.value < found.accuracy.high
+
+
+def test_a_pair_has_its_own_prompt(folders, write_jsonl, tokenizer):
+    """Dropped records leave gaps, and pairs are spread over the file: rows are not lines."""
+    rows = [{"prompt": f"Question {i}", "chosen": f"Yes {i}", "rejected": "No"} for i in range(9)]
+    rows[2]["chosen"] = rows[2]["rejected"]  # dropped
+    path = write_jsonl("gaps.jsonl", rows)
+    found = pairs.measure(folders[0], pairs=4, data=str(path), device="cpu")
+    assert found.held_out == 8 and [pair.line for pair in found.pairs] == [1, 4, 7, 9]
+    for pair in found.pairs:
+        number = pair.prompt[-1].content.removeprefix("Question ")
+        assert tokenizer.decode(pair.chosen.tokens).startswith(f"Yes {number}")
+        assert pair.line == int(number) + 1
+
+
+def test_hostile_text_is_inert(written, folders, tmp_path, write_jsonl):
+    """Text of the data, of names and of settings becomes text: not an element, not an attribute."""
+    rows = [{"prompt": HOSTILE, "chosen": f"a {HOSTILE}", "rejected": f"b {HOSTILE}"}]
+    evil = tmp_path / "x<img src=x onerror=alert(1)>"
+    shutil.copytree(folders[0], evil)
+    config = json.loads((evil / "config.json").read_text())
+    config["settings"] |= {"data": HOSTILE, "batch_size": HOSTILE, "lr": HOSTILE}
+    (evil / "config.json").write_text(json.dumps(config))
+    path = write_jsonl("<script>1.jsonl", rows)
+    for runs in ([evil], [evil, folders[0]]):
+        text = written(*runs, "--data", path)
+        parsed = Parsed(text)
+        assert len(parsed.all("script")) == 1 and not parsed.all("img") and not parsed.open
+        assert not [e for e in parsed.elements for name in e.attributes if name.startswith("on")]
+        assert not {"href", "src", "style"} & {name for e in parsed.elements for name in e.attributes}
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
+        shown = parsed.all("p", "prompt")[0].text
+        assert "</script><script>alert(1)</script><img src=x onerror=alert(1)>" in shown
+
+
+def test_the_page_needs_nothing_else(written, folders, ragged, monkeypatch):
+    """The policy allows this script and this style only; without matplotlib there are curves as well."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    text = written(folders[0], "--data", ragged)
+    parsed = Parsed(text)
+    assert not re.search(r"https?:|url\(|@import|<link", text)
+    policy = next(e for e in parsed.all("meta") if "http-equiv" in e.attributes).attributes["content"]
+    for tag in ("script", "style"):
+        (element,) = parsed.all(tag)
+        sum_of_it = base64.b64encode(hashlib.sha256(element.text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{sum_of_it}'" in policy
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    titles = [e.text for e in parsed.all("figcaption")]
+    for title in ("Loss", "Reward accuracy", "Gradient norm", "Log-ratios", "Log-probability of answers",
+                  "Rewards", "Log-ratio margins", "Log-ratio against length"):  # fmt: skip
+        assert any(found.startswith(title) for found in titles), title
+
+
+def test_runs_are_compared(written, folders, tmp_path, ragged):
+    """One row and one colour for each run. A run that has not finished has its curves only."""
+    unfinished = write_run(tmp_path / "unfinished", dpo_rows())
+    text = written(folders[0], unfinished, folders[0], "--data", ragged)
+    parsed = Parsed(text)
+    assert len(parsed.all("i", "swatch")) == len({e.attributes["class"] for e in parsed.all("i")}) == 3
+    assert len(parsed.all("details")) == len(RAGGED)  # of one run
+    for colour in page.COLOURS[:3]:
+        assert any(colour in e.attributes["class"].split() for e in parsed.all("polyline"))
+    assert any(f"{unfinished}, without pairs: " in e.text for e in parsed.all("ul"))
+
+
+def test_sft_has_curves_only_and_is_not_compared_with_dpo(written, folders, tmp_path):
+    rows = [{"step": s, "loss": 5 / s, "grad_norm": 1.0, "learning_rate": 1e-3} for s in (1, 2, 3)]
+    sft = write_run(tmp_path / "sft", rows)
+    shutil.copy(f"{folders[1]}/config.json", sft)
+    parsed = Parsed(written(sft))
+    assert len(parsed.all("svg")) == 3 and not parsed.all("details")
+    with pytest.raises(InputError, match="different losses: compare SFT with SFT"):
+        written(sft, folders[0])
+
+
+def test_the_judge_of_a_demo_is_quoted(written, folders, tmp_path, ragged):
+    """Only if the judge compared this run."""
+    shutil.copytree(folders[0], tmp_path / "dpo")
+    both = {"dpo": 0.75, "sft": 0.5}
+    rates = ("right_answers", "right_answers_greedy", "well_formed", "wanted_manner", "mean_tokens")
+    counts = {"prompts": 5, "samples": 4, "wins": 9, "ties": 8, "losses": 3, "win_rate": 0.75}
+    judged = counts | dict.fromkeys((*rates, "mean_characters"), both) | {"win_rate_ci95": [0.6, 0.9]}
+    (tmp_path / "judge.json").write_text(json.dumps(judged))
+    text = written(tmp_path / "dpo", "--data", ragged)
+    assert "9 wins, 8 ties, 3 losses" in text and "win rate of its answers, 95\u00a0%: 60% to 90%" in text
+    (tmp_path / "dpo").rename(tmp_path / "other")
+    assert "9 wins" not in written(tmp_path / "other", "--data", ragged)
+
+
+# ---- pairs without a model
+
+
+def made_pair(chosen: list[float], rejected: list[float], prompt: str = "?") -> pairs.MeasuredPair:
+    """A pair with these log-ratios, without equal tokens; every log π_ref is −1."""
+    answers = [
+        Answer([first + i % 50 for i in range(len(x))], [v - 1.0 for v in x], [-1.0] * len(x))
+        for first, x in ((3, chosen), (70, rejected))
+    ]
+    return pairs.MeasuredPair(1, (Message("user", prompt),), *answers, 0.5)
+
+
+def measured_of(made: list[pairs.MeasuredPair], tokenizer=None, **options) -> pairs.Measured:
+    return pairs.Measured(
+        "run", "reference", "x.jsonl", len(made), ObjectiveSettings(**options), tokenizer, made
+    )
+
+
+def test_a_page_of_200_long_pairs_stays_small(tokenizer):
+    """Answers of a thousand tokens are cut, and their sums are not."""
+    made = [made_pair([0.5] * 1000, [-0.5] * 900, "What? " * 999) for _ in range(200)]
+    measured = measured_of(made, tokenizer)
+    text = page_pairs.pair_section(measured)
+    assert len(text.encode()) < 2.9e6 and text.count("<details") == 200
+    assert "cut after 125 tokens" in text and "+500.00 = −500.00 − (−1000.00)" in text
+    short = page_pairs.pair_section(measured_of([made_pair([0.5] * 20, [0.5] * 9)] * 200, tokenizer))
+    assert "cut after" not in short
+
+
+def test_equal_tokens_at_the_start_are_marked(tokenizer):
+    """苹 and 荷 share two of three bytes. A character is marked only if all of it is equal."""
+    for texts, same in ((("one two", "one six"), "one "), (("a苹果", "a荷果"), "a"), (("x", "y"), "")):
+        ids = [tokenizer.text(text) for text in texts]
+        answers = [Answer(x, [-1.0] * len(x), [-1.0] * len(x)) for x in ids]
+        pair = pairs.MeasuredPair(1, (Message("user", "?"),), *answers, 0.5)
+        for answer in answers:
+            parsed = Parsed("".join(page_pairs.token_marks(answer, tokenizer, pair.shared, 100)))
+            assert "".join(e.text for e in parsed.all("b", "shared")) in (same, same.rstrip())
+
+
+def test_colours_follow_size_and_sign():
+    found = [page_pairs.colour(value) for value in (-5, -1.5, -0.5, -0.2, 0.05, 0.2, 0.5, 1.5, 5)]
+    assert found[0] == ["less-4"] and found[4] == [] and found[-1] == ["more-4"]
+    assert len({*map(tuple, found)}) == 9
+    style = Path(page.__file__).with_name("page.css").read_text()
+    assert all(f".{name[0]} " in style for name in found if name)
+
+
+def noisy(n: int, chosen: float, rejected: float) -> list[pairs.MeasuredPair]:
+    noise = np.random.default_rng(0).normal(size=(n, 2))
+    lengths = np.random.default_rng(1).integers(3, 9, (n, 2))
+    return [
+        made_pair([chosen + a] + [0.0] * int(i), [rejected + b] + [0.0] * int(j))
+        for (a, b), (i, j) in zip(noise, lengths, strict=True)
+    ]
+
+
+GOOD = {"eval_loss": {0: 0.693, 9: 0.4}, "loss": {9: 0.4}, "rewards/accuracies": {9: 0.9},
+        "eval_rewards/accuracies": {9: 0.88}}  # fmt: skip
+
+
+@pytest.mark.parametrize("made, changed, expected", [
+    (noisy(60, 1, -3), {}, None),
+    (noisy(60, 0, 0), {}, "contains 50 %"),
+    (noisy(60, -4, -9), {}, "less likely too: their mean log-ratio is −4."),
+    ([made_pair([1.0 + i], [0.0] * (20 - i)) for i in range(20)], {}, r"length difference (r = +1.00)"),
+    (noisy(60, 1, -3), {"eval_loss": {0: 0.69, 5: 0.4, 9: 0.5}}, "at step 5 (0.400) and rose to 0.500"),
+    (noisy(60, 1, -3), {"eval_loss": {0: 0.693, 9: 0.69}}, "0.690, is still close to ln 2"),
+    (noisy(60, 1, -3), {"rewards/accuracies": {9: 1}, "eval_rewards/accuracies": {9: 0.7}}, "100% on train"),
+    (noisy(60, 1, -3), {"grad_norm": {4: math.nan}}, "step 4 is not finite"),
+])  # fmt: skip
+def test_each_worry_has_its_reason(made, changed, expected):
+    found = pairs.worries(measured_of(made), GOOD | changed)
+    assert len(found) == (expected is not None), found
+    assert expected is None or expected in found[0]
+
+
+def test_groups_hold_every_pair_once_and_equal_keys_together():
+    made = [made_pair([1.0] * n, [0.0]) for n in (1, 1, 1, 1, 1, 1, 1, 2, 3, 9)]
+    groups = figures.buckets(made, lambda pair: pair.longer)
+    keys = [{pair.longer for pair in group} for group in groups]
+    assert sum(map(len, groups)) == len(made) and len(set().union(*keys)) == sum(map(len, keys))
+    assert [min(key) for key in keys] == sorted(min(key) for key in keys)
+
+
+@pytest.mark.parametrize(
+    "low, high", [(0, 1), (-8.3, 0.4), (0, 188), (1e-9, 2e-4), (-3, 1e6), (0.68, 0.6932)]
+)
+def test_ticks_are_few_round_and_within(low, high):
+    found = charts.ticks(low, high)
+    assert 2 <= len(found) <= 6 and all(low - 1e-9 * high <= x <= high * (1 + 1e-9) for x in found)
+    assert all(float(f"{x:.3g}") == pytest.approx(x) for x in found)
+
+
+def test_ends_of_lines_do_not_overlap():
+    """Two log-probs often end at the same height, also at the border of the chart."""
+    for heights in ([0.5, 0.5, 0.51], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]):
+        plot = charts.Plot((0, 1), (0, 1))
+        for height in heights:
+            plot.line([(0, 0.5), (1, height)], "blue", "label\n0.5")
+        ends = [e for e in Parsed(plot.svg("")).all("text") if "end" in (e.attributes.get("class") or "")]
+        places = sorted(float(e.attributes["y"]) for e in ends)
+        assert len(places) == 6 and min(np.diff(places)) >= charts.LINE - 0.11
+        assert places[0] > 0 and places[-1] < charts.HEIGHT
+
+
+def test_a_line_skips_what_is_not_finite_and_keeps_its_last_point():
+    plot = charts.Plot((0, 5000), (0, 1))
+    plot.line([(i, 0.5 if i != 7 else math.nan) for i in range(5000)] + [(5000, 1.0)], "blue", "1")
+    (line,) = Parsed(plot.svg("")).all("polyline")
+    places = line.attributes["points"].split()
+    assert len(places) <= charts.MOST + 1 and "nan" not in line.attributes["points"]
+    assert places[-1] == f"{charts.WIDTH - charts.RIGHT:.1f},{charts.TOP:.1f}"
+
+
+# ---- in a browser
+
+ACT = """
+document.title = (() => {
+  const inside = document.documentElement.scrollWidth <= innerWidth;
+  const order = () => [...document.querySelectorAll("#list > details")].map((e) => +e.dataset.length);
+  const button = document.querySelector("button[data-sort=length]");
+  const readout = document.querySelector("#readout");
+  button.click(); const falling = order(); button.click(); const rising = order();
+  document.querySelectorAll("details").forEach((e) => { e.open = true; });
+  const open = document.documentElement.scrollWidth <= innerWidth;
+  const token = document.querySelectorAll("b[data-l]")[1];
+  token.dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));
+  const hovered = !readout.hidden && readout.textContent;
+  const long = (e) => e.querySelectorAll("b").length > 3;
+  const answer = [...document.querySelectorAll(".answer")].find(long);
+  answer.focus();
+  const press = () => document.activeElement.dispatchEvent(
+    new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
+  press(); press(); press();
+  const focused = [...answer.querySelectorAll("b")].indexOf(document.activeElement);
+  const values = token.dataset.l, shown = readout.textContent;
+  return JSON.stringify({ inside, open, falling, rising, hovered, focused, values, shown });
+})();
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [360, 1400])
+def test_a_browser_sorts_shows_tokens_and_keeps_its_box(width, written, folders, ragged, tmp_path):
+    """In an iframe of this width. A copy of the page without policy acts; the page itself logs no error."""
+    browser = shutil.which("chromium") or pytest.skip("needs chromium (Debian: apt-get install chromium)")
+    text = written(folders[0], "--data", ragged)
+
+    def opened(body: str) -> tuple[str, str]:
+        (tmp_path / "inside.html").write_text(body, encoding="utf-8")
+        frame = f"<iframe src=inside.html width={width} height=900 style='border:0'></iframe>"
+        look = "<script>onload = () => { document.title = frames[0].document.title; };</script>"
+        (tmp_path / "frame.html").write_text(f"<title></title>{frame}{look}")
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+        flags += ["--enable-logging=stderr", "--window-size=1500,1000", f"--user-data-dir={tmp_path}/user"]
+        call = [browser, *flags, "--virtual-time-budget=4000", "--dump-dom", str(tmp_path / "frame.html")]
+        done = subprocess.run(call, capture_output=True, text=True, timeout=120, check=True)
+        return done.stdout, done.stderr
+
+    assert "CONSOLE" not in opened(text)[1]
+    acting = re.sub("<meta http-equiv[^>]*>", "", text).replace("</body>", f"<script>{ACT}</script></body>")
+    (title,) = re.findall("<title>(.*?)</title>", opened(acting)[0])
+    found = json.loads(Parsed(f"<p>{title}</p>").all("p")[0].text)
+    assert found["inside"] and found["open"], "something is wider than the page"
+    rising = sorted(found["rising"])
+    assert found["rising"] == rising and found["falling"] == rising[::-1]
+    logp, reference = map(float, found["values"].split(","))
+    assert f"difference {signed(logp - reference)}" in found["hovered"]
+    assert found["focused"] == 2 and found["shown"].startswith("“")
+
+
+# ---- the picture
+
+
+def dpo_rows(steps: int = 6) -> list[dict]:
+    names = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+             "logps/chosen", "logps/rejected", "logratios/chosen", "logratios/rejected",
+             "logratios/margins")  # fmt: skip
+    rows = [{"step": 0} | {f"eval_{name}": 0.5 for name in names}]
+    for step in range(1, steps):
+        figures = {name: math.sin(step + i) for i, name in enumerate(names)}
+        rows += [
+            {"step": step} | figures | {"grad_norm": 1.0},
+            {"step": step} | {f"eval_{n}": 0.1 for n in names},
+        ]
+    return rows
+
+
+def write_run(folder, rows: list[dict], torn: str = ""):
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text(lines + torn, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        dpo_rows(),
+        dpo_rows(1),
+        [{"step": s, "loss": 5 / s, "grad_norm": 1.0, "learning_rate": 1e-3} for s in (1, 2, 3)],
+        [{"step": 1, "loss": float("nan")}],
+    ],
+    ids=["dpo", "one evaluation", "sft", "nan"],
+)
+def test_a_run_becomes_a_picture(rows, tmp_path, capsys):
+    """Also if the run was killed: its last line is incomplete."""
+    image = pytest.importorskip("matplotlib.image")
+    run = write_run(tmp_path / "run $1_2$", rows, torn='{"step": 9, "loss": 0.')
+    report.main([str(run), "--png"])
+    assert capsys.readouterr().out.strip() == str(run / "report.png")
+    pixels = image.imread(run / "report.png")
+    assert pixels.shape[1] == 1800 and pixels.var() > 1e-3
+
+
+def titles_of(names: list[str], monkeypatch, tmp_path) -> list[str]:
+    """The titles of the panels that are drawn for a run with these metrics."""
+    titles = []
+    draw_panel = report.draw_panel
+
+    def spy(axes, panel, *rest):
+        titles.append(panel.title)
+        draw_panel(axes, panel, *rest)
+
+    monkeypatch.setattr(report, "draw_panel", spy)
+    report.draw({name: {1: 0.5, 2: 0.6} for name in names}, "run", tmp_path / "out.png")
+    return titles
+
+
+def test_log_ratios_are_drawn_beside_rewards(monkeypatch, tmp_path):
+    """Rewards grow with beta while the policy hardly differs. Log-ratios compare runs of different beta."""
+    pytest.importorskip("matplotlib")
+    rewards = ["loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"]
+    logratios = ["logratios/chosen", "logratios/rejected", "logratios/margins"]
+    dpo = titles_of([*rewards, *logratios], monkeypatch, tmp_path)
+    assert dpo == [
+        "Loss", "Reward accuracy", "Log-ratio margin", "Log-ratios", "Reward margin", "Rewards"
+    ]  # fmt: skip
+    reward_model = titles_of(rewards, monkeypatch, tmp_path)
+    assert reward_model == ["Loss", "Reward accuracy", "Reward margin", "Rewards"]
+
+
+def test_a_step_that_was_repeated_after_a_resume_counts_once(tmp_path):
+    rows = [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 9.0},
+        {"step": 2, "loss": 2.0},
+        {"step": 3, "loss": 3.0},
+    ]
+    found = curves.read_curves(write_run(tmp_path / "run", rows) / "metrics.jsonl")
+    assert found == {"loss": {1: 1.0, 2: 2.0, 3: 3.0}}
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [('{"step": 1}\ntorn\n{"step": 2}\n', ":2: not a row"), ("", "no row"), ("torn", "no row")],
+)
+def test_damaged_metrics_are_named(text, reason, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(InputError, match=reason):
+        report.main([str(tmp_path), "--png"])
+
+
+def test_a_picture_without_matplotlib_names_the_library(tmp_path, monkeypatch):
+    """The project is not on PyPI: `pip install "minidpo[plots]"` would fail or install another package."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match=r"pictures need matplotlib: pip install matplotlib$"):
+        report.main([str(write_run(tmp_path / "run", dpo_rows())), "--png"])
+
+
+def test_labels_of_curves_do_not_overlap(tmp_path):
+    """The two log-probs often end at the same height."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1])
+    report.name_ends(axes, [(0.5, "chosen", "k"), (0.5, "rejected", "k"), (0.51, "third", "k")])
+    low, middle, high = sorted(text.get_position()[1] for text in axes.texts)
+    assert middle - low > 0.1 and high - middle > 0.1
