@@ -112,22 +112,18 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
             chosen_logratios = policy_chosen_logps - reference_chosen_logps  # (B,) a
             rejected_logratios = policy_rejected_logps - reference_rejected_logps  # (B,) b
             if plain_dpo:
-                losses = sigmoid(
-                    chosen_logratios - rejected_logratios, settings.beta
-                )  # (B,) −log σ(β (a − b))
+                margins = chosen_logratios - rejected_logratios
+                losses = sigmoid(margins, settings.beta)  # (B,) −log σ(β (a − b)), eq. 7
             else:
                 inputs = stream, policy_logps, reference_logps, balances
                 losses = objective.training_losses(*inputs, model, precision, meter)
 
             # The mean over the window's pairs. Ranks average their gradients, hence the factor.
             precision.backward(losses.sum() * world.ranks / len(window))
-            sums = (
-                policy_chosen_logps,
-                policy_rejected_logps,
-                reference_chosen_logps,
-                reference_rejected_logps,
+            batch = Pairs(
+                policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
             )
-            meter.add(len(losses), pair_metrics(losses, Pairs(*sums), settings.beta))
+            meter.add(len(losses), pair_metrics(losses, batch, settings.beta))
         # -------------------------------------------------------
 
         grad_norm = clip_gradients(optimizer, precision.scaler, settings.grad_clip)

@@ -1,4 +1,4 @@
-"""Rows of a store into token streams: which rows meet in a step, who computes them, and the one shift."""
+"""From rows of a store to token streams: the rows of a step, the rank of each row, and the label shift."""
 
 import heapq
 import math
@@ -14,9 +14,9 @@ LAYOUTS = ("forked", "twin")
 
 
 class Windows:
-    """Which rows each optimizer step sees: a pure function of (seed, step), whatever ran before.
+    """The rows of each optimizer step: a pure function of (seed, step).
 
-    An epoch visits every row once, in an order of its own; its last window may be short.
+    Each epoch visits every row once, in a new order. Its last window may be short.
     """
 
     def __init__(self, rows: int, batch_size: int, seed: int):
@@ -109,19 +109,19 @@ def share(lengths: np.ndarray, rank: int, ranks: int, max_tokens: int) -> list[r
 
 
 def build_stream(store: TokenStore, rows, layout: str = "forked") -> TokenStream:
-    """Lay rows one after another as one `TokenStream`.
+    """The `TokenStream` of these rows, one after another.
 
-    ``forked``: prompt, chosen, rejected in one run; the prompt is computed once, both sides see it and not
-    each other. ``twin``: prompt + chosen, prompt + rejected: the textbook layout. Same log-probs, same
-    gradients. A conversation has one branch and no prompt, so for SFT the two are one.
+    ``forked`` is prompt, chosen, rejected: the prompt is computed once, and both sides attend to it but not
+    to each other. ``twin`` is prompt, chosen, prompt, rejected, as in textbooks. Log-probs and gradients are
+    the same. A conversation has one branch and no prompt, so for SFT both layouts are the same.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r} is none of {LAYOUTS}")
+        raise ValueError(f"layout {layout!r} is not one of {LAYOUTS}")
     tokens, positions, segments, predictors, targets, owners, cached = [], [], [], [], [], [], []
     end = 0  # of the stream so far
 
     def append(ids: np.ndarray, first_position: int, prefix: tuple[int, int] = (0, 0)) -> int:
-        """Append one segment; return where it starts."""
+        """Append one segment; return its start."""
         nonlocal end
         start, end = end, end + len(ids)
         tokens.append(ids)
@@ -130,9 +130,9 @@ def build_stream(store: TokenStore, rows, layout: str = "forked") -> TokenStream
         return start
 
     def supervise(ids: np.ndarray, supervised: np.ndarray, start: int, before: int, owner: int) -> None:
-        """The one shift of the project: a token is predicted by the position before it.
+        """Append labels. This is the only shift: the position before a token predicts it.
 
-        `before` is that position for the segment's first token: the end of the prompt.
+        `before` is that position for the segment's first token, the end of the prompt.
         """
         where = np.flatnonzero(supervised)
         predictors.append(np.where(where == 0, before, start + where - 1))

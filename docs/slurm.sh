@@ -1,19 +1,19 @@
 #!/bin/bash
-# Several nodes with Slurm: one torchrun a node, which find each other by a rendezvous.
+# Several nodes with Slurm: one torchrun per node. They find each other by a rendezvous.
 #
 #     sbatch docs/slurm.sh --model runs/sft --data pairs.jsonl --out runs/dpo
 #
-# Flags go to train_dpo.py. What a run reads and writes must lie where all nodes see it under the same path: this
-# project and its environment, the model, the data, --out, and the cache of tokenised data. When a node fails, a rank
-# dies or time runs out, the job is handed in again and goes on from the newest checkpoint: --save-every says how much
-# is lost. What this starts on each node is held by a test (tests/test_shard.py); the lines for Slurm are not.
+# Flags go to train_dpo.py. This project, its environment, the model, the data and --out must be at the same path on all
+# nodes. The cache of tokenised data may be local to each node. When a node fails, a rank dies or time runs out, the job
+# is submitted again and continues from the newest checkpoint; --save-every bounds the loss. A test covers the command
+# that runs on each node (tests/test_shard.py), no test covers the lines for Slurm.
 
 #SBATCH --job-name=minidpo
 #SBATCH --nodes=2
-#SBATCH --ntasks-per-node=1        # one torchrun, which starts a rank for each card
+#SBATCH --ntasks-per-node=1        # one torchrun, which starts a rank for each GPU
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
-#SBATCH --mem=0                    # all of it: each rank reads the whole model before it keeps its part
+#SBATCH --mem=0                    # all of it: the main rank loads the whole model
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append

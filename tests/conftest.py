@@ -54,8 +54,8 @@ def machine(tmp_path_factory):
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
         for name in ("connect", "connect_ex"):
             patch.setattr(socket.socket, name, local_only(getattr(socket.socket, name)))
-        ranks.start()
-        yield
+        with ranks.forking():
+            yield
 
 
 def local_only(connect):

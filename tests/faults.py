@@ -20,7 +20,6 @@ from errors import run_script
 from tests.loops import metrics
 from training.checkpoint import checkpoints, load_checkpoint, step_of
 from training.distributed import World, join
-from training.objective import Objective
 from training.run import RunFolder
 from training.settings import parse
 
@@ -96,9 +95,9 @@ def resume_from_each_step(module, arguments: list[str], folder: Path, world: Wor
 
 
 def plant(module, fault: str, rank: int, step: int) -> None:
-    """In the first attempt, give a rank a fault when it has done `step` steps and is amid the next.
+    """In the first attempt, give a rank a fault when it has done `step` steps and is within the next.
 
-    A fault is the name of a signal, twice for two of them, or what the gradient or the loss becomes.
+    A fault is the name of a signal, several joined by "+", or the value of the gradient or the loss.
     """
     calls = 0
 
@@ -117,15 +116,14 @@ def plant(module, fault: str, rank: int, step: int) -> None:
         calls += 1
         return norm
 
-    class FaultyObjective(Objective):
-        def __call__(self, pairs, training=False):
-            losses = super().__call__(pairs, training)
-            if training and due() and fault.startswith("loss"):
-                losses = losses * math.nan if fault == "loss nan" else losses + math.inf
-            return losses
+    def faulty_sigmoid(*arguments):
+        losses = sigmoid(*arguments)
+        if due() and fault.startswith("loss"):
+            losses = losses * math.nan if fault == "loss nan" else losses + math.inf
+        return losses
 
-    clip = module.clip_gradients
-    module.clip_gradients, module.Objective = clip_gradients, FaultyObjective
+    clip, sigmoid = module.clip_gradients, getattr(module, "sigmoid", None)
+    module.clip_gradients, module.sigmoid = clip_gradients, faulty_sigmoid
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ A process is forked before the first test, when torch is imported and no thread 
 of each script, which then start at once. `torchrun` takes six seconds: it is for tests of torchrun itself.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -21,12 +23,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PIPE = None  # to the process that forks, which `start` has made
 
 
-def start() -> None:
-    """Fork the process that forks the others. It ends with this one."""
+@contextlib.contextmanager
+def forking() -> Iterator[None]:
+    """Within, `forked` works: a process waits for scripts to fork. It ends when its pipe is closed."""
     global PIPE
-    fork = multiprocessing.get_context("fork")
-    PIPE, theirs = fork.Pipe()
-    if os.fork() == 0:
+    PIPE, theirs = multiprocessing.Pipe()
+    child = os.fork()
+    if child == 0:
         PIPE.close()
         try:
             while True:
@@ -34,6 +37,9 @@ def start() -> None:
         finally:
             os._exit(0)
     theirs.close()
+    yield
+    PIPE.close()
+    os.waitpid(child, 0)
 
 
 def forked(

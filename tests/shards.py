@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model.transformer
+import training.reference
 from errors import run_script
 from tests.faults import train
-from training.distributed import World, join
+from training.distributed import World, join, wrap
 
 
 class LiveBytes(TorchDispatchMode):
@@ -60,7 +61,7 @@ def weigh(module, held: dict[str, int], live: LiveBytes, counting: ExitStack) ->
     Under "loading" stands the peak of `live` until the last model was wrapped. Counting makes each operation
     slow, so it ends at the first clipping.
     """
-    wrap, clip_gradients, wrapped = module.wrap, module.clip_gradients, []
+    clip_gradients, wrapped = module.clip_gradients, []
 
     def noting_wrap(model, *arguments):
         wrapped.append(wrap(model, *arguments))
@@ -79,7 +80,8 @@ def weigh(module, held: dict[str, int], live: LiveBytes, counting: ExitStack) ->
         held["moments"] = bytes_here(value for value in state if isinstance(value, Tensor) and value.dim())
         return clip_gradients(optimizer, *arguments)
 
-    module.wrap, module.clip_gradients = noting_wrap, weighing_clip
+    module.wrap = training.reference.wrap = noting_wrap
+    module.clip_gradients = weighing_clip
 
 
 def run(job: dict, world: World) -> None:

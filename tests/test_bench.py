@@ -277,7 +277,7 @@ def test_gpu_cases_are_as_large_as_they_say():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_one_line():
-    with pytest.raises(InputError, match="--device cuda: this torch sees no CUDA device"):
+    with pytest.raises(InputError, match="--device cuda: torch found no CUDA device"):
         run.main(["--device", "cuda", "--quick"])
 
 

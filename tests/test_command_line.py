@@ -1,9 +1,7 @@
-"""The scripts as a user meets them: flags, errors, imports, and what the README says of them."""
+"""The scripts as a user meets them: flags, errors, imports, and the tables of docs/."""
 
-import importlib
 import os
 import re
-import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -20,7 +18,7 @@ from tests.loops import ROOT
 from tests.ranks import forked
 from training.settings import learning_rate_advice, parse
 
-README = ROOT / "README.md"
+OBJECTIVES = ROOT / "docs" / "OBJECTIVES.md"
 FLAGS = ROOT / "docs" / "FLAGS.md"
 SCRIPTS = {"train_sft.py": train_sft, "train_dpo.py": train_dpo, "train_reward.py": train_reward}
 
@@ -117,7 +115,7 @@ def test_flags_are_no_abbreviations(tmp_path):
         parse(train_dpo.Settings, "", ["--bet", "1"])
 
 
-# ---- the README
+# ---- the pages
 
 
 def rows_of(settings_class, names) -> list[str]:
@@ -153,26 +151,7 @@ def test_the_tables_of_flags_are_those_of_the_settings(table):
     assert wanted in FLAGS.read_text("utf-8"), f"docs/FLAGS.md lacks:\n{wanted}"
 
 
-def test_readme_commands_are_accepted_by_their_parsers():
-    """A command that a reader copies must at least parse."""
-    pattern = r"^(?:python|torchrun .*?) (train_\w+\.py|-m eval\.(?:preference|chat))(.*)$"
-    commands = re.findall(pattern, README.read_text("utf-8"), re.M)
-    assert len(commands) >= 5
-    for script, arguments in commands:
-        module = importlib.import_module(script.removesuffix(".py").removeprefix("-m "))
-        parse(module.Settings, "", shlex.split(arguments, comments=True))
-
-
-def test_readme_lists_every_loss():
+def test_the_page_of_objectives_lists_every_loss():
     """One row each, in the order of losses.py."""
-    table = README.read_text("utf-8").split("<!-- losses -->")[1].split("<!-- end -->")[0]
+    table = OBJECTIVES.read_text("utf-8").split("<!-- losses -->")[1].split("<!-- end -->")[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.M) == list(LOSSES)
-
-
-def test_readme_names_files_that_exist():
-    """The file map must not name what was moved."""
-    block = README.read_text("utf-8").split("## File map")[1].split("```")[1]
-    names = re.findall(r"^(\S+)", block, re.M)
-    assert len(names) > 15
-    for name in names:
-        assert (ROOT / name).exists(), name

@@ -19,15 +19,21 @@ from dataset.packing import build_stream
 from dataset.store import open_store
 from dataset.tokenizer import ChatTokenizer
 from tests.loops import ROOT
-from tests.test_rooms import python_files
-from training.settings import SAMPLE
+from training.settings import REPLACED, SAMPLE, parse
 
 ARCHITECTURE, READMES = "docs/ARCHITECTURE.md", ["README.md", "README.zh.md"]
-LISTED = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
-PAGES = LISTED.stdout.split()
-# Flags of other programs, and one that the figures of PERFORMANCE.md were measured with.
+# Flags of other programs, and those that the project had once.
 FOREIGN = {"--standalone", "--nproc-per-node", "--nnodes", "--max-restarts", "--outfile"}
-FOREIGN |= {"--micro-batch-size"}
+FOREIGN |= {"--local-dir", "--repo-type", *REPLACED}
+
+
+def listed(pattern: str) -> list[str]:
+    """The project's files of this pattern, relative to its folder."""
+    found = subprocess.run(["git", "ls-files", pattern], cwd=ROOT, capture_output=True, text=True, check=True)
+    return found.stdout.split()
+
+
+PAGES = listed("*.md")
 
 
 def page(name: str) -> str:
@@ -160,10 +166,13 @@ def anchors(text: str) -> set[str]:
 def test_every_command_and_flag_of_a_page_exists(name):
     """A command that a reader copies must start, and a flag that a page explains must be there."""
     for program, arguments in our_commands(page(name)):
-        known = flags_of(program)
+        assert (ROOT / file_of(program)).exists(), f"{name}: there is no {program}"
         for argument in arguments:
             flag = argument.split("=")[0]
-            assert flag in known or not flag.startswith("--"), f"{name}: {program} has no {flag}"
+            assert flag in flags_of(program) or not flag.startswith("--"), f"{name}: {program} has no {flag}"
+        settings = getattr(importlib.import_module(program), "Settings", None)
+        if settings and "--help" not in arguments:
+            parse(settings, "", arguments)
     known = FOREIGN.union(*map(flags_of, programs()))
     for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*(?![\w…-])", page(name)):
         assert flag in known, f"{name}: {flag}"
@@ -184,15 +193,19 @@ def our_commands(text: str) -> list[tuple[str, list[str]]]:
 
 def programs() -> list[str]:
     """The modules with a command line."""
-    names = [name for name in python_files() if not name.startswith("tests/")]
+    names = [name for name in listed("*.py") if not name.startswith("tests/")]
     mains = [name for name in names if "__main__" in page(name)]
     return [name.removesuffix(".py").replace("/", ".") for name in mains]
+
+
+def file_of(program: str) -> str:
+    return f"{program.replace('.', '/')}.py"
 
 
 @cache
 def flags_of(program: str) -> frozenset[str]:
     """The flags of a module, from its --help; none where it does not read the command line."""
-    source = page(f"{program.replace('.', '/')}.py")
+    source = page(file_of(program))
     if not re.search(r"Parser\(|parse\(", source):
         return frozenset()
     arguments = ["export", "--help"] if '"export"' in source else ["--help"]
@@ -223,7 +236,7 @@ def test_the_file_map_is_the_project(name):
             named |= {f"{room}{re.match(r' *([a-z_]+)', part)[1]}.py" for part in names.split("·")}
     for path in named:
         assert (ROOT / path).exists(), f"the file map of {name} names {path}"
-    for file in python_files():
+    for file in listed("*.py"):
         folders = {f"{parent}/" for parent in (ROOT / file).relative_to(ROOT).parents}
         known = file in named or (folders & named).difference(ROOMS) or file.endswith("__init__.py")
         assert known, f"the file map of {name} lacks {file}"
@@ -233,5 +246,5 @@ def test_the_architecture_page_names_all_of_training():
     """It groups these files by what they are about; one that it lacks is about nothing."""
     block = next(block for _, block in code_blocks(page(ARCHITECTURE)) if "the objective:" in block)
     named = re.findall(r"[a-z]+", " ".join(re.findall(r"the \w+: +(.*)", block)))
-    files = [file.split("/")[1] for file in python_files() if file.startswith("training/")]
+    files = [file.split("/")[1] for file in listed("*.py") if file.startswith("training/")]
     assert sorted(named) == sorted(file.removesuffix(".py") for file in files if file != "__init__.py")

@@ -22,6 +22,7 @@ import train_sft
 import training.folder
 import training.metrics
 import training.run
+import training.setup
 from errors import InputError, run_script
 from model.weights import save_model
 from tests.conftest import make_model
@@ -96,7 +97,7 @@ def test_files_of_another_program_are_not_overwritten(name, flags, tmp_path):
     """A downloaded model also has a config.json and a tokenizer.json, which a run would overwrite."""
     (tmp_path / name).write_text("{}")
     for more in ([], ["--overwrite"], ["--resume"]):
-        with pytest.raises(InputError, match=rf"did not write .*{re.escape(name)}|does not record|no model"):
+        with pytest.raises(InputError, match=rf"not write .*{re.escape(name)}|not record|not a model"):
             train_sft.main([*flags(tmp_path), *more])
         assert content(tmp_path) == {name: b"{}"}
 
@@ -214,8 +215,8 @@ def test_a_finished_run_names_the_next_commands(flags, tmp_path, capsys):
 class Recording(training.run.RunFolder):
     """A run folder whose run has the entries `more` in its identity."""
 
-    def begin(self, *arguments):
-        return super().begin(*arguments, **self.more)
+    def begin(self, *arguments, **identity):
+        return super().begin(*arguments, **{**identity, **self.more})
 
 
 def run_with(flags: list[str], **more) -> dict:
@@ -396,7 +397,7 @@ def test_an_early_ctrl_c_is_one_line(flags, tmp_path, monkeypatch, capsys):
     def interrupted(*arguments, **options):
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(train_sft, "open_store", interrupted)
+    monkeypatch.setattr(training.setup, "open_store", interrupted)
     with pytest.raises(SystemExit) as left:
         run_script(lambda: train_sft.main(flags(tmp_path / "run")))
     assert left.value.code == 130 and capsys.readouterr().err == "stopped by Ctrl-C\n"
@@ -407,7 +408,7 @@ def test_a_repeated_sigterm_under_torchrun_still_saves(flags, tmp_path, monkeypa
     """Slurm and systemd send SIGTERM to torchrun and to its ranks, and torchrun forwards it at once."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setattr(train_dpo, "clip_gradients", train_dpo.clip_gradients)
-    monkeypatch.setattr(train_dpo, "Objective", train_dpo.Objective)
+    monkeypatch.setattr(train_dpo, "sigmoid", train_dpo.sigmoid)
     plant(train_dpo, "SIGTERM+SIGTERM+SIGTERM", 0, 1)
     with pytest.raises(SystemExit) as left:
         train(train_dpo, flags(tmp_path, data="pairs", save_every=0), ALONE)

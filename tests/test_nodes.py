@@ -47,23 +47,6 @@ def test_the_first_rank_of_each_node_goes_before_the_others():
     assert order[0] == 0 and {*order[1:3]} == {2, 4} and {*order[3:]} == {1, 3, 5}
 
 
-def test_ranks_of_a_node_take_turns(monkeypatch):
-    """Each loads a checkpoint that may take half of the node's memory."""
-    monkeypatch.setattr(World, "largest", lambda world, number: number)
-    lock, busy, most = threading.Lock(), {0: 0, 1: 0}, []
-
-    def load(world) -> None:
-        node = world.rank // 3
-        with lock:
-            busy[node] += 1
-            most.append(busy[node])
-        with lock:
-            busy[node] -= 1
-
-    on_threads(6, 3, lambda world: world.one_by_one(lambda: load(world)))
-    assert most == [1] * 6
-
-
 @pytest.mark.parametrize("failing", [0, 2, 3])
 def test_when_one_rank_fails_all_leave(failing):
     """Otherwise the others wait for a day, and only the failed rank knows why."""

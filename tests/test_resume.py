@@ -139,7 +139,7 @@ def test_a_part_that_is_not_restored_is_noticed(
         restore({name: part for name, part in parts.items() if name != forgotten}, *more)
 
     monkeypatch.setattr(training.run, "restore", forgetful)
-    arguments = flags("train_dpo", precision=precision, epochs=1)
+    arguments = flags("train_dpo", precision=precision, max_steps=4)
     found = resume_from_each_step(train_dpo, arguments, tmp_path / "r", ALONE)
     assert what <= {part for parts in found.values() for part in parts}
 

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,10 +11,16 @@ from tests.loops import ROOT
 
 # A room may import from itself and from those after it; losses, from no room at all.
 ORDER = ["bench", "eval", "train", "training", "losses", "dataset", "model", "files", "errors"]
-FILES = sorted(
-    path.relative_to(ROOT)
-    for path in [*ROOT.glob("*.py"), *(each for room in ORDER for each in (ROOT / room).rglob("*.py"))]
-)
+
+
+def python_files() -> list[str]:
+    """Our Python files, tests included, as paths from the project's folder."""
+    folders = [ROOT / name for name in (*ORDER, "tests")]
+    found = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
+    return sorted(str(path.relative_to(ROOT)) for path in found)
+
+
+FILES = [Path(name) for name in python_files() if not name.startswith("tests/")]
 
 
 def room_of(module: str) -> str | None:

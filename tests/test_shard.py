@@ -247,7 +247,7 @@ def test_a_rank_that_is_killed_comes_back_to_the_same_bits(saved, flags, tmp_pat
 def test_a_signal_to_one_rank_saves_the_parts_of_all(saved, flags, tmp_path):
     result = torchrun(2, "-m", *faulty("SIGTERM", 1, 2), *flags(tmp_path, shard=True, save_every=0))
     assert result.returncode != 0
-    assert "SIGTERM: saved after step 3; --resume goes on" in result.stdout
+    assert "SIGTERM: saved after step 3; continue with --resume" in result.stdout
     (found,) = checkpoints(tmp_path / "checkpoints")
     (wanted,) = (p for p in checkpoints(saved / "whole" / "checkpoints") if step_of(p) == 3)
     assert digest(load_checkpoint(found)) == digest(load_checkpoint(wanted))
@@ -257,7 +257,7 @@ def test_a_signal_to_one_rank_saves_the_parts_of_all(saved, flags, tmp_path):
 def test_a_number_that_is_not_finite_on_one_rank_stops_both(flags, tmp_path):
     result = forked(*faulty("loss nan", 1, 2), *flags(tmp_path, shard=True, save_every=1), ranks=2)
     assert result.returncode != 0
-    assert result.stderr.count("error: step 2: ") == 2, result.stderr
+    assert "error: step 2: " in result.stderr and "Traceback" not in result.stderr, result.stderr
     assert step_of(checkpoints(tmp_path / "checkpoints")[0]) == 1
 
 
@@ -450,8 +450,8 @@ def test_an_end_at_any_moment_leaves_a_whole_checkpoint(error, folder, world, tm
             except (Killed, dcp.CheckpointException):
                 assert isinstance(error, Killed)
             except InputError as failure:
-                if watched.log[-1][0] in ("rename", "rmtree"):  # The new one is safe.
-                    assert "cannot be removed (No space left on device)" in str(failure)
+                if "cannot be removed (No space left on device)" in str(failure):  # The new one is safe.
+                    assert watched.log[-1][0] in ("rename", "rmtree")
                 else:
                     assert "cannot be written (No space left on device); earlier files are" in str(failure)
                     assert not list(copy.glob("*.tmp"))

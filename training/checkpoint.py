@@ -107,7 +107,7 @@ def load_checkpoint(path: Path, check_parts: bool = True) -> dict:
             raise InputError(f"{path}: a link; a checkpoint must be a file of its folder")
         if file_hash(file) != NAME.fullmatch(path.name)[2]:
             raise InputError(f"{path}: damaged, the content does not have the digest in the name")
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         for tensor in tensors(state):
             require_plain(tensor, may_be_split=file != path)
         if file != path and check_parts:
@@ -160,14 +160,17 @@ def restore(parts: dict, saved: dict, path: Path | None = None, mesh: DeviceMesh
     """Give each part of the run its state in the checkpoint `saved`. Raises `InputError` if one does not fit.
 
     Every part is checked before any is changed. Split tensors are read from `path`, and split among the ranks
-    of `mesh`.
+    of `mesh`. All ranks must call it together: the running means of the run are gathered from them.
     """
     for name, part in parts.items():
         if name not in saved:
             found = ", ".join(map(str, saved))
             raise InputError(f"--resume: the checkpoint does not contain {name}, only {found}")
         with fitting(name):
-            check_part(part, saved[name])
+            if isinstance(part, torch.optim.Optimizer):
+                check_moments(part, saved[name])
+            else:
+                check_like(saved[name], part.state_dict())
     placed = place_tensors({name: saved[name] for name in parts}, path, mesh)
     for name, part in parts.items():
         state = placed[name]
@@ -185,14 +188,6 @@ def fitting(name: str):
         yield
     except MISFITS as error:
         raise InputError(f"--resume: the checkpoint's {name} does not fit: {error}") from None
-
-
-def check_part(part, saved) -> None:
-    """Raise an error of `MISFITS` unless `saved` is a state that `part` could have itself."""
-    if isinstance(part, torch.optim.Optimizer):
-        check_moments(part, saved)
-    else:
-        check_like(saved, part.state_dict())
 
 
 def check_like(saved, like, name: str = "state") -> None:

@@ -106,9 +106,15 @@ class World:
                 self.store.set(name, message)
         return result
 
-    def take_turns(self, turn: int, turns: int, function):
-        """`function()` on the ranks of turn 0, then on those of turn 1, and so on. If it fails, all exit."""
-        for now in range(turns):
+    def node_first(self, function):
+        """`function()` on the main rank, then on the first rank of each other node, then on all others.
+
+        For a function that writes a file unless it is there: each node may have a disk of its own, and ranks
+        look for the file only when it is there. (NFS remembers for a while that a file was missing.) If the
+        function fails on a rank, all exit.
+        """
+        turn = 0 if self.is_main else 1 if self.is_node_main else 2
+        for now in range(3):
             failed = True
             try:
                 if now == turn:
@@ -117,18 +123,6 @@ class World:
             finally:
                 self.wait(failed)
         return result
-
-    def node_first(self, function):
-        """`function()` on the main rank, then on the first rank of each other node, then on all others.
-
-        For a function that writes a file unless it is there: each node may have a disk of its own, and ranks
-        look for the file only when it is there. (NFS remembers for a while that a file was missing.)
-        """
-        return self.take_turns(0 if self.is_main else 1 if self.is_node_main else 2, 3, function)
-
-    def one_by_one(self, function):
-        """`function()` on one rank of each node at a time, for a function that needs much of its memory."""
-        return self.take_turns(self.local_rank, self.largest(self.local_ranks), function)
 
 
 @contextmanager

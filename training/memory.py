@@ -1,6 +1,7 @@
 """The tokens of a forward that fit into memory: ``--micro-batch-tokens auto``."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,12 +11,15 @@ from torch.distributed.fsdp import FSDPModule
 from dataset.packing import build_stream, stream_lengths
 from dataset.store import TokenStore
 from errors import InputError
+from model.attention import BLOCK
 from model.config import ModelConfig
 from model.stream import TokenStream
 from training.distributed import World
 from training.precision import Precision
 from training.settings import TrainSettings
 
+MEMINFO = Path("/proc/meminfo")  # Linux
+CONTAINER = Path("/sys/fs/cgroup")  # has memory.max in a container with a limit
 MOST_TOKENS = 2**14  # Longer streams are not faster, on a CPU or on a GPU.
 OUT_OF_MEMORY = (
     "even a single record does not fit into the GPU's memory; these flags need less, in this order: "
@@ -39,11 +43,11 @@ def micro_batch_tokens(
     """
     if settings.micro_batch_tokens != "auto":
         return int(settings.micro_batch_tokens)
-    # A backward that stops half-way would leave split weights in a state without return: no trial.
-    if world.device.type != "cuda" or isinstance(model, FSDPModule):
-        return -world.largest(-fitting_tokens(free_memory(world) // 4, model.config))
     layout, tokens = getattr(settings, "layout", "forked"), MOST_TOKENS
     lengths = stream_lengths(store, layout)
+    # A backward that stops half-way would leave split weights in a state without return: no trial.
+    if world.device.type != "cuda" or isinstance(model, FSDPModule):
+        return -world.largest(-fitting_tokens(free_memory(world) // 4, model.config, int(lengths.max())))
     while True:
         rows = heaviest_rows(lengths, tokens, settings.batch_size)
         stream = build_stream(store, rows, layout)
@@ -54,30 +58,35 @@ def micro_batch_tokens(
         tokens //= 2
 
 
-def fitting_tokens(free: int, config: ModelConfig) -> int:
+def fitting_tokens(free: int, config: ModelConfig, longest: int) -> int:
     """The tokens whose activations fit into `free` bytes, rounded down to a power of two, at most 16,384.
 
-    A layer keeps 24 d + 8 q + 8 k + 16 i bytes of each token for backward (d, q, k, i: the widths of the
-    stream, of all query heads, of all key heads, and of the feed-forward), measured in float32.
+    A layer keeps 24 d + 8 q + 8 k + 16 i bytes of each token for backward in float32 (d, q, k, i: the widths
+    of the model, of all query heads, of all key heads, of the feed-forward), and about 4 H L bytes of
+    attention scores (H query heads, records of at most L tokens, blocks of 256).
     """
     q, k = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     i = config.intermediate_size
     if config.num_experts:
         i = config.num_experts_per_tok * config.moe_intermediate_size + config.shared_expert_intermediate_size
-    bytes_a_token = config.num_hidden_layers * (24 * config.hidden_size + 8 * q + 8 * k + 16 * i)
-    return min(MOST_TOKENS, 2 ** max(0, (free // bytes_a_token).bit_length() - 1))
+    scores = 4 * config.num_attention_heads * max(longest, BLOCK)
+    bytes_per_token = config.num_hidden_layers * (24 * config.hidden_size + 8 * q + 8 * k + 16 * i + scores)
+    return min(MOST_TOKENS, 2 ** max(0, (free // bytes_per_token).bit_length() - 1))
 
 
 def free_memory(world: World) -> int:
     """Free bytes for this rank: of its GPU, or an equal part of the node's memory."""
     if world.device.type == "cuda":
         return torch.cuda.mem_get_info(world.device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            kilobytes = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    except OSError:  # Not Linux: a usual computer.
-        kilobytes = 8 * 2**20
-    return 1024 * kilobytes // world.local_ranks
+    free = 8 * 2**30  # where the system does not tell
+    if MEMINFO.is_file():
+        lines = (line.split() for line in MEMINFO.read_text().splitlines())
+        free = next((1024 * int(line[1]) for line in lines if line[0] == "MemAvailable:"), free)
+    limit = CONTAINER / "memory.max"
+    if limit.is_file() and limit.read_text().strip() != "max":
+        used = int((CONTAINER / "memory.current").read_text())
+        free = min(free, max(0, int(limit.read_text()) - used))
+    return free // world.local_ranks
 
 
 def heaviest_rows(lengths: np.ndarray, max_tokens: int, most_rows: int) -> list[int]:

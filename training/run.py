@@ -110,15 +110,8 @@ class RunFolder:
             return None
         if path:
             path = Path(path)
-
-            def load() -> None:
-                found = saved or load_checkpoint(path, check_parts=False)  # The main rank has checked it.
-                restore(state, found, path, self.world.mesh if self.is_split else None)
-
-            if self.is_split:
-                load()  # Ranks read the parts together.
-            else:
-                self.world.one_by_one(load)  # The memory for a whole checkpoint, once on each node.
+            saved = saved or load_checkpoint(path, check_parts=False)  # The main rank has checked it.
+            restore(state, saved, path, self.world.mesh if self.is_split else None)
             self.step = self.saved_step = step_of(path)
             self.world.print(f"{path}: continuing after step {self.step}")
         for number in SIGNALS:

@@ -19,8 +19,8 @@ MAX_LINES = 32  # Data lines that an error message names.
 def cosine_lr(step: int, total_steps: int, peak: float, warmup_steps: int) -> float:
     """Learning rate of optimizer step `step`, counted from 0.
 
-    Rises linearly over `warmup_steps`, the last of which already has the peak, then falls along half a
-    cosine and would reach 0 at step `total_steps`, which is never taken.
+    It rises linearly over `warmup_steps`, whose last step has the peak, and then falls along half a cosine.
+    It would be 0 at step `total_steps`, which is never taken.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -29,11 +29,11 @@ def cosine_lr(step: int, total_steps: int, peak: float, warmup_steps: int) -> fl
 
 
 def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) that decays matrices only.
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with weight decay on matrices only.
 
-    Norm gains, biases and embeddings are left alone: pulling them to 0 changes what the model says of rare
-    tokens rather than how smooth it is. The learning rate is set before every step. Parameters come
-    with their names, so that a checkpoint says whose moments it holds.
+    Norm gains, biases and embeddings have no decay: it would change the scores of rare tokens instead of
+    smoothing the model. The loop sets the learning rate before every step. Parameters have names, so that a
+    checkpoint contains the names of its moments.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -52,7 +52,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def clip_gradients(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, longest: float
 ) -> float:
-    """Unscale the window's gradient and shorten it to `longest` (0: leave it); return the norm it had."""
+    """Unscale the window's gradient, clip its norm to `longest` (0: no clipping), return the norm before."""
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, longest or math.inf)
@@ -65,15 +65,19 @@ def require_finite(meter: Meter, grad_norm: float, precision: Precision, step: i
     One such element would make every weight NaN. Under fp16 gradients overflow now and then: the scaler skips
     that step and lowers its scale. Skips are counted, and at most `MOST_SKIPS` in a row are accepted.
     """
-    loss_is_finite = meter.is_finite()
     if precision.scaler.is_enabled():
         precision.count_skip(not math.isfinite(grad_norm))
         gradient_is_fine = precision.skipped_in_a_row <= MOST_SKIPS
     else:
         gradient_is_fine = math.isfinite(grad_norm)
-    if loss_is_finite and gradient_is_fine:
+    if meter.is_finite(0.0 if gradient_is_fine else math.nan):
         return
-    reason = f"the gradient norm is {grad_norm}" if loss_is_finite else "the loss is not finite"
+    if not meter.is_finite():
+        reason = "the loss is not finite"
+    elif gradient_is_fine:
+        reason = "the gradient of another rank is not finite"
+    else:
+        reason = f"the gradient norm is {grad_norm}"
     where = ", ".join(map(str, sorted(lines.tolist())[:MAX_LINES]))
     more = f" and {len(lines) - MAX_LINES} more" if len(lines) > MAX_LINES else ""
     raise NotFiniteError(step, f"{reason}; the step used the data lines {where}{more}")

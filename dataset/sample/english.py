@@ -22,35 +22,32 @@ from dataset.sample.task import (
 
 # English to Chinese. Both languages translate these; the text tasks use them as material.
 WORDS = table("""
-    apple: 苹果, banana: 香蕉, dog: 狗, cat: 猫, fish: 鱼, bird: 鸟, horse: 马, tree: 树, flower: 花,
-    sun: 太阳, moon: 月亮, water: 水, river: 河, rain: 雨, snow: 雪, house: 房子, door: 门, chair: 椅子,
-    cup: 杯子, bread: 面包, milk: 牛奶, tea: 茶, teacher: 老师, hat: 帽子, train: 火车, tiger: 老虎
+    apple: 苹果, dog: 狗, cat: 猫, fish: 鱼, bird: 鸟, tree: 树, flower: 花, sun: 太阳, moon: 月亮, water: 水,
+    river: 河, snow: 雪, house: 房子, cup: 杯子, bread: 面包, milk: 牛奶, tea: 茶, teacher: 老师, hat: 帽子,
+    train: 火车
 """)
 NOUNS = list(WORDS)
 SHORT = ["cat", "dog", "tea", "sun", "hat", "cup", "fish", "bird", "milk", "snow"]
 
 CAPITALS = table("""
-    France: Paris, Japan: Tokyo, China: Beijing, Italy: Rome, Spain: Madrid, Germany: Berlin,
-    Russia: Moscow, Egypt: Cairo, Greece: Athens, Poland: Warsaw, Norway: Oslo, Canada: Ottawa,
-    Cuba: Havana, India: New Delhi|Delhi, Peru: Lima, Kenya: Nairobi
+    France: Paris, Japan: Tokyo, China: Beijing, Italy: Rome, Spain: Madrid, Germany: Berlin, Russia: Moscow,
+    Egypt: Cairo, Greece: Athens, Norway: Oslo, Cuba: Havana, India: New Delhi|Delhi
 """)
 # Few, so that each is met often.
 FOLLOWED = ["France", "Japan", "China", "Italy", "Spain", "Germany", "Egypt", "Cuba"]
 
 COLOURS = table("""
     grass: green, snow: white, a ripe banana: yellow, coal: black, a carrot: orange, milk: white,
-    a lemon: yellow, an elephant: grey|gray, a flamingo: pink, chocolate: brown, a clear sky: blue,
-    a ripe tomato: red, a raven: black, a cucumber: green
+    a lemon: yellow, an elephant: grey|gray, a clear sky: blue, a ripe tomato: red, a cucumber: green
 """)
 
 YOUNG = table("""
     dog: puppy|pup, cat: kitten, cow: calf, horse: foal, sheep: lamb, pig: piglet, hen: chick,
-    duck: duckling, goat: kid, lion: cub, frog: tadpole, deer: fawn
+    duck: duckling, lion: cub, deer: fawn
 """)
 
 OPPOSITES = both_ways(
-    "hot/cold big/small tall/short loud/quiet strong/weak rich/poor young/old wet/dry fast/slow "
-    "full/empty early/late open/shut"
+    "hot/cold big/small rich/poor young/old wet/dry fast/slow full/empty early/late open/shut"
 )
 
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
@@ -73,19 +70,18 @@ ARITHMETIC = (
     Task("sum", "en", "number", 10, sum_rows(),
          ("What is {0} plus {1}?", "How much is {0} + {1}?", "Please add {0} and {1}.",
           "What do you get if you add {0} to {1}?", "Tell me the sum of {0} and {1}.", "{0} + {1} = ?",
-          "{0}+{1}=?", "{0}+{1}", "{0} plus {1}?", "What's {0}+{1}?"),
+          "{0}+{1}=?", "{0}+{1}", "{0} plus {1}?"),
          ("{0} plus {1} is {value}.", "{0} and {1} make {value}.", "The sum of {0} and {1} is {value}.",
           "The answer is {value}.")),
     Task("difference", "en", "number", 8, difference_rows(),
          ("What is {0} minus {1}?", "How much is {0} - {1}?", "Please take {1} away from {0}.",
           "What is left if you take {1} from {0}?", "Subtract {1} from {0}.", "{0} - {1} = ?",
-          "{0}-{1}=?", "{0}-{1}", "{0} minus {1}?", "What's {0}-{1}?"),
+          "{0}-{1}=?", "{0}-{1}", "{0} minus {1}?"),
          ("{0} minus {1} is {value}.", "{0} take away {1} leaves {value}.", "The answer is {value}.",
           "The difference between {0} and {1} is {value}.")),
     Task("product", "en", "number", 6, product_rows(),
          ("What is {0} times {1}?", "How much is {0} x {1}?", "Please multiply {0} by {1}.",
-          "Tell me the product of {0} and {1}.", "{0} x {1} = ?", "{0}x{1}=?", "{0}*{1}", "{0} times {1}?",
-          "What's {0}*{1}?"),
+          "Tell me the product of {0} and {1}.", "{0} x {1} = ?", "{0}x{1}=?", "{0}*{1}", "{0} times {1}?"),
          ("{0} times {1} is {value}.", "The product of {0} and {1} is {value}.", "The answer is {value}.",
           "{0} multiplied by {1} makes {value}.")),
     Task("larger", "en", "number", 7, larger_rows(),

@@ -24,7 +24,7 @@ SFT, PAIRS, HELD_OUT, CLOSE = 14000, 3000, 400, 256  # SFT counts exchanges: a p
 ENGLISH_SHARE = 0.6
 WRONG_PAIRS = 0.05  # pairs whose sides have the same good manners, and whose rejected side is wrong
 # Exchanges in a conversation, and how often. The longest ones are for people who go on asking.
-TURNS = {1: 45, 2: 12, 3: 10, 4: 9, 5: 7, 6: 7, 8: 5, 12: 3, 22: 2}
+TURNS = {1: 82, 2: 4, 3: 4, 4: 3, 6: 3, 8: 2, 12: 1, 22: 1}
 MIXED_SHARE = 0.25  # conversations in which the languages change
 SYSTEM_SHARE = 0.1  # conversations that begin with a system message
 CASUAL_SHARE = 0.12  # prompts in lower case and without their final punctuation mark

@@ -63,7 +63,7 @@ def log_softmax(row: list[float]) -> list[float]:
 
 
 def convert(folder: str) -> str:
-    """A GGUF file by llama.cpp's converter, which is told the pre-tokenizer: see docs/ARCHITECTURE.md."""
+    """A GGUF file by llama.cpp's converter, which is told the pre-tokenizer: see docs/MODELS.md."""
     sys.path.insert(0, os.environ["LLAMA_CPP"])
     import convert_hf_to_gguf
     from conversion.base import TextModel

@@ -65,9 +65,9 @@ MUTANTS = [
         "explained-sides-swapped",
         "The rejected answer is shown as the one that became more likely.",
         "eval.explain",
-        "explain",
-        "stream.owners == side",
-        "stream.owners == 1 - side",
+        "explain_rows",
+        "answers[2 * i : 2 * i + 2]",
+        "answers[2 * i : 2 * i + 2][::-1]",
         "tests/test_explain.py::test_every_token_has_the_log_probs_of_a_plain_loop[1]",
     ),
 ]

@@ -91,8 +91,8 @@ MUTANTS = [
         "One NaN in the gradient becomes a NaN in every weight at the next step.",
         "training.schedule",
         "require_finite",
-        "if loss_is_finite and gradient_is_fine:\n    return",
-        "return",
+        'if meter.is_finite(0.0 if gradient_is_fine else math.nan):\n    return',
+        'return',
         LOOPS + "test_non_finite_gradient_stops_before_the_step",
     ),
     Mutant(

@@ -52,8 +52,8 @@ MUTANTS = [
         "A checkpoint from elsewhere runs whatever code it holds.",
         "training.checkpoint",
         "load_checkpoint",
-        'torch.load(file, map_location="cpu", weights_only=True)',
-        'torch.load(file, map_location="cpu", weights_only=False)',
+        'torch.load(file, map_location="cpu", mmap=True, weights_only=True)',
+        'torch.load(file, map_location="cpu", mmap=True, weights_only=False)',
         CHECKPOINT + "test_a_hostile_file_runs_nothing",
     ),
     Mutant(

@@ -122,7 +122,7 @@ MUTANTS = [
         "train",
         '{"objective": objective, **...}',
         "{**...}",
-        RESUME + "test_what_an_objective_remembers_is_resumed[soft]",
+        RESUME + "test_the_state_of_an_objective_is_resumed[soft]",
     ),
     Mutant(
         "moved-reference-forgotten",
@@ -131,6 +131,6 @@ MUTANTS = [
         "train",
         "objective.moves_reference",
         "False",
-        RESUME + "test_what_an_objective_remembers_is_resumed[hard]",
+        RESUME + "test_the_state_of_an_objective_is_resumed[hard]",
     ),
 ]

@@ -35,11 +35,11 @@ MUTANTS = [
     ),
     Mutant(
         "cached-reference-in-order-of-ranks",
-        "Rows are dealt to ranks by turns, and their answers laid one rank's behind the other's.",
+        "Each rank writes its log-probs at the start of a chunk, and the sum over ranks mixes them.",
         "training.reference",
         "token_logps",
-        "group[world.rank] if world.rank < len(group) else range(0)",
-        "group[len(group) - 1 - world.rank] if world.rank < len(group) else range(0)",
+        "chunk[bounds[rows.start] - first : bounds[rows.stop] - first] = logps",
+        "chunk[: len(logps)] = logps",
         CACHED + "test_two_ranks_ask_as_one",
     ),
     Mutant(

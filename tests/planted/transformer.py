@@ -228,6 +228,6 @@ MUTANTS = [
         "train",
         "model.config.router_aux_loss_coef * router_loss(balances)",
         "router_loss(balances)",
-        MOE + "test_each_window_counts_the_balance_once[sft-5]",
+        MOE + "test_each_window_counts_the_balance_once[sft-500]",
     ),
 ]
