@@ -126,7 +126,7 @@ def accuracy_bars(measured: Measured, title: str, unit: str, key) -> str:
 def buckets(pairs: list[MeasuredPair], key) -> list[list[MeasuredPair]]:
     """The pairs in at most five groups by rising `key`; pairs with equal keys are in one group."""
     values = np.array([key(pair) for pair in pairs])
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, BUCKETS + 1)[1:-1], method="lower"))
+    edges = np.quantile(values, np.linspace(0, 1, BUCKETS + 1)[1:-1], method="lower")
     numbers = np.searchsorted(edges, values)  # values equal to an edge are below it
     groups = ([pairs[i] for i in np.flatnonzero(numbers == number)] for number in range(len(edges) + 1))
     return [group for group in groups if group]

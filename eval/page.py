@@ -121,9 +121,9 @@ def cards(measured: Measured, judged: dict) -> str:
     figures = [
         (f"{measured.accuracy.value:.0%}", f"reward accuracy, {interval(measured.accuracy, '.0%')}"),
         (signed(margin.value, 1), f"log-ratio margin, nats, {interval(margin, '.1f')}"),
-        (signed(reward.value), f"reward margin, β = {beta:g}, {interval(reward, '.2f')}"),
+        (signed(reward.value), f"reward margin, β = {beta:g}, {interval(reward, '.2f')}"),
         *((signed(measured.logratio(side).value, 1), f"log-ratio of {side} answers, nats") for side in SIDES),
-        (f"{before} → {after}", "of pairs have log π(chosen) > log π(rejected), before → after"),
+        (f"{before} → {after}", "of pairs have log π(chosen) > log π(rejected), before → after"),
     ]
     if judged and judged["win_rate_ci95"]:
         won = Estimate(judged["win_rate"], *judged["win_rate_ci95"])

@@ -254,8 +254,8 @@ def test_a_page_of_200_long_pairs_stays_small(tokenizer):
 
 
 def test_equal_tokens_at_the_start_are_marked(tokenizer):
-    """苹 and 荷 share two of three bytes. A character is marked only if all of it is equal."""
-    for texts, same in ((("one two", "one six"), "one "), (("a苹果", "a荷果"), "a"), (("x", "y"), "")):
+    """猫 and 猪 share two of three bytes. A character is marked only if all of it is equal."""
+    for texts, same in ((("one two", "one six"), "one "), (("a猫", "a猪"), "a"), (("x", "y"), "")):
         ids = [tokenizer.text(text) for text in texts]
         answers = [Answer(x, [-1.0] * len(x), [-1.0] * len(x)) for x in ids]
         pair = pairs.MeasuredPair(1, (Message("user", "?"),), *answers, 0.5)
@@ -332,7 +332,7 @@ def test_ends_of_lines_do_not_overlap():
 
 def test_a_line_skips_what_is_not_finite_and_keeps_its_last_point():
     plot = charts.Plot((0, 5000), (0, 1))
-    plot.line([(i, 0.5 if i != 7 else math.nan) for i in range(5000)] + [(5000, 1.0)], "blue", "1")
+    plot.line([(i, 0.5 if i % 2 else math.nan) for i in range(5000)] + [(5000, 1.0)], "blue", "1")
     (line,) = Parsed(plot.svg("")).all("polyline")
     places = line.attributes["points"].split()
     assert len(places) <= charts.MOST + 1 and "nan" not in line.attributes["points"]
