@@ -6,6 +6,15 @@ LOOPS = "tests/test_loops.py::"
 
 MUTANTS = [
     Mutant(
+        "margin-turned-in-the-loop",
+        "Rejected minus chosen: the loss starts at ln 2 and falls, and the model gets worse.",
+        "train_dpo",
+        "train",
+        "chosen_logratios - rejected_logratios",
+        "rejected_logratios - chosen_logratios",
+        LOOPS + "test_loss_starts_at_ln_2_and_falls",
+    ),
+    Mutant(
         "dpo-mean-of-micro-batches",
         "Each micro-batch is divided by its own size, so pairs of small micro-batches weigh more.",
         "train_dpo",
