@@ -10,6 +10,7 @@ there are no partly summed gradients. They contain no state of a random generato
 numbers after the first weights, and the data order is a function of seed and step.
 """
 
+import copy
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -175,8 +176,10 @@ def restore(parts: dict, saved: dict, path: Path | None = None, mesh: DeviceMesh
     for name, part in parts.items():
         state = placed[name]
         if isinstance(part, torch.optim.Optimizer):
-            # How the optimizer steps is for the settings to decide, not for the checkpoint.
-            state = {"state": state["state"], "param_groups": part.state_dict()["param_groups"]}
+            # Moments are copied, since torch keeps the tensors that it is given and these are mapped from the
+            # file. How the optimizer steps is for the settings to decide, not for the checkpoint.
+            moments = state["state"] if mesh else copy.deepcopy(state["state"])
+            state = {"state": moments, "param_groups": part.state_dict()["param_groups"]}
         with fitting(name):
             part.load_state_dict(state)
 
