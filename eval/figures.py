@@ -13,7 +13,7 @@ from eval.pairs import Measured, MeasuredPair, accuracy
 
 NAMES = {BLUE: "blue", ORANGE: "orange"}  # other colours are violet
 BINS, BUCKETS = 24, 5
-ACCURACY = "Thin upright lines are 95 % intervals."
+INTERVALS = "Thin upright lines are 95 % intervals."
 
 
 def figure(title: str, unit: str, svg: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from eval.common import describe_training, run_settings
 from eval.curves import PARTS, Curve, is_preference, last_finite, shown_panels
 from eval.explain import SIDES, signed
-from eval.figures import ACCURACY, curve_charts, distributions
+from eval.figures import INTERVALS, curve_charts, distributions
 from eval.judge import summary
 from eval.page_pairs import esc, pair_section
 from eval.pairs import Estimate, Measured, worries
@@ -187,7 +187,7 @@ def distribution_section(run: Shown, name_it: bool) -> str:
     longer = sum(pair.longer > 0 for pair in measured.pairs) / len(measured.pairs)
     text = (
         f"The chosen answer is longer in {longer:.0%} of the pairs. Length difference and margin correlate "
-        f"with r = {signed(measured.length_correlation)}. {ACCURACY}"
+        f"with r = {signed(measured.length_correlation)}. {INTERVALS}"
     )
     head = f"<h2>Distributions{of}</h2><p class=pale>{text}</p>"
     return f"<section>{head}<div class='charts four'>{''.join(distributions(measured))}</div></section>"

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dataset.jsonl import printable
+from dataset.other_files import require_data_file
 from errors import InputError, run_script
 from eval import page
 from eval.common import DEVICE_WHY, DEVICES, print_note, require, write_file
@@ -53,6 +54,10 @@ def main(arguments: list[str] | None = None) -> None:
         require(len(given.run) == 1, "--png", " ".join(given.run), "takes one run")
         print(printable(str(picture(given.run[0], given.out))))
         return
+    if given.data:
+        require_data_file(Path(given.data))
+    if given.reference:
+        require_folder(Path(given.reference))
     options = {name: getattr(given, name) for name in ("pairs", "data", "reference", "device")}
     print(printable(str(write_page(given.run, given.out, **options))))
 

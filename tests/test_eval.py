@@ -336,6 +336,10 @@ def test_damaged_settings_are_an_error_not_a_traceback(damage, folders, tmp_path
         (chat.main, ["--top-p", "0"], "--top-p must be above 0 and at most 1, not 0.0"),
         (report.main, ["/nowhere"], "/nowhere: there is no such model folder"),
         (report.main, [], "the following arguments are required: run"),
+        (report.main, [".", "--pairs", "0"], "--pairs must be at least 1, not 0"),
+        (report.main, [".", "--data", "/nowhere.jsonl"], "/nowhere.jsonl: "),
+        (report.main, [".", "--reference", "/nowhere"], "/nowhere: there is no such model folder"),
+        (report.main, ["a", "b", "--png"], "--png takes one run, not a b"),
         (demo.main, ["--samples", "-1"], "--samples must be at least 1, not -1"),
     ],
 )

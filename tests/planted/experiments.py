@@ -5,6 +5,7 @@ from tests.planted.mutant import Mutant
 EXPERIMENTS = "tests/test_experiments.py::"
 EVAL = "tests/test_eval.py::"
 CHAT = "tests/test_chat.py::"
+REPORT = "tests/test_report.py::"
 
 MUTANTS = [
     Mutant(
@@ -69,5 +70,23 @@ MUTANTS = [
         "answers[2 * i : 2 * i + 2]",
         "answers[2 * i : 2 * i + 2][::-1]",
         "tests/test_explain.py::test_every_token_has_the_log_probs_of_a_plain_loop[1]",
+    ),
+    Mutant(
+        "report-lets-markup-of-the-data-through",
+        "A prompt with an image tag draws an image; only the policy of the page stops its script.",
+        "eval.page_pairs",
+        "esc",
+        "html.escape(printable(str(text)))",
+        "printable(str(text))",
+        REPORT + "test_hostile_text_is_inert",
+    ),
+    Mutant(
+        "report-shows-the-prompt-of-another-pair",
+        "After a dropped record every answer stands below a wrong prompt.",
+        "eval.pairs",
+        "measure",
+        "store.records[rows]",
+        "rows",
+        REPORT + "test_a_pair_has_its_own_prompt",
     ),
 ]
