@@ -61,14 +61,6 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def precision_and_reason(asked: str, used: str, device: torch.device) -> str:
-    """``bf16 (auto: this CPU has bf16 instructions)``, from the flag's value and the precision in use."""
-    if asked != "auto":
-        return f"{used} (--precision)"
-    here = {"cuda": "GPU", "cpu": "CPU"}.get(device.type, device.type)
-    return f"{used} (auto: this {here} has {'' if used == 'bf16' else 'no '}bf16 instructions)"
-
-
 def print_note(text: str) -> None:
     """Print text for the person at the terminal. Standard output is for results."""
     print(printable(text), file=sys.stderr, flush=True)

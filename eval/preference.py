@@ -27,7 +27,6 @@ from eval.common import (
     is_bundled,
     length_limit,
     load_policy_and_reference,
-    precision_and_reason,
     print_note,
     print_start,
     require,
@@ -87,8 +86,7 @@ def measure(settings: Settings, world: World) -> dict[str, float]:
     precision = Precision(settings.precision, world.device)
     if world.is_main:
         models = {settings.model: policy, reference_folder: reference}
-        reason = precision_and_reason(settings.precision, precision.name, world.device)
-        print_start(models, world.device, reason)
+        print_start(models, world.device, precision.reason)
     data, share = (settings.data, 0.0) if settings.data else held_out_pairs(settings.model, run)
     swap = bool(run.get("swap_by_score")) and not settings.data
     options = length, settings.shape, settings.skip_bad, swap

@@ -24,7 +24,6 @@ from eval.common import (
     DEVICES,
     length_limit,
     load_model_and_tokenizer,
-    precision_and_reason,
     print_note,
     print_start,
     require,
@@ -74,8 +73,7 @@ def score(settings: Settings, world: World) -> None:
     length = length_limit(settings.max_length, settings.model, model.config)
     precision = Precision(settings.precision, world.device)
     if world.is_main:
-        reason = precision_and_reason(settings.precision, precision.name, world.device)
-        print_start({settings.model: model}, world.device, reason)
+        print_start({settings.model: model}, world.device, precision.reason)
     read = length, settings.shape, settings.skip_bad
     pairs = world.node_first(lambda: open_store(settings.data, "preferences", tokenizer, *read))
     rewards = score_pairs(model, pairs, world, precision, settings.layout, settings.micro_batch_tokens)

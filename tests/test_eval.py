@@ -395,9 +395,9 @@ def test_one_line_names_models_device_and_precision(multiplies_bf16, folders, ra
     for folder in folders:
         assert f"{folder} ({parameters:,} parameters)" in first
     assert first.endswith(
-        "on cpu, bf16 (auto: this CPU has bf16 instructions)"
+        "on cpu, bf16 (this CPU multiplies it)"
         if multiplies_bf16
-        else "on cpu, fp32 (auto: this CPU has no bf16 instructions)"
+        else "on cpu, fp32 (this CPU does not multiply bf16)"
     )
     assert second.endswith("on cpu, fp32 (--precision)")
 

@@ -248,8 +248,8 @@ def test_auto_precision_knows_why(multiplies, monkeypatch):
     assert automatic(torch.device("cuda")) == ("bf16" if multiplies else "fp16", f"this GPU {no}{many}")
     made = Precision("auto", torch.device("cpu"))
     assert made.name == ("bf16" if multiplies else "fp32")
-    assert made.reason == f"{made.name}: this CPU {no}{many}"
-    assert Precision("fp32", torch.device("cpu")).reason == "fp32: --precision"
+    assert made.reason == f"{made.name} (this CPU {no}{many})"
+    assert Precision("fp32", torch.device("cpu")).reason == "fp32 (--precision)"
     assert automatic(torch.device("mps")) == ("fp32", "the default on mps")
 
 

@@ -4,6 +4,8 @@ python -m pytest tests/test_reference.py
 """
 
 import copy
+import hashlib
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +22,7 @@ from tests.loops import metrics, record_gradients, weights
 from tests.ranks import forked
 from training import reference, setup
 from training.distributed import World
+from training.evaluate import evaluate_kl
 from training.objective import Objective, ObjectiveSettings
 from training.precision import Precision
 
@@ -178,3 +181,38 @@ def test_what_cannot_be_cached_is_refused(options, reason):
     objective = Objective(ObjectiveSettings(**options))
     with pytest.raises(InputError, match=reason):
         reference.check_cached(objective)
+
+
+def test_a_truncated_cache_is_computed_again(flags, tmp_path):
+    """Found by its name alone, it would be a traceback at every --resume."""
+    train_dpo.main(flags("whole", "--reference", "cached", "--max-steps", "2"))
+    [kept] = (tmp_path / "cache").glob("*/reference-*.bin")
+    content = kept.read_bytes()
+    kept.write_bytes(content[:-5])
+    train_dpo.main(flags("again", "--reference", "cached", "--max-steps", "2"))
+    assert kept.read_bytes() == content
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(value, weights(tmp_path / "again")[name])
+
+
+def test_the_cache_belongs_to_the_run(flags, tmp_path):
+    """A cache that was computed again may differ in its last bits: a resumed run must not take it unseen."""
+    stopped = flags("run", "--reference", "cached", "--save-every", "1")
+    train_dpo.main([*stopped, "--max-steps", "2"])
+    identity = json.loads((tmp_path / "run" / "config.json").read_text())["run"]
+    [kept] = (tmp_path / "cache").glob("*/reference-*.bin")
+    assert identity["reference_logps"] == hashlib.sha256(kept.read_bytes()).hexdigest()
+
+
+def test_the_exact_kl_is_computed_without_autocast(tokenizer, ragged):
+    """Rounded to bf16, equal models are 5e-5 nats apart, and a small KL reads as three times as much."""
+    policy, other = (make_model(tokenizer.vocab_size, torch.float32, spread=0.1) for _ in range(2))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(1e-3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    pairs = open_store(ragged, "preferences", tokenizer, 512)
+    exact = evaluate_kl(copy.deepcopy(policy).double(), copy.deepcopy(other).double(), pairs, ALONE)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = evaluate_kl(policy, other, pairs, ALONE)
+    assert 0 < exact["kl_per_token"] < 2e-4
+    assert found["kl_per_token"] == pytest.approx(exact["kl_per_token"], rel=0.02)

@@ -69,7 +69,8 @@ def evaluate_kl(
     """
     meter = Meter(world)
     for _, stream in batches(pairs, world, max_tokens, layout):
-        divergences = next_token_kl(policy, reference, stream)
+        with torch.autocast(world.device.type, enabled=False):
+            divergences = next_token_kl(policy, reference, stream)
         meter.add(len(divergences), {"kl_per_token": divergences.sum()})
     return meter.mean()
 

@@ -36,7 +36,7 @@ class Precision:
     def __init__(self, name: str, device: torch.device, matmul: str = "highest"):
         torch.set_float32_matmul_precision(matmul)
         self.name, why = automatic(device) if name == "auto" else (name, "--precision")
-        self.reason = f"{self.name}: {why}"
+        self.reason = f"{self.name} ({why})"
         self.device_type = device.type
         # Only fp16 gradients underflow. For the others the scaler changes nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
