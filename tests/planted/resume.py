@@ -151,7 +151,7 @@ MUTANTS = [
         "The optimizer's saved state brings its own weight decay, whatever the flags say.",
         "training.checkpoint",
         "restore",
-        '{"state": state["state"], "param_groups": part.state_dict()["param_groups"]}',
+        '{"state": moments, "param_groups": part.state_dict()["param_groups"]}',
         "state",
         RESUME + "test_an_overridden_setting_takes_effect",
     ),
