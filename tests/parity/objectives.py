@@ -124,7 +124,7 @@ def our(loss: str, pairs: Rows = PAIRS, shift=(0.0, 0.0), delta=0.0, **options) 
     weights = wpo_pair_weights(policy(), stream, policy_logps)
     with torch.no_grad():
         reference_logps = reference()(stream)
-    batch = Pairs.of(stream, policy_logps, reference_logps, None, weights)
+    batch = Pairs.of(stream, policy_logps, reference_logps, weights)
     chosen, rejected = batch.reference_chosen_logps + shift[0], batch.reference_rejected_logps + shift[1]
     batch = replace(batch, reference_chosen_logps=chosen, reference_rejected_logps=rejected)
     value = objective(batch).mean()

@@ -277,11 +277,11 @@ def test_names():
 
 
 REFUSED = {
-    "for lengths twice": ("ipo_norm", {"ld_alpha": 0.5}, {"ld_alpha": 0.5}, "ipo"),
-    "at which --loss aot does not look": ("aot", {"ld_alpha": 0.5}, {"ld_alpha": 0.5}, "aot"),
-    "at which --loss sigmoid_norm does not look": ("sigmoid_norm", *JS, "sigmoid_norm"),
+    "would both correct for length": ("ipo_norm", {"ld_alpha": 0.5}, {"ld_alpha": 0.5}, "ipo"),
+    "which --loss aot does not use": ("aot", {"ld_alpha": 0.5}, {"ld_alpha": 0.5}, "aot"),
+    "which --loss sigmoid_norm does not use": ("sigmoid_norm", *JS, "sigmoid_norm"),
     "needs --label-smoothing": ("robust", {}, {}, "robust"),
-    "means nothing to --loss hinge": ("hinge", SMOOTH, SMOOTH, "hinge"),
+    "has no effect on --loss hinge": ("hinge", SMOOTH, SMOOTH, "hinge"),
 }
 
 

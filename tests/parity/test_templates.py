@@ -120,7 +120,7 @@ def test_ids_are_those_of_the_template(both, name):
     tokenizer, reader = both
     asked = CONVERSATIONS[name]
     if name.endswith("system") and tokenizer.template.before_system is None:
-        with pytest.raises(InputError, match="no place of its own for a system text"):
+        with pytest.raises(InputError, match="no place for a system message"):
             tokenizer.prompt(asked)
         return
     assert tokenizer.prompt(asked) == their_ids(reader, asked, ask=True)
