@@ -175,19 +175,21 @@ def plant(source: str, mutant: Mutant) -> ast.Module:
 
 
 class Loader(importlib.machinery.SourceFileLoader):
-    """Loads a module with a mutant in it; compiled files are neither read nor written."""
+    """Loads a module with mutants in it; compiled files are neither read nor written."""
 
-    def __init__(self, name: str, path: str, mutant: Mutant):
+    def __init__(self, name: str, path: str, mutants: list[Mutant]):
         super().__init__(name, path)
-        self.mutant = mutant
+        self.mutants = mutants
 
     def get_code(self, fullname: str):
         source = self.get_data(self.path).decode("utf-8")
-        return compile(plant(source, self.mutant), self.path, "exec", dont_inherit=True)
+        for mutant in self.mutants:
+            source = ast.unparse(plant(source, mutant))
+        return compile(source, self.path, "exec", dont_inherit=True)
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Finds only the mutant's module."""
+    """Finds only the mutant's module, with the mutants of all finders: `force_bf16` may be one of them."""
 
     def __init__(self, mutant: Mutant):
         self.mutant = mutant
@@ -195,8 +197,8 @@ class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname: str, path=None, target=None):
         if fullname != self.mutant.module:
             return None
-        file = str(self.mutant.path)
-        loader = Loader(fullname, file, self.mutant)
+        file, finders = str(self.mutant.path), [each for each in sys.meta_path if isinstance(each, Finder)]
+        loader = Loader(fullname, file, [each.mutant for each in finders if each.mutant.module == fullname])
         return importlib.util.spec_from_file_location(fullname, file, loader=loader)
 
 
