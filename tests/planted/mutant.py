@@ -198,7 +198,9 @@ class Finder(importlib.abc.MetaPathFinder):
         if fullname != self.mutant.module:
             return None
         file, finders = str(self.mutant.path), [each for each in sys.meta_path if isinstance(each, Finder)]
-        loader = Loader(fullname, file, [each.mutant for each in finders if each.mutant.module == fullname])
+        # Each once: a process may be told of the same one at its start and by conftest.
+        mutants = dict.fromkeys(each.mutant for each in finders if each.mutant.module == fullname)
+        loader = Loader(fullname, file, list(mutants))
         return importlib.util.spec_from_file_location(fullname, file, loader=loader)
 
 
