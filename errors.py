@@ -7,6 +7,12 @@ class InputError(ValueError):
     """A flag, a file, a record or a checkpoint is wrong, or the disk cannot be written. Exit status 2."""
 
 
+def require(holds: bool, otherwise: str) -> None:
+    """Raise an `InputError` with the message `otherwise` unless `holds`."""
+    if not holds:
+        raise InputError(otherwise)
+
+
 class NotFiniteError(FloatingPointError):
     """After `step` optimizer steps a loss, a gradient, a weight or an evaluation is NaN or infinite.
 

@@ -1,6 +1,8 @@
 """Files that are complete or absent, whenever the machine stops."""
 
+import contextlib
 import hashlib
+import json
 import os
 import re
 from pathlib import Path
@@ -28,14 +30,17 @@ class DigestingFile:
         self.file.flush()
 
 
-def write_whole(path: Path, write) -> Path:
+def write_whole(path: str | Path, write) -> Path:
     """Write a file by ``write(file)`` and return its path. A crash leaves the old file or the new one.
 
     The content goes to a file beside `path`, which is synced and renamed; then the folder is synced. The
-    digest of the content replaces ``{sha256}`` in the name. Raises `InputError` if the disk fails.
+    folder is created if necessary. The digest of the content replaces ``{sha256}`` in the name. Raises
+    `InputError` if the disk fails.
     """
+    path = Path(path)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # Another process may write the same file.
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
             digesting = DigestingFile(file)
             write(digesting)
@@ -45,9 +50,16 @@ def write_whole(path: Path, write) -> Path:
         os.replace(unfinished, path)
         sync(path.parent)
     except BaseException as error:  # Also Ctrl-C: an incomplete file is useless.
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # It may not exist.
+            unfinished.unlink()
         raise unwritable(path, error) from None
     return path
+
+
+def write_json(path: str | Path, value: dict) -> None:
+    """Write a JSON file in the manner of `write_whole`. Creates its folder if necessary."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def unwritable(path: Path, error: BaseException) -> BaseException:

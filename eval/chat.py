@@ -22,27 +22,18 @@ from dataset.jsonl import printable
 from dataset.records import Message
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script
-from eval.common import (
-    DEVICE_WHY,
-    DEVICES,
-    describe_training,
-    length_limit,
-    load_model_and_tokenizer,
-    print_note,
-    print_start,
-    require,
-)
+from eval.common import describe_training, length_limit, load_model_and_tokenizer, print_note, print_start
 from eval.terminal import column_width, side_by_side, text_pieces, wrap
 from model.generate import decode_steps
 from model.transformer import Transformer
 from training.distributed import pick_device
-from training.settings import flag, parse
+from training.settings import DEVICE_WHY, DEVICES, Flags, flag, parse
 
 HELP = "/new starts a new conversation, /help prints this line, Ctrl-D ends"
 
 
 @dataclass
-class Settings:
+class Settings(Flags):
     model: str = flag("runs/dpo", "model folder to talk to")
     versus: str = flag("", "second model folder, which answers in its own column; empty: one model")
     temperature: float = flag(0.7, "of sampling; 0 is greedy, 1 keeps the model's distribution")
@@ -55,11 +46,9 @@ class Settings:
     device: str = flag("auto", DEVICE_WHY, DEVICES)
 
     def __post_init__(self) -> None:
-        require(self.temperature >= 0, "--temperature", self.temperature, "must not be negative")
-        require(0 < self.top_p <= 1, "--top-p", self.top_p, "must be above 0 and at most 1")
-        require(self.top_k >= 0, "--top-k", self.top_k, "must not be negative")
-        require(self.max_new_tokens >= 1, "--max-new-tokens", self.max_new_tokens, "must be at least 1")
-        require(self.max_length >= 0, "--max-length", self.max_length, "must not be negative")
+        self.at_least(0, "temperature", "top_k", "max_length")
+        self.at_least(1, "max_new_tokens")
+        self.require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         try:
             self.system.encode()
         except UnicodeEncodeError:

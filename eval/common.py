@@ -1,25 +1,44 @@
-"""Helpers that the commands of this folder share: load a model, read its run, print and write results."""
+"""Helpers that the commands of this folder share: their flags, loading a model, reading its run."""
 
-import json
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from dataset.jsonl import printable, read_values
+from dataset.packing import LAYOUTS
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError
-from files import write_whole
 from model.config import PRESETS, ModelConfig
 from model.transformer import Transformer
 from model.weights import load_model, read_json, require_folder
-from training.settings import SAMPLE, default_length
+from training import settings
+from training.settings import SAMPLE, Flags, default_length, flag
 
-DEVICES = ("auto", "cuda", "mps", "cpu")
-DEVICE_WHY = "auto takes CUDA, then Apple's MPS, then the CPU"
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 TASKS_SHOWN = 10
+
+
+@dataclass
+class PairFlags(Flags):
+    """The flags of the commands that read preference pairs and compute them in batches."""
+
+    data: str = flag("", "preference pairs: .jsonl or .json, also .gz")
+    micro_batch_tokens: int = flag(8192, "most tokens in a forward; changes the speed, not the results")
+    max_length: int = flag(
+        0, "maximum tokens of prompt and response, longer pairs are dropped; 0: as in training"
+    )
+    layout: str = flag("forked", "forked computes a prompt once for both sides, twin once for each", LAYOUTS)
+    shape: str = flag("auto", settings.SHAPE_WHY)
+    skip_bad: bool = flag(False, settings.SKIP_BAD_WHY)
+    device: str = flag("auto", settings.DEVICE_WHY, settings.DEVICES)
+    precision: str = flag("auto", "of the forward pass, as in training", settings.PRECISIONS)
+
+    def __post_init__(self) -> None:
+        self.at_least(1, "micro_batch_tokens")
+        self.at_least(0, "max_length")
 
 
 # ---- Models
@@ -53,12 +72,9 @@ def load_policy_and_reference(
 
 def print_start(models: dict[str, Transformer], device: torch.device, precision: str) -> None:
     """Print one line on standard error: parameters by folder, the device, the precision and its reason."""
-    sizes = [f"{name} ({count_parameters(model):,} parameters)" for name, model in models.items()]
-    print_note(f"{', '.join(sizes)} on {device.type}, {precision}")
-
-
-def count_parameters(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    counts = {name: sum(weight.numel() for weight in model.parameters()) for name, model in models.items()}
+    sizes = ", ".join(f"{name} ({count:,} parameters)" for name, count in counts.items())
+    print_note(f"{sizes} on {device.type}, {precision}")
 
 
 def print_note(text: str) -> None:
@@ -75,8 +91,8 @@ def run_settings(folder: str | Path) -> dict:
     Raises `InputError` if the folder is missing or has no readable config.json.
     """
     require_folder(Path(folder))
-    settings = read_json(Path(folder) / "config.json").get("settings")
-    return settings if isinstance(settings, dict) else {}
+    run = read_json(Path(folder) / "config.json").get("settings")
+    return run if isinstance(run, dict) else {}
 
 
 def length_limit(asked: int, folder: str | Path, config: ModelConfig) -> int:
@@ -130,7 +146,7 @@ def count_lines(path: Path) -> int:
     if path.suffix != ".jsonl" or not path.is_file():
         return 0
     with open(path, "rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+        return sum(1 for _ in file)
 
 
 def bundled_tasks() -> str:
@@ -140,31 +156,3 @@ def bundled_tasks() -> str:
     languages = [name for code, name in LANGUAGES.items() if any(j["language"] == code for j in judges)]
     more = f" and {len(tasks) - TASKS_SHOWN} more tasks" if len(tasks) > TASKS_SHOWN else ""
     return f"{', '.join(tasks[:TASKS_SHOWN])}{more} in {' and '.join(languages)}"
-
-
-# ---- Flags and figures
-
-
-def require(holds: bool, name: str, value, rule: str) -> None:
-    """Raise `InputError` unless the value of a flag is valid. NaN fails every comparison."""
-    if not holds:
-        raise InputError(f"{name} {rule}, not {value}")
-
-
-def write_json(path: str | Path, figures: dict) -> None:
-    """Write figures to a JSON file. Creates its folder if necessary."""
-    text = json.dumps(figures, indent=2, ensure_ascii=False) + "\n"
-    write_file(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
-
-
-def write_file(path: str | Path, write) -> None:
-    """Call ``write(file)`` on a binary file that appears at `path` only when it is complete.
-
-    Creates the folder if necessary. Raises `InputError` if the disk refuses.
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-    write_whole(path, write)

@@ -19,16 +19,17 @@ from dataset.jsonl import printable
 from errors import run_script
 from eval import preference, report, turns
 from eval.chat import column_width, side_by_side
-from eval.common import load_model_and_tokenizer, require, write_json
+from eval.common import load_model_and_tokenizer
 from eval.judge import Reply, answer, compare, compare_tasks, read_judged, summary
+from files import write_json
 from training.distributed import World, pick_device
-from training.settings import SAMPLE, flag, parse
+from training.settings import SAMPLE, Flags, flag, parse
 
 HELD_OUT = str(SAMPLE / "heldout.jsonl")
 
 
 @dataclass
-class Settings:
+class Settings(Flags):
     out: str = flag("runs/demo", "folder of the two runs and of results.json")
     seed: int = flag(0, "seed of the initial weights, the data order and the sampling")
     max_steps: int = flag(0, "optimizer steps of each training; 0 for all")
@@ -39,9 +40,8 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        require(self.max_steps >= 0, "--max-steps", self.max_steps, "must not be negative")
-        require(self.prompts >= 0, "--prompts", self.prompts, "must not be negative")
-        require(self.samples >= 1, "--samples", self.samples, "must be at least 1")
+        self.at_least(0, "max_steps", "prompts")
+        self.at_least(1, "samples")
 
 
 def main(arguments: list[str] | None = None) -> None:

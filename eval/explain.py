@@ -23,11 +23,8 @@ from dataset.records import DataError, Message, Preference, read_preferences
 from dataset.store import Branch, TokenStore, encode, score_margin
 from errors import InputError, run_script
 from eval.common import (
-    DEVICE_WHY,
-    DEVICES,
     load_policy_and_reference,
     print_start,
-    require,
     run_settings,
     starting_model,
 )
@@ -36,7 +33,7 @@ from eval.terminal import cells, terminal_width, text_pieces, wrap
 from model.transformer import Transformer
 from training.distributed import pick_device
 from training.objective import Objective, Pairs
-from training.settings import flag, parse
+from training.settings import DEVICE_WHY, DEVICES, Flags, flag, parse
 
 SIDES = ("chosen", "rejected")
 STEPS = (0.1, 0.3, 1.0, 3.0)  # |log-ratio| in nats at which the colour becomes stronger
@@ -47,7 +44,7 @@ LARGEST = 5  # tokens in the list below an answer
 
 
 @dataclass
-class Settings:
+class Settings(Flags):
     model: str = flag("runs/dpo", "model folder of the policy")
     reference: str = flag("", "model folder of the reference; default: the model that the run started from")
     data: str = flag("", "preference pairs: .jsonl or .json, also .gz; default: the run's held-out pairs")
@@ -58,8 +55,8 @@ class Settings:
     device: str = flag("auto", DEVICE_WHY, DEVICES)
 
     def __post_init__(self) -> None:
-        require(self.row >= 1, "--row", self.row, "must be at least 1")
-        require(self.beta is None or self.beta > 0, "--beta", self.beta, "must be positive")
+        self.at_least(1, "row")
+        self.require(self.beta is None or self.beta > 0, "beta", "above 0")
 
 
 # ---- One pair

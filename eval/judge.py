@@ -12,26 +12,19 @@ from dataset.jsonl import DataError, printable, read_values, show
 from dataset.records import read_preferences
 from dataset.tokenizer import ChatTokenizer
 from errors import run_script
-from eval.common import (
-    DEVICE_WHY,
-    DEVICES,
-    load_model_and_tokenizer,
-    print_start,
-    require,
-    starting_model,
-    write_json,
-)
+from eval.common import load_model_and_tokenizer, print_start, starting_model
 from eval.verdict import CHECKS, Verdict, score
+from files import write_json
 from model.generate import Answer, generate
 from model.transformer import Transformer
 from training.distributed import pick_device
-from training.settings import SAMPLE, flag, parse
+from training.settings import DEVICE_WHY, DEVICES, SAMPLE, Flags, flag, parse
 
 Z95 = 1.959964  # A normal variable lies within ± this many standard deviations 95 times in 100.
 
 
 @dataclass
-class Settings:
+class Settings(Flags):
     model: str = flag("runs/dpo", "model folder of the first model")
     versus: str = flag("", "model folder of the second model; default: what --model started from")
     data: str = flag(str(SAMPLE / "heldout.jsonl"), "pairs with a `judge` field, as in the bundled data")
@@ -45,11 +38,9 @@ class Settings:
     device: str = flag("auto", DEVICE_WHY, DEVICES)
 
     def __post_init__(self) -> None:
-        for name in ("samples", "max_new_tokens", "batch_size"):
-            value = getattr(self, name)
-            require(value >= 1, f"--{name.replace('_', '-')}", value, "must be at least 1")
-        require(self.prompts >= 0, "--prompts", self.prompts, "must not be negative")
-        require(self.temperature > 0, "--temperature", self.temperature, "must be positive")
+        self.at_least(1, "samples", "max_new_tokens", "batch_size")
+        self.at_least(0, "prompts")
+        self.require(self.temperature > 0, "temperature", "above 0")
 
 
 @dataclass(frozen=True)
@@ -185,15 +176,15 @@ def summary(figures: dict) -> str:
         share = f"{figures['win_rate']:.1%} of the decided cases (95 %: {low:.1%} to {high:.1%})"
         lines.append(f"{first} wins {share}")
     lines.append(f"\n{'':<30}{first:>10}{second:>10}")
-    for label, name in (
-        ("right, sampled", "right_answers"),
-        ("right, greedy", "right_answers_greedy"),
-        ("well formed", "well_formed"),
-        ("courteous", "wanted_manner"),
+    for label, name, form in (
+        ("right, sampled", "right_answers", ".1%"),
+        ("right, greedy", "right_answers_greedy", ".1%"),
+        ("well formed", "well_formed", ".1%"),
+        ("courteous", "wanted_manner", ".1%"),
+        ("tokens per answer", "mean_tokens", ".1f"),
+        ("characters per answer", "mean_characters", ".1f"),
     ):
-        lines.append(f"{label:<30}{figures[name][first]:>10.1%}{figures[name][second]:>10.1%}")
-    for label, name in (("tokens per answer", "mean_tokens"), ("characters per answer", "mean_characters")):
-        lines.append(f"{label:<30}{figures[name][first]:>10.1f}{figures[name][second]:>10.1f}")
+        lines.append(f"{label:<30}{figures[name][first]:>10{form}}{figures[name][second]:>10{form}}")
     return "\n".join(lines)
 
 
@@ -214,16 +205,14 @@ def task_table(tasks: dict[str, dict]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     settings = parse(Settings, __doc__.split("\n")[0], arguments)
     device = pick_device(settings.device)
-    loaded = {"model": load_model_and_tokenizer(settings.model, device)}
-    versus = settings.versus or starting_model(settings.model, "--versus")
-    loaded["versus"] = load_model_and_tokenizer(versus, device)
-    print_start({settings.model: loaded["model"][0], versus: loaded["versus"][0]}, device, "fp32")
+    folders = settings.model, settings.versus or starting_model(settings.model, "--versus")
+    loaded = [load_model_and_tokenizer(folder, device) for folder in folders]
+    print_start({folder: model for folder, (model, _) in zip(folders, loaded, strict=True)}, device, "fp32")
     records = read_judged(settings.data)[: settings.prompts or None]
-    names = ("samples", "temperature", "max_new_tokens", "seed", "batch_size")
+    names = "samples", "temperature", "max_new_tokens", "seed", "batch_size"
     options = {name: getattr(settings, name) for name in names}
-    replies = {
-        name: answer(model, tokenizer, records, **options) for name, (model, tokenizer) in loaded.items()
-    }
+    both = zip(("model", "versus"), loaded, strict=True)
+    replies = {name: answer(model, tokenizer, records, **options) for name, (model, tokenizer) in both}
     figures = compare(records, replies) | {"tasks": compare_tasks(records, replies)}
     if settings.json:
         write_json(settings.json, figures)

@@ -18,22 +18,19 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from dataset.packing import LAYOUTS
 from dataset.store import TokenStore, open_store
 from errors import InputError, run_script
 from eval.common import (
-    DEVICE_WHY,
-    DEVICES,
+    PairFlags,
     is_bundled,
     length_limit,
     load_policy_and_reference,
     print_note,
     print_start,
-    require,
     run_settings,
     starting_model,
-    write_json,
 )
+from files import write_json
 from training.distributed import World, join
 from training.evaluate import evaluate, evaluate_kl
 from training.objective import Objective, ObjectiveSettings
@@ -42,28 +39,17 @@ from training.settings import SAMPLE, flag, parse
 
 
 @dataclass
-class Settings:
+class Settings(PairFlags):
     model: str = flag("runs/dpo", "model folder of the policy")
     reference: str = flag("", "model folder of the reference; default: the model that the run started from")
     data: str = flag("", "preference pairs: .jsonl or .json, also .gz; default: the run's held-out pairs")
     json: str = flag("", "also write the figures to this file")
     beta: float | None = flag(None, "KL strength in rewards and loss; default: the run's, or 0.1")
     loss: str = flag("", "loss or losses (see losses.py); default: the run's with its options, or sigmoid")
-    micro_batch_tokens: int = flag(8192, "most tokens in a forward; changes the speed, not the figures")
-    max_length: int = flag(
-        0, "maximum tokens of prompt and response, longer pairs are dropped; 0: as in training"
-    )
-    layout: str = flag("forked", "forked computes a prompt once for both sides, twin once for each", LAYOUTS)
-    shape: str = flag("auto", "data format (see dataset/formats.py); auto detects it from the first record")
-    skip_bad: bool = flag(False, "skip bad records (at most 1 %) instead of stopping at the first")
-    device: str = flag("auto", DEVICE_WHY, DEVICES)
-    precision: str = flag("auto", "of the forward pass, as in training", ("auto", "fp32", "bf16", "fp16"))
 
     def __post_init__(self) -> None:
-        require(self.beta is None or self.beta > 0, "--beta", self.beta, "must be positive")
-        tokens = self.micro_batch_tokens
-        require(tokens >= 1, "--micro-batch-tokens", tokens, "must be at least 1")
-        require(self.max_length >= 0, "--max-length", self.max_length, "must not be negative")
+        super().__post_init__()
+        self.require(self.beta is None or self.beta > 0, "beta", "above 0")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from dataset.jsonl import printable
 from dataset.other_files import require_data_file
 from errors import InputError, run_script
 from eval import page
-from eval.common import DEVICE_WHY, DEVICES, print_note, require, write_file
+from eval.common import print_note
 from eval.curves import (
     BLUE,
     FAINT,
@@ -33,8 +33,9 @@ from eval.curves import (
     shown_panels,
 )
 from eval.pairs import Measured, measure
+from files import write_whole
 from model.weights import require_folder
-from training.settings import OneLineParser
+from training.settings import DEVICE_WHY, DEVICES, OneLineParser
 
 __all__ = ["BLUE", "ORANGE", "VIOLET"]  # for the pictures of the experiments
 
@@ -49,9 +50,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--reference", default="", help="model folder; default: the start of the run")
     parser.add_argument("--device", default="auto", choices=DEVICES, help=DEVICE_WHY)
     given = parser.parse_args(arguments)
-    require(given.pairs >= 1, "--pairs", given.pairs, "must be at least 1")
+    if given.pairs < 1:
+        raise InputError(f"--pairs must be at least 1, not {given.pairs}")
     if given.png:
-        require(len(given.run) == 1, "--png", " ".join(given.run), "takes one run")
+        if len(given.run) > 1:
+            raise InputError(f"--png takes one run, not {' '.join(given.run)}")
         print(printable(str(picture(given.run[0], given.out))))
         return
     if given.data:
@@ -75,7 +78,7 @@ def write_page(runs: list[str], out: str | Path | None = None, **options) -> Pat
     shown = [page.Shown(*run) for run in zip(runs, curves, *zip(*found, strict=True), strict=True)]
     out = Path(out or Path(runs[0]) / "report.html")
     text = page.page(shown).encode("utf-8", "backslashreplace")
-    write_file(out, lambda file: file.write(text))
+    write_whole(out, lambda file: file.write(text))
     return out
 
 

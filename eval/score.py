@@ -11,24 +11,14 @@ out and counted, so that every record of the file has scores.
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
 from dataset.jsonl import read_values
-from dataset.packing import LAYOUTS
 from dataset.store import TokenStore, open_store
 from errors import InputError, run_script
-from eval.common import (
-    DEVICE_WHY,
-    DEVICES,
-    length_limit,
-    load_model_and_tokenizer,
-    print_note,
-    print_start,
-    require,
-    write_file,
-)
+from eval.common import PairFlags, length_limit, load_model_and_tokenizer, print_note, print_start
+from files import write_whole
 from model.reward import RewardModel
 from training.distributed import World, join
 from training.evaluate import evaluate_rewards, score_pairs
@@ -37,28 +27,16 @@ from training.settings import flag, parse
 
 
 @dataclass
-class Settings:
+class Settings(PairFlags):
     model: str = flag("runs/reward", "reward model folder")
-    data: str = flag("", "preference pairs to score: .jsonl or .json, also .gz")
     out: str = flag("", ".jsonl file for the scored pairs; may be --data itself")
-    micro_batch_tokens: int = flag(8192, "most tokens in a forward; changes the speed, not the scores")
-    max_length: int = flag(
-        0, "maximum tokens of prompt and response, longer pairs are dropped; 0: as in training"
-    )
-    layout: str = flag("forked", "forked computes a prompt once for both sides, twin once for each", LAYOUTS)
-    shape: str = flag("auto", "data format (see dataset/formats.py); auto detects it from the first record")
-    skip_bad: bool = flag(False, "skip bad records (at most 1 %) instead of stopping at the first")
-    device: str = flag("auto", DEVICE_WHY, DEVICES)
-    precision: str = flag("auto", "of the forward pass, as in training", ("auto", "fp32", "bf16", "fp16"))
 
     def __post_init__(self) -> None:
         if not self.data or not self.out:
             raise InputError("give --data, the pairs to score, and --out, the file for the scored pairs")
         if not self.out.endswith(".jsonl"):
             raise InputError(f"--out {self.out}: the name must end in .jsonl, the format of scored pairs")
-        tokens = self.micro_batch_tokens
-        require(tokens >= 1, "--micro-batch-tokens", tokens, "must be at least 1")
-        require(self.max_length >= 0, "--max-length", self.max_length, "must not be negative")
+        super().__post_init__()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -80,7 +58,7 @@ def score(settings: Settings, world: World) -> None:
     if not world.is_main:
         return
     print_note(f"{settings.data}: {pairs.report}")
-    if removed := write_scored(Path(settings.out), settings.data, pairs, rewards):
+    if removed := write_scored(settings.out, settings.data, pairs, rewards):
         print_note(f"removed win_probability from {removed} records: training would prefer it to the scores")
     figures = evaluate_rewards(rewards)
     print_note(
@@ -89,7 +67,7 @@ def score(settings: Settings, world: World) -> None:
     )
 
 
-def write_scored(path: Path, source: str, pairs: TokenStore, rewards: Tensor) -> int:
+def write_scored(path: str, source: str, pairs: TokenStore, rewards: Tensor) -> int:
     """Write the records of `source` that are rows of `pairs`, with their (P, 2) rewards as scores.
 
     Returns the number of records that had a `win_probability`. The file appears complete or not at all.
@@ -107,7 +85,7 @@ def write_scored(path: Path, source: str, pairs: TokenStore, rewards: Tensor) ->
                 line = json.dumps(record, ensure_ascii=False) + "\n"
                 file.write(line.encode("utf-8", "backslashreplace"))
 
-    write_file(path, write)
+    write_whole(path, write)
     return removed
 
 

@@ -3,6 +3,7 @@
 import shutil
 import unicodedata
 from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 
 from dataset.tokenizer import ChatTokenizer
 
@@ -55,15 +56,9 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 def side_by_side(left: str, right: str, width: int) -> list[str]:
-    """Two texts as columns of `width` cells each, line by line."""
-    columns = wrap(left, width), wrap(right, width)
-    height = max(map(len, columns))
-    return [join(*(column[i] if i < len(column) else "" for column in columns), width) for i in range(height)]
-
-
-def join(left: str, right: str, width: int) -> str:
-    """One line of two columns. Spaces fill the left column up to `width` cells."""
-    return (left + " " * (width - cells(left)) + GAP + right).rstrip()
+    """Two texts as columns of `width` cells each, line by line. Spaces fill the left column."""
+    rows = zip_longest(wrap(left, width), wrap(right, width), fillvalue="")
+    return [(first + " " * (width - cells(first)) + GAP + second).rstrip() for first, second in rows]
 
 
 def terminal_width() -> int:

@@ -1,27 +1,26 @@
 """The sizes and options of a model, and presets."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
-from errors import InputError
+from errors import InputError, require
 
-# A config may come from a stranger: a size beyond these builds for minutes, or fills the memory.
-LARGEST = {
-    "vocab_size": 2**24,
-    "hidden_size": 2**17,
-    "num_hidden_layers": 2**10,
-    "num_attention_heads": 2**12,
-    "num_key_value_heads": 2**12,
-    "intermediate_size": 2**20,
-    "head_dim": 2**12,
-    "num_experts": 2**10,
-    "num_experts_per_tok": 2**10,
-    "moe_intermediate_size": 2**20,
-    "shared_expert_intermediate_size": 2**20,
-    "sliding_window": 2**31,
-    "max_position_embeddings": 2**31,
+# The least and the greatest value of each size. A config may come from a stranger: a greater size builds for
+# minutes, or fills the memory.
+SIZES = {
+    "vocab_size": (1, 2**24),
+    "hidden_size": (1, 2**17),
+    "num_hidden_layers": (0, 2**10),
+    "num_attention_heads": (1, 2**12),
+    "num_key_value_heads": (1, 2**12),
+    "intermediate_size": (1, 2**20),
+    "head_dim": (1, 2**12),
+    "num_experts": (0, 2**10),
+    "num_experts_per_tok": (0, 2**10),
+    "moe_intermediate_size": (1, 2**20),
+    "shared_expert_intermediate_size": (0, 2**20),
+    "sliding_window": (1, 2**31),
+    "max_position_embeddings": (1, 2**31),
 }
-MAY_BE_0 = ("num_hidden_layers", "num_experts", "num_experts_per_tok", "shared_expert_intermediate_size")
-MAY_BE_NONE = ("head_dim", "moe_intermediate_size", "sliding_window")
 
 # The types of rope_scaling and the numbers that each needs.
 SCALING = {
@@ -61,40 +60,33 @@ class ModelConfig:
     max_position_embeddings: int = 32_768  # written into exports; nothing here depends on it
 
     def __post_init__(self):
-        for name, largest in LARGEST.items():
-            check_size(name, getattr(self, name), int(name not in MAY_BE_0), largest, name in MAY_BE_NONE)
-        for name in ("tie_word_embeddings", "attention_bias", "attention_output_bias", "qk_norm",
-                     "norm_topk_prob"):  # fmt: skip
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} {getattr(self, name)!r} is not true or false")
-        check_number("rope_theta", self.rope_theta)
-        check_number("rms_norm_eps", self.rms_norm_eps)
-        if self.router_aux_loss_coef != 0:
-            check_number("router_aux_loss_coef", self.router_aux_loss_coef)
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            if name in SIZES:
+                low, high = SIZES[name]
+                holds = type(value) is int and low <= value <= high
+                require(holds, f"{name} {value!r} is not an integer from {low} to {high}")
+            elif field.type is bool:
+                require(isinstance(value, bool), f"{name} {value!r} is not true or false")
+            elif field.type is float and (name, value) != ("router_aux_loss_coef", 0):
+                check_number(name, value)
         check_rope_scaling(self.rope_scaling)
         self._check_heads_and_experts()
 
     def _check_heads_and_experts(self) -> None:
         """Raise InputError for sizes that do not fit one another; replace those that are None."""
-        heads, key_heads = self.num_attention_heads, self.num_key_value_heads
-        if heads % key_heads:
-            raise InputError(
-                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {key_heads}"
-            )
-        if self.head_dim is None and self.hidden_size % heads:
-            raise InputError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {heads}; "
-                "give head_dim"
-            )
+        d, heads, key_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        rule = "is not a multiple of"
+        require(heads % key_heads == 0, f"num_attention_heads {heads} {rule} num_key_value_heads {key_heads}")
         if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.hidden_size // heads)
-        if self.head_dim % 2:
-            raise InputError(f"head_dim {self.head_dim} is odd; rotary positions need pairs")
-        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise InputError(
-                f"num_experts_per_tok {self.num_experts_per_tok} is not from 1 to num_experts "
-                f"{self.num_experts}"
-            )
+            require(d % heads == 0, f"hidden_size {d} {rule} num_attention_heads {heads}; give head_dim")
+            object.__setattr__(self, "head_dim", d // heads)
+        require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd; rotary positions need pairs")
+        chosen, experts = self.num_experts_per_tok, self.num_experts
+        fits = not experts or 1 <= chosen <= experts
+        require(fits, f"num_experts_per_tok {chosen} is not from 1 to num_experts {experts}")
         if self.moe_intermediate_size is None:
             object.__setattr__(self, "moe_intermediate_size", self.intermediate_size)
 
@@ -115,17 +107,10 @@ class ModelConfig:
             )
 
 
-def check_size(name: str, value, smallest: int, largest: int, may_be_none: bool) -> None:
-    if value is None and may_be_none:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or not smallest <= value <= largest:
-        raise InputError(f"{name} {value!r} is not an integer from {smallest} to {largest}")
-
-
 def check_number(name: str, value) -> None:
     # NaN fails the comparison, too.
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
-        raise InputError(f"{name} {value!r} is not a finite number above 0")
+    holds = type(value) in (int, float) and 0 < value < 1e30
+    require(holds, f"{name} {value!r} is not a finite number above 0")
 
 
 def check_rope_scaling(scaling) -> None:
@@ -143,28 +128,12 @@ def check_rope_scaling(scaling) -> None:
 PRESETS = {
     "tiny": dict(tie_word_embeddings=False),
     "tiny-moe": dict(tie_word_embeddings=False, num_experts=4, moe_intermediate_size=352),
-    "26m": dict(
-        hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408, rope_theta=1e6
-    ),
-    "104m": dict(
-        hidden_size=768, num_hidden_layers=16, num_attention_heads=8, intermediate_size=2048, rope_theta=1e6
-    ),
-    "qwen2.5-0.5b": dict(
-        hidden_size=896,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        intermediate_size=4864,
-        rope_theta=1e6,
-        attention_bias=True,
-    ),
-    "qwen3-0.6b": dict(
-        hidden_size=1024,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=3072,
-        rope_theta=1e6,
-        qk_norm=True,
-    ),
-}
+    "26m": dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408,
+                rope_theta=1e6),
+    "104m": dict(hidden_size=768, num_hidden_layers=16, num_attention_heads=8, intermediate_size=2048,
+                 rope_theta=1e6),
+    "qwen2.5-0.5b": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14,
+                         intermediate_size=4864, rope_theta=1e6, attention_bias=True),
+    "qwen3-0.6b": dict(hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+                       head_dim=128, intermediate_size=3072, rope_theta=1e6, qk_norm=True),
+}  # fmt: skip

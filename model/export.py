@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from errors import InputError, run_script
-from files import write_whole
+from files import write_json, write_whole
 from model import huggingface
-from model.weights import import_safetensors, load_model, read_json, read_ours, write_json
+from model.weights import import_safetensors, load_model, read_json, read_ours
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The files of `ChatTokenizer.save`, always and for some tokenizers; an export copies them.

@@ -38,14 +38,13 @@ class KVCache:
 
     def _prefill(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Any number of tokens a row, row by row."""
-        outputs = []
-        for row, count in zip(
-            *(x.tolist() for x in self.rows.unique_consecutive(return_counts=True)), strict=True
-        ):
-            start = sum(output.shape[1] for output in outputs)
+        outputs, start = [], 0
+        rows, counts = self.rows.unique_consecutive(return_counts=True)
+        for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
             end = int(self.positions[start + count - 1]) + 1
             query, bias = q[:, start : start + count], causal_bias(count, end, q.device)
             outputs.append(attention(query, keys[row, :, :end], values[row, :, :end], bias))
+            start += count
         return torch.cat(outputs, dim=1)
 
     def _decode(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -92,11 +91,9 @@ def decode_steps(
 
     `uniforms` is (rows, max_new_tokens). A row ends with `end_id`.
     """
-    device = model.embed_tokens.weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    cache = KVCache(
-        model.config, len(prompts), int(lengths.max()) + uniforms.shape[1], like=model.embed_tokens.weight
-    )
+    like = model.embed_tokens.weight
+    device, lengths = like.device, torch.tensor([len(prompt) for prompt in prompts])
+    cache = KVCache(model.config, len(prompts), int(lengths.max()) + uniforms.shape[1], like)
     rows = torch.arange(len(prompts))
     tokens = torch.tensor([token for prompt in prompts for token in prompt])
     positions = torch.cat([torch.arange(length) for length in lengths.tolist()])

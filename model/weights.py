@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from errors import InputError
-from files import file_hash, write_whole
+from errors import InputError, require
+from files import file_hash, write_json, write_whole
 from model import huggingface
 from model.config import PRESETS, ModelConfig
 from model.lora import adapter_shape, adapter_weights, merged_weights
@@ -35,7 +35,6 @@ def save_model(folder: Path, model: Transformer, **settings) -> None:
     """
     if bad := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
         raise FloatingPointError(f"{folder}: the model is not saved, {bad[0]} is not finite")
-    folder.mkdir(parents=True, exist_ok=True)
     digests: dict[str, str] = {}
     config = {"kind": model.kind, "model": model.config.to_dict(), **settings, "sha256": digests}
 
@@ -62,10 +61,6 @@ def weights_hash(model: torch.nn.Module) -> str:
         value = value.full_tensor() if isinstance(value, DTensor) else value
         digest.update(value.contiguous().view(-1).view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
-
-
-def write_json(path: Path, value: dict) -> None:
-    write_whole(path, lambda file: file.write(json.dumps(value, indent=2).encode() + b"\n"))
 
 
 # ---- In
@@ -105,41 +100,30 @@ def require_folder(folder: Path) -> None:
         return
     if folder.exists():
         raise InputError(f"{folder} is a file, not a model folder: give the folder, {folder.parent}")
-    problem = f"{folder}: there is no such model folder"
-    demo = folder.parent / "demo" / folder.name
+    name, demo = folder.name, folder.parent / "demo" / folder.name
+    of_the_hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(folder)) and folder.parent.name != "runs"
+    remedy = f"python train_sft.py writes one to runs/sft, or starts from a preset: {', '.join(PRESETS)}"
     if demo.is_dir():
-        raise InputError(f"{problem}; make demo has left one in {demo}: give --model {demo}")
-    hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(folder))
-    if hub and not folder.parent.exists() and folder.parent.name != "runs":
-        name = folder.name
-        raise InputError(
-            f"{problem}; to download this model: hf download {folder} --local-dir {name}, then --model {name}"
-        )
-    raise InputError(
-        f"{problem}; python train_sft.py writes one to runs/sft, or starts from a preset: "
-        f"{', '.join(PRESETS)}"
-    )
+        remedy = f"make demo has left one in {demo}: give --model {demo}"
+    elif of_the_hub and not folder.parent.exists():
+        remedy = f"to download this model: hf download {folder} --local-dir {name}, then --model {name}"
+    raise InputError(f"{folder}: there is no such model folder; {remedy}")
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file of a model folder."""
     require_folder(path.parent)
+    require(path.exists(), f"{path.parent} is not a model folder: it has no {path.name}")
+    require(path.is_file(), f"{path} is not a regular file")
+    too_large = f"{path} is larger than {MAX_JSON >> 20} MiB, too large for a config"
+    require(path.stat().st_size <= MAX_JSON, too_large)
     try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path} is not a regular file")
-        if path.stat().st_size > MAX_JSON:
-            raise InputError(f"{path} is larger than {MAX_JSON >> 20} MiB, too large for a config")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path.parent} is not a model folder: it has no {path.name}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except InputError:
-        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not the config of a model: damaged or incomplete JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not the config of a model: not a JSON object")
+    require(isinstance(value, dict), f"{path}: not the config of a model: not a JSON object")
     return value
 
 
@@ -166,8 +150,8 @@ def read_ours(folder: Path, name: str, config: dict, on_meta: bool = False) -> d
             f"{path} is damaged: its SHA-256 is not the one in config.json. Copy or train it again; if the "
             'change is intended, remove "sha256" from config.json'
         )
+    device = "meta" if on_meta else "cpu"
     try:
-        device = "meta" if on_meta else "cpu"
         weights = torch.load(path, map_location=device, mmap=not on_meta, weights_only=True)
     except Exception as error:  # torch.load raises many types for a damaged or hostile file.
         reason = str(error).partition("\n")[0]
@@ -189,18 +173,13 @@ def require_stored_zip(path: Path) -> None:
 
     A compressed entry may need a thousand times the memory of the file.
     """
-    if not path.is_file():
-        raise InputError(f"{path} is not a regular file")
+    require(path.is_file(), f"{path} is not a regular file")
     try:
-        if path.stat().st_size == 0:
-            raise InputError(f"{path}: unreadable, it is empty")
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{path}: unreadable, damaged or incomplete ({error})") from None
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise InputError(f"{path}: unreadable, it has compressed entries, which torch.save never writes")
@@ -223,15 +202,13 @@ def require_fit(folder: Path, model: Transformer, weights: dict[str, Tensor]) ->
     found = {name: tuple(value.shape) for name, value in weights.items()}
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
     problems += [f"{name} is unexpected" for name in found.keys() - expected.keys()]
-    problems += [
-        f"{name} has the shape {found[name]}, expected {expected[name]}"
-        for name in expected.keys() & found.keys()
-        if expected[name] != found[name]
-    ]
+    for name in expected.keys() & found.keys():
+        if expected[name] != found[name]:
+            problems.append(f"{name} has the shape {found[name]}, expected {expected[name]}")
     if problems:
-        shown = "; ".join(sorted(problems)[:5])
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise InputError(f"{folder}: the weights do not fit config.json: {shown}{more}")
+        shown = "; ".join(sorted(problems)[:5]) + more
+        raise InputError(f"{folder}: the weights do not fit config.json: {shown}")
 
 
 # ---- Hugging Face's folders

@@ -75,9 +75,9 @@ def test_every_flag_says_why_and_bools_go_both_ways(script):
     "arguments, reason",
     [
         (["--seed", str(2**70)], f"--seed must be from 0 to 2^63 - 1, not {2**70}"),
-        (["--lr", "nan"], "--lr must be 0 or more, not nan"),
-        (["--lr", "inf"], "--lr must be 0 or more, not inf"),
-        (["--max-length", "-1"], "--max-length must be 0 or more, not -1"),
+        (["--lr", "nan"], "--lr must be at least 0, not nan"),
+        (["--lr", "inf"], "--lr must be at least 0, not inf"),
+        (["--max-length", "-1"], "--max-length must be at least 0, not -1"),
         (["--micro-batch-tokens", "0"], "--micro-batch-tokens must be auto, or a number from 1, not 0"),
         (["--micro-batch-tokens", "many"], "--micro-batch-tokens must be auto, or a number from 1, not many"),
         (["--micro-batch-size", "4"], "--micro-batch-size was replaced by --micro-batch-tokens"),

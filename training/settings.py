@@ -15,6 +15,10 @@ from model.config import ModelConfig
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "dataset" / "sample"
 LONGEST = 4096  # tokens of a record, where --max-length is 0
+DEVICES, PRECISIONS = ("auto", "cuda", "mps", "cpu"), ("auto", "fp32", "bf16", "fp16")
+DEVICE_WHY = "auto: CUDA, else Apple's MPS, else the CPU"
+SHAPE_WHY = "data format (see dataset/formats.py); auto detects it from the first record"
+SKIP_BAD_WHY = "skip bad records (at most 1 %) instead of stopping at the first"
 REPLACED = {
     "--micro-batch-size": "--micro-batch-tokens (tokens in a forward, instead of records)",
     "--score": "python -m eval.score --model DIR --data FILE --out FILE",
@@ -31,8 +35,22 @@ def flag(default, why: str, choices: tuple[str, ...] | None = None):
     return field(default=default, metadata={"why": why, "choices": choices})
 
 
+class Flags:
+    """The checks that the settings of all commands share. NaN fails every comparison."""
+
+    def require(self, holds: bool, name: str, rule: str) -> None:
+        """Raise `InputError` about the flag of a field unless `holds`."""
+        if not holds:
+            raise InputError(f"--{name.replace('_', '-')} must be {rule}, not {getattr(self, name)}")
+
+    def at_least(self, smallest: int, *names: str) -> None:
+        """Raise `InputError` for the first of these fields that is infinite or less than `smallest`."""
+        for name in names:
+            self.require(smallest <= getattr(self, name) < math.inf, name, f"at least {smallest}")
+
+
 @dataclass
-class TrainSettings:
+class TrainSettings(Flags):
     """The flags of all training scripts. A script adds its own and changes defaults."""
 
     model: str = flag("tiny", "model folder to start from")
@@ -40,17 +58,15 @@ class TrainSettings:
     eval_data: str = flag("", "held-out data, evaluated every --eval-every steps; empty: no evaluation")
     eval_share: float = flag(0.0, "share of the prompts of --data that is held out and evaluated; 0: none")
     out: str = flag("", "run folder for config, weights, tokenizer, metrics and checkpoints")
-    shape: str = flag("auto", "data format (see dataset/formats.py); auto detects it from the first record")
-    skip_bad: bool = flag(False, "skip bad records (at most 1 %) instead of stopping at the first")
+    shape: str = flag("auto", SHAPE_WHY)
+    skip_bad: bool = flag(False, SKIP_BAD_WHY)
     seed: int = flag(0, "seed of the data order and of a new model's weights")
-    device: str = flag(
-        "auto", "auto: CUDA, else Apple's MPS, else the CPU", ("auto", "cuda", "mps", "cpu")
-    )
+    device: str = flag("auto", DEVICE_WHY, DEVICES)
     precision: str = flag(
         "auto",
         "number format of the forward pass; weights stay float32. auto: bf16 on hardware with bf16 "
         "instructions, else fp16 on CUDA and fp32 elsewhere",
-        ("auto", "fp32", "bf16", "fp16"),
+        PRECISIONS,
     )
     matmul_precision: str = flag(
         "highest",
@@ -96,21 +112,14 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Raise `InputError` for a value outside its range."""
-        for name in ("epochs", "batch_size", "log_every", "eval_every", "keep_checkpoints"):
-            self.require(getattr(self, name) >= 1, name, "at least 1")
-        others = "max_steps", "max_length", "lr", "warmup_steps", "weight_decay", "grad_clip", "save_every"
-        for name in others:
-            self.require(0 <= getattr(self, name) < math.inf, name, "0 or more")
+        self.at_least(1, "epochs", "batch_size", "log_every", "eval_every", "keep_checkpoints")
+        self.at_least(0, "max_steps", "max_length", "lr", "warmup_steps", "weight_decay", "grad_clip")
+        self.at_least(0, "save_every")
         self.require(0 <= self.seed < 2**63, "seed", "from 0 to 2^63 - 1")
         self.require(0 <= self.eval_share < 1, "eval_share", "at least 0 and below 1")
         tokens = self.micro_batch_tokens
         is_number = tokens.isdecimal() and int(tokens) > 0
         self.require(is_number or tokens == "auto", "micro_batch_tokens", "auto, or a number from 1")
-
-    def require(self, holds: bool, name: str, rule: str) -> None:
-        """Raise `InputError` about the flag of a field unless `holds`."""
-        if not holds:
-            raise InputError(f"--{name.replace('_', '-')} must be {rule}, not {getattr(self, name)}")
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -130,7 +139,7 @@ class AdapterSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.lora_rank >= 0, "lora_rank", "0 or more")
+        self.at_least(0, "lora_rank")
         self.require(0 < self.lora_alpha < math.inf, "lora_alpha", "above 0")
 
 

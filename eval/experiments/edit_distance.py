@@ -15,8 +15,8 @@ from statistics import mean
 
 import train_dpo
 from errors import run_script
-from eval.common import write_json
 from eval.report import BLUE, INK, ORANGE, PALE, canvas, need_matplotlib, plain
+from files import write_json
 from training.settings import SAMPLE, flag, parse
 
 LOSSES = {"sigmoid": ("DPO", ORANGE), "dpop": ("DPOP", BLUE)}  # name in losses.py: label, colour

@@ -19,9 +19,9 @@ import train_reward
 from dataset.records import DataError, Preference, read_records
 from errors import InputError, run_script
 from eval import score
-from eval.common import write_json
 from eval.experiments.real_data import as_json
 from eval.report import BLUE, INK, ORANGE, PALE, VIOLET, canvas, need_matplotlib, plain
+from files import write_json
 from training.settings import SAMPLE, flag, parse
 
 NOISE = (0.0, 0.2, 0.4)  # shares of flipped pairs

@@ -16,7 +16,8 @@ import train_sft
 from dataset import tokenizer
 from dataset.records import DataError, Preference, prompt_digest, read_records
 from errors import InputError, run_script
-from eval import common, preference
+from eval import preference
+from files import write_json
 from training.distributed import World, pick_device
 from training.settings import OneLineParser
 
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
         train_dpo.main(["--model", f"{out}/sft", "--batch-size", "16", "--overwrite", *data, *flags])
         given = preference.Settings(model=f"{out}/dpo-{name}", data=f"{out}/{name}.heldout.jsonl")
         results["held out"][name] = preference.measure(given, world)
-    common.write_json(out / "results.json", results)
+    write_json(out / "results.json", results)
     print(f"\n{'held-out pairs':<16}{'pairs':>6}{'accuracy':>10}{'margin':>8}{'loss':>8}{'KL/token':>10}")
     for name, figures in results["held out"].items():
         accuracy, margin = figures["rewards/accuracies"], figures["rewards/margins"]
