@@ -3,27 +3,14 @@
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from dataset.jsonl import kind, show
-from dataset.turns import (
-    alpaca_pair,
-    alpaca_prompt,
-    append_response,
-    explicit_pair,
-    is_transcript,
-    messages,
-    messages_pair,
-    prompt_turns,
-    ranked_pair,
-    required,
-    text_pair,
-    transcript_pair,
-)
+from dataset.turns import Read, answers, conversations, is_transcript, ranked_pair, text_pair, transcript_pair
 
 # The prompt of a record with one of these keys is there: it must not be cut out of chosen and rejected.
 PROMPT_KEYS = ("prompt", "question", "instruction", "input", "query", "conversations", "messages", "history")
-SIDES = ("chosen", "rejected", "chosen_messages", "rejected_messages")
+PAIR = ("chosen", "rejected")
+SIDES = (*PAIR, "chosen_messages", "rejected_messages")
 
 
 @dataclass(frozen=True)
@@ -33,16 +20,13 @@ class Format:
     description: str
     example: dict
     keys: dict[str, type | tuple[type, ...]]
-    read: Callable[[dict], list | tuple]  # record -> one conversation, or the pair (chosen, rejected)
+    read: Read
     absent: tuple[str, ...] = ()
     test: Callable[[dict], bool] = bool  # a further condition; `bool` holds for every record
 
     def fits(self, record: dict) -> bool:
-        return (
-            all(key in record and isinstance(record[key], types) for key, types in self.keys.items())
-            and not any(key in record for key in self.absent)
-            and self.test(record)
-        )
+        has_keys = all(isinstance(record.get(key), types) for key, types in self.keys.items())
+        return has_keys and not any(key in record for key in self.absent) and self.test(record)
 
 
 # ---- The tables. A record has the first format that fits, so special formats stand above general ones.
@@ -57,33 +41,32 @@ PREFERENCE_FORMATS = {
     "text": Format(
         "prompt, chosen and rejected are text",
         {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
-        {"prompt": str, "chosen": str, "rejected": str}, explicit_pair,
+        {"prompt": str, "chosen": str, "rejected": str}, answers("prompt", *PAIR),
     ),
     "question": Format(
         "question, chosen and rejected are text",
         {"question": "2 + 2?", "chosen": "4", "rejected": "5"},
-        {"question": str, "chosen": str, "rejected": str}, partial(explicit_pair, key="question"),
+        {"question": str, "chosen": str, "rejected": str}, answers("question", *PAIR),
     ),
     "ultrafeedback": Format(
         "prompt is text, chosen and rejected are messages, with or without the prompt",
         {"prompt": "2 + 2?", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
-        {"prompt": str, "chosen": (list, dict), "rejected": (list, dict)}, explicit_pair,
+        {"prompt": str, "chosen": (list, dict), "rejected": (list, dict)}, answers("prompt", *PAIR),
     ),
     "chat": Format(
         "prompt is messages; chosen and rejected are text, a message or messages",
         {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
-        {"prompt": list, "chosen": SIDE, "rejected": SIDE}, explicit_pair,
+        {"prompt": list, "chosen": SIDE, "rejected": SIDE}, answers("prompt", *PAIR),
     ),
     "sharegpt": Format(
         "conversations is {from, value} messages; chosen and rejected are one message each",
         {"conversations": [HUMAN], "chosen": GPT_GOOD, "rejected": GPT_BAD},
-        {"conversations": list, "chosen": SIDE, "rejected": SIDE},
-        partial(explicit_pair, key="conversations"),
+        {"conversations": list, "chosen": SIDE, "rejected": SIDE}, answers("conversations", *PAIR),
     ),
     "alpaca": Format(
         "instruction, input, chosen and rejected, optionally history and system",
         {"instruction": "Add.", "input": "2 + 2", "output": "4", "chosen": "4", "rejected": "5"},
-        {"instruction": str, "chosen": SIDE, "rejected": SIDE}, alpaca_pair,
+        {"instruction": str, "chosen": SIDE, "rejected": SIDE}, answers("instruction", *PAIR),
     ),
     "ranked": Format(
         "instruction, input and a list of output replies, the best one first",
@@ -94,12 +77,12 @@ PREFERENCE_FORMATS = {
         "chosen_messages and rejected_messages are whole conversations",
         {"chosen_messages": [USER, GOOD], "rejected_messages": [USER, BAD]},
         {"chosen_messages": list, "rejected_messages": list},
-        partial(messages_pair, sides=("chosen_messages", "rejected_messages")),
+        conversations("chosen_messages", "rejected_messages"),
     ),
     "chat-implicit": Format(
         "chosen and rejected are whole conversations, as in MiniMind",
         {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
-        {"chosen": list, "rejected": list}, messages_pair, absent=PROMPT_KEYS,
+        {"chosen": list, "rejected": list}, conversations(*PAIR), absent=PROMPT_KEYS,
     ),
     "hh": Format(
         "chosen and rejected are 'Human: ... Assistant: ...' transcripts",
@@ -118,36 +101,32 @@ SFT_FORMATS = {
     "messages": Format(
         "messages is a list of {role, content}",
         {"messages": [USER, GOOD]},
-        {"messages": list}, lambda record: messages(required(record, "messages"), "messages"),
+        {"messages": list}, conversations("messages"),
     ),
     "sharegpt": Format(
         "conversations is a list of {from, value} or {role, content}",
         {"conversations": [HUMAN, GPT_GOOD]},
-        {"conversations": list}, lambda record: messages(required(record, "conversations"), "conversations"),
+        {"conversations": list}, conversations("conversations"),
     ),
     "alpaca": Format(
         "instruction, input and output, optionally history and system",
         {"instruction": "Add.", "input": "2 + 2", "output": "4", "history": [["Hi", "Hi!"]]},
-        {"instruction": str, "output": str},
-        lambda record: append_response(alpaca_prompt(record), record, "output"),
+        {"instruction": str, "output": str}, answers("instruction", "output"),
     ),
     "response": Format(
         "prompt and response are text or messages",
         {"prompt": "2 + 2?", "response": "4"},
-        {"prompt": (str, list), "response": SIDE},
-        lambda record: append_response(prompt_turns(record, "prompt"), record, "response"),
+        {"prompt": (str, list), "response": SIDE}, answers("prompt", "response"),
     ),
     "completion": Format(
         "prompt and completion are text or messages",
         {"prompt": "2 + 2?", "completion": "4"},
-        {"prompt": (str, list), "completion": SIDE},
-        lambda record: append_response(prompt_turns(record, "prompt"), record, "completion"),
+        {"prompt": (str, list), "completion": SIDE}, answers("prompt", "completion"),
     ),
     "question": Format(
         "question and answer are text",
         {"question": "2 + 2?", "answer": "4"},
-        {"question": str, "answer": str},
-        lambda record: append_response(prompt_turns(record, "question"), record, "answer"),
+        {"question": str, "answer": str}, answers("question", "answer"),
     ),
 }  # fmt: skip
 

@@ -47,9 +47,7 @@ def stream_lengths(store: TokenStore, layout: str = "forked") -> np.ndarray:
     return store.lengths + (branches - 1) * (store.bounds[:, 1] - store.bounds[:, 0])
 
 
-def deal(
-    window: np.ndarray, lengths: np.ndarray, ranks: int, max_tokens: int
-) -> list[list[np.ndarray]]:
+def deal(window: np.ndarray, lengths: np.ndarray, ranks: int, max_tokens: int) -> list[list[np.ndarray]]:
     """Deal a window's rows to micro-batches: ``deal(...)[rank][micro_batch]`` is an array of rows.
 
     A micro-batch has at most `max_tokens` tokens, or a single longer row. Every rank gets the same number of

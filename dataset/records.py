@@ -109,7 +109,8 @@ def _preference(record: dict, line: int, name: str) -> Preference:
 
 
 def _conversation(record: dict, line: int, name: str) -> Conversation:
-    turns = checked_turns(system_message(record) + SFT_FORMATS[name].read(record), "conversation")
+    (messages,) = SFT_FORMATS[name].read(record)
+    turns = checked_turns(system_message(record) + messages, "conversation")
     if not any(turn.role == "assistant" and turn.weight for turn in turns):
         raise Fault("conversation: every assistant turn has weight 0, so there is nothing to train on")
     return Conversation(tuple(turns), line, name)
@@ -129,13 +130,13 @@ def is_number(value) -> bool:
 def scores(record: dict) -> tuple[float, float] | None:
     """(score_chosen, score_rejected) of the record or of its ``metadata``; None if it has neither."""
     for place in (record, record.get("metadata")):
-        both = [place.get(key) for key in SCORE_KEYS] if isinstance(place, dict) else [None, None]
-        if both == [None, None]:
+        found = [place.get(key) for key in SCORE_KEYS] if isinstance(place, dict) else [None]
+        if all(value is None for value in found):
             continue
-        for key, value in zip(SCORE_KEYS, both, strict=True):
+        for key, value in zip(SCORE_KEYS, found, strict=True):
             if not is_number(value):
                 raise Fault(f"{key}: expected a number, found {kind(value)}; a pair has both scores or none")
-        return float(both[0]), float(both[1])
+        return float(found[0]), float(found[1])
     return None
 
 

@@ -34,6 +34,7 @@ from files import file_hash
 VERSION = 4  # of the arrays below; a new layout must not read an old folder
 BAD_SHARE = 0.01  # With skip_bad: a file with more bad records than this is the wrong file.
 PIECE = 2**16  # characters that are always tokenised at once
+COLUMNS = ("bounds", "lines", "records", "target_counts", "score_margins", "digests")  # as in `TokenStore`
 
 Branch = tuple[list[int], list[bool]]  # ids, and for each whether it is supervised
 
@@ -92,12 +93,11 @@ def count_tokens(text: str, tokenizer: ChatTokenizer) -> int:
 
 def score_margin(record: Preference | Conversation) -> float:
     """score_chosen - score_rejected, or the logit of win_probability if it is there; NaN without labels."""
-    if isinstance(record, Preference) and record.win_probability is not None:
-        p = record.win_probability
+    if not isinstance(record, Preference):
+        return math.nan
+    if (p := record.win_probability) is not None:
         return math.log(p) - math.log1p(-p) if 0 < p < 1 else math.copysign(math.inf, p - 0.5)
-    if isinstance(record, Preference) and record.scores is not None:
-        return record.scores[0] - record.scores[1]
-    return math.nan
+    return math.nan if record.scores is None else record.scores[0] - record.scores[1]
 
 
 def swap_sides(record: Preference) -> Preference:
@@ -201,7 +201,7 @@ class TokenStore:
     def _view(self, rows: np.ndarray, name: str) -> "TokenStore":
         view = copy.copy(self)
         view.fingerprint = f"{self.fingerprint}-{name}"
-        for column in ("lines", "records", "target_counts", "score_margins", "digests", "bounds"):
+        for column in COLUMNS:
             setattr(view, column, getattr(self, column)[rows])
         view._derive()
         return view
@@ -259,7 +259,7 @@ def _write(folder: Path, path: Path, tokenizer, kind, max_length, shape, skip_ba
     """Tokenise a file's records into the arrays that `TokenStore` reads."""
     read = {"preferences": read_preferences, "conversations": read_conversations}[kind]
     report, bad, offset = Report(swapped=swap_by_score), 0, 0
-    bounds, lines, places, target_counts, margins, digests = (array(code) for code in "qqqqdQ")
+    columns = bounds, lines, places, target_counts, margins, digests = [array(code) for code in "qqqqdQ"]
     with open(folder / "tokens.bin", "wb") as tokens, open(folder / "supervised.bin", "wb") as supervised:
         for place, record in enumerate(read(path, shape)):
             if isinstance(record, DataError):
@@ -297,10 +297,6 @@ def _write(folder: Path, path: Path, tokenizer, kind, max_length, shape, skip_ba
         raise InputError(f"{path}: {bad} of {report.total()} records are bad, more than 1 %: {report}")
     if not report.kept:
         raise InputError(f"{path}: no record is left to train on: {report}")
-    columns = dict(
-        bounds=bounds, lines=lines, records=places, target_counts=target_counts,
-        score_margins=margins, digests=digests,
-    )  # fmt: skip
-    for name, column in columns.items():
+    for name, column in zip(COLUMNS, columns, strict=True):
         np.save(folder / f"{name}.npy", np.asarray(column))
     (folder / "report.json").write_text(json.dumps(report.__dict__))

@@ -6,6 +6,7 @@ because they have no meaning: white space where an implicit prompt is cut, and a
 
 import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
@@ -28,12 +29,15 @@ class Message:
     weight: int = field(default=1, compare=False)  # of an assistant turn in supervised fine-tuning: 0 or 1
 
 
+Read = Callable[[dict], list[list[Message]]]  # a record's conversation, or those of chosen and rejected
+
+
 # ---- Parts of all formats: text, messages, turns
 
 
-def required(record: dict, key: str):
+def required(record: dict, key: str, where: str = ""):
     if key not in record:
-        raise Fault(f"missing key {show(key)}")
+        raise Fault(f"{where}missing key {show(key)}")
     return record[key]
 
 
@@ -54,10 +58,8 @@ def message(entry, where: str) -> Message:
         raise Fault(f"{where}: expected a message, found {kind(entry)}")
     refuse_unsupported(entry, where)
     role_key, content_key = ("from", "value") if "from" in entry else ("role", "content")
-    for key in (role_key, content_key):
-        if key not in entry:
-            raise Fault(f"{where}: missing key {show(key)}")
-    role, content, weight = entry[role_key], entry[content_key], entry.get("weight")
+    role, content = (required(entry, key, f"{where}: ") for key in (role_key, content_key))
+    weight = entry.get("weight")
     if not isinstance(role, str) or role not in ROLES:
         raise Fault(f"{where}: unknown role {show(role)}; accepted: {', '.join(ROLES)}, no tools")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
@@ -159,14 +161,6 @@ def append_response(history: list[Message], record: dict, key: str) -> list[Mess
     return turns
 
 
-def explicit_pair(record: dict, key: str = "prompt") -> tuple[list[Message], list[Message]]:
-    return response_pair(prompt_turns(record, key), record)
-
-
-def response_pair(history: list[Message], record: dict) -> tuple[list[Message], list[Message]]:
-    return append_response(history, record, "chosen"), append_response(history, record, "rejected")
-
-
 def alpaca_prompt(record: dict) -> list[Message]:
     """The turns of history [[question, answer], ...], then the instruction, its input on the next line."""
     turns = []
@@ -183,26 +177,32 @@ def alpaca_prompt(record: dict) -> list[Message]:
     return [*turns, Message("user", "\n".join(part for part in parts if part))]
 
 
-def alpaca_pair(record: dict) -> tuple[list[Message], list[Message]]:
-    return response_pair(alpaca_prompt(record), record)
+def answers(prompt: str, *keys: str) -> Read:
+    """A reader of one conversation for each of `keys`: the prompt in the key `prompt`, and this response."""
+
+    def read(record: dict) -> list[list[Message]]:
+        history = alpaca_prompt(record) if prompt == "instruction" else prompt_turns(record, prompt)
+        return [append_response(history, record, key) for key in keys]
+
+    return read
 
 
-def ranked_pair(record: dict) -> tuple[list[Message], list[Message]]:
+def ranked_pair(record: dict) -> list[list[Message]]:
     """A list of replies, the best one first: the first is chosen, the last is rejected."""
     replies = required(record, "output")
     if not isinstance(replies, list) or len(replies) < 2:
         raise Fault("output: expected a list of two replies or more, the best one first")
     turns = [Message("assistant", text(reply, f"output[{rank}]")) for rank, reply in enumerate(replies)]
     history = alpaca_prompt(record)
-    return [*history, turns[0]], [*history, turns[-1]]
+    return [[*history, turns[0]], [*history, turns[-1]]]
 
 
 # ---- Implicit prompts: chosen and rejected both contain it
 
 
-def messages_pair(record: dict, sides=("chosen", "rejected")) -> tuple[list[Message], list[Message]]:
-    chosen, rejected = (messages(required(record, key), key) for key in sides)
-    return chosen, rejected
+def conversations(*keys: str) -> Read:
+    """A reader of the whole conversation in each of `keys`."""
+    return lambda record: [messages(required(record, key), key) for key in keys]
 
 
 def is_transcript(value) -> bool:
@@ -229,12 +229,11 @@ def transcript(value: str, where: str) -> list[Message]:
     return [Message(role, "".join(parts)) for role, parts in turns]
 
 
-def transcript_pair(record: dict) -> tuple[list[Message], list[Message]]:
-    chosen, rejected = (transcript(text(required(record, key), key), key) for key in ("chosen", "rejected"))
-    return chosen, rejected
+def transcript_pair(record: dict) -> list[list[Message]]:
+    return [transcript(text(required(record, key), key), key) for key in ("chosen", "rejected")]
 
 
-def text_pair(record: dict) -> tuple[list[Message], list[Message]]:
+def text_pair(record: dict) -> list[list[Message]]:
     """The prompt is the common beginning of both texts, cut between words."""
     chosen, rejected = (text(required(record, key), key) for key in ("chosen", "rejected"))
     for key, value in (("chosen", chosen), ("rejected", rejected)):
@@ -244,8 +243,7 @@ def text_pair(record: dict) -> tuple[list[Message], list[Message]]:
     if not cut:
         raise Fault("chosen and rejected share no first word that could be the prompt; add a key 'prompt'")
     user = Message("user", chosen[:cut].rstrip())
-    chosen, rejected = ([user, Message("assistant", side[cut:].lstrip())] for side in (chosen, rejected))
-    return chosen, rejected
+    return [[user, Message("assistant", side[cut:].lstrip())] for side in (chosen, rejected)]
 
 
 def shared_words(first: str, second: str) -> int:

@@ -20,7 +20,7 @@ import torch
 import files
 import train_dpo
 import train_sft
-import training.run
+import training.checkpoint
 from errors import InputError, NotFiniteError, run_script
 from model.weights import save_model
 from tests.conftest import make_model
@@ -120,7 +120,7 @@ def test_a_signal_saves_after_the_step_and_leaves(name, step, flags, whole, tmp_
 @pytest.mark.parametrize("place", ["evaluate", "save_checkpoint"])
 def test_a_signal_while_evaluating_or_saving(place, flags, whole, tmp_path, monkeypatch):
     """Code that checks for signals in one place only would miss signals that come in another."""
-    module = {"evaluate": train_dpo, "save_checkpoint": training.run}[place]
+    module = {"evaluate": train_dpo, "save_checkpoint": training.checkpoint}[place]
     original, calls = getattr(module, place), []
 
     def interrupted(*arguments, **options):

@@ -16,8 +16,8 @@ import torch
 import train_dpo
 import train_reward
 import train_sft
+import training.checkpoint
 import training.distributed
-import training.run
 from errors import InputError
 from eval import demo
 from model.weights import load_model, save_model
@@ -133,12 +133,12 @@ def test_a_part_that_is_not_restored_is_noticed(
 
     Random generators are not a part: see `test_no_random_number_is_drawn_while_training`.
     """
-    restore = training.run.restore
+    restore = training.checkpoint.restore
 
     def forgetful(parts, *more):
         restore({name: part for name, part in parts.items() if name != forgotten}, *more)
 
-    monkeypatch.setattr(training.run, "restore", forgetful)
+    monkeypatch.setattr(training.checkpoint, "restore", forgetful)
     arguments = flags("train_dpo", precision=precision, max_steps=4)
     found = resume_from_each_step(train_dpo, arguments, tmp_path / "r", ALONE)
     assert what <= {part for parts in found.values() for part in parts}

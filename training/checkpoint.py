@@ -59,14 +59,11 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int, world: Worl
     With `world` the ranks hold parts of the tensors, and every rank must call it. Raises `InputError` if the
     disk fails.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
+    name = f"{step:08d}-{{sha256}}"
     if world:
-        write_shards(folder / f"{step:08d}-{{sha256}}.shards", state, world)
+        write_shards(folder / f"{name}.shards", state, world)
     else:
-        write_whole(folder / f"{step:08d}-{{sha256}}.pt", lambda file: torch.save(state, file))
+        write_whole(folder / f"{name}.pt", lambda file: torch.save(state, file))
     if not world or world.is_main:
         prune(folder, keep)
 
@@ -237,8 +234,8 @@ def check_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
         if moments.keys() != MOMENTS[type(optimizer)]:
             raise ValueError(f"the moments of {name} are {sorted(moments)}")
         for key, value in moments.items():
-            shape = torch.Size() if key == "step" else parameter.shape
-            check_tensor(value, shape, torch.float32 if key == "step" else parameter.dtype, f"{name}'s {key}")
+            like = (torch.Size(), torch.float32) if key == "step" else (parameter.shape, parameter.dtype)
+            check_tensor(value, *like, f"{name}'s {key}")
         if "step" in moments and moments["step"] < 0:
             raise ValueError(f"{name}'s step is {moments['step']}")
 

@@ -9,7 +9,7 @@ from dataset.packing import build_stream, share, stream_lengths
 from dataset.store import TokenStore
 from losses import bradley_terry_loss, reward_metrics
 from model.reward import RewardModel
-from model.stream import TokenStream, sides
+from model.stream import sides
 from model.transformer import Transformer
 from training.distributed import World
 from training.metrics import Meter
@@ -19,9 +19,7 @@ from training.precision import Precision
 MAX_TOKENS = 16_384  # tokens a forward without gradients, where the caller gives no other number
 
 
-def batches(
-    data: TokenStore, world: World, max_tokens: int, layout: str
-) -> Iterator[tuple[list, TokenStream]]:
+def batches(data: TokenStore, world: World, max_tokens: int, layout: str) -> Iterator:
     """This rank's part of the data: the rows of each batch, and their stream. Every rank gets as many."""
     for rows in share(stream_lengths(data, layout), world.rank, world.ranks, max_tokens):
         yield list(rows), build_stream(data, rows, layout).to(world.device)
@@ -70,24 +68,16 @@ def evaluate_kl(
     meter = Meter(world)
     for _, stream in batches(pairs, world, max_tokens, layout):
         with torch.autocast(world.device.type, enabled=False):
-            divergences = next_token_kl(policy, reference, stream)
-        meter.add(len(divergences), {"kl_per_token": divergences.sum()})
+            both = zip(policy.log_distributions(stream), reference.log_distributions(stream), strict=True)
+            # Σ_v π(v) [log π(v) − log π_ref(v)] at each predictor, (N,)
+            kl = torch.cat([(log_p.exp() * (log_p - log_q)).sum(dim=-1) for log_p, log_q in both])
+        meter.add(len(kl), {"kl_per_token": kl.sum()})
     return meter.mean()
-
-
-def next_token_kl(policy: Transformer, reference: Transformer, stream: TokenStream) -> Tensor:
-    """KL(π ‖ π_ref) = Σ_v π(v) [log π(v) − log π_ref(v)] at each predictor, (N,), in nats."""
-    both = zip(policy.log_distributions(stream), reference.log_distributions(stream), strict=True)
-    return torch.cat([(log_p.exp() * (log_p - log_q)).sum(dim=-1) for log_p, log_q in both])
 
 
 @torch.no_grad()
 def evaluate_sft(
-    model: Transformer,
-    data: TokenStore,
-    world: World,
-    precision: Precision,
-    max_tokens: int = MAX_TOKENS,
+    model: Transformer, data: TokenStore, world: World, precision: Precision, max_tokens: int = MAX_TOKENS
 ) -> dict[str, float]:
     """``{"loss": …}``: −log π of a supervised token, the mean over all of them."""
     meter = Meter(world)

@@ -84,15 +84,12 @@ def require_replaceable(folder: Path, overwrite: bool) -> None:
     if overwrite:
         return
     if is_finished(folder):
-        raise InputError(
-            f"--out {folder} contains a finished run ({folder / 'model.pt'}): choose another folder, or "
-            "replace the run with --overwrite"
-        )
-    if left := checkpoints(folder / CHECKPOINTS):
-        raise InputError(
-            f"--out {folder} contains a run that was stopped after step {step_of(left[0])}: continue it with "
-            "--resume, or replace it with --overwrite"
-        )
+        found, other = f"a finished run ({folder / 'model.pt'})", "choose another folder"
+    elif left := checkpoints(folder / CHECKPOINTS):
+        found, other = f"a run that was stopped after step {step_of(left[0])}", "continue it with --resume"
+    else:
+        return
+    raise InputError(f"--out {folder} contains {found}: {other}, or replace the run with --overwrite")
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -38,8 +38,8 @@ def micro_batch_tokens(
     """The maximum tokens of a forward: --micro-batch-tokens, or with ``auto`` the tokens that fit.
 
     `model` is the module inside DDP. The result of ``auto`` is a power of two, at most 16,384 and the same on
-    every rank: of a formula on a CPU and for split weights, of a trial on CUDA. Every rank must call this
-    function. Raises `InputError` if a trial of the longest record does not fit.
+    every rank: of a formula on a CPU and for split weights, of a trial on CUDA. Every rank must call this.
+    Raises `InputError` if a trial of the longest record does not fit.
     """
     if settings.micro_batch_tokens != "auto":
         return int(settings.micro_batch_tokens)
@@ -100,11 +100,7 @@ def heaviest_rows(lengths: np.ndarray, max_tokens: int, most_rows: int) -> list[
 
 
 def fits(
-    stream: TokenStream,
-    model: nn.Module,
-    world: World,
-    precision: Precision,
-    reference: Callable[[TokenStream], Tensor] | None,
+    stream: TokenStream, model: nn.Module, world: World, precision: Precision, reference: Callable | None
 ) -> bool:
     """Whether a forward and a backward of the stream fit beside the two moments that AdamW will keep.
 

@@ -241,9 +241,7 @@ def wpo_pair_weights(model: Transformer, stream: TokenStream, policy_logps: Tens
     return wpo_weights(*surprise, *stream.sum_by_side(torch.ones_like(policy_logps)))
 
 
-def wpo_weights(
-    chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
-) -> Tensor:
+def wpo_weights(chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor) -> Tensor:
     """WPO (Zhou et al. 2024, arXiv 2406.11827, eq. 2): pairs that the policy may well generate weigh more.
 
         w(y_w) w(y_l), at most 1,    w(y) = exp( 1/|y| Σ_t log [ π(y_t) / Σ_v π(v)² ] )

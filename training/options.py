@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
-from errors import InputError
+from errors import InputError, require
 from losses import DIVERGENCES, LOSSES
 from training.settings import flag
 
@@ -62,27 +62,19 @@ def parse_losses(settings: ObjectiveSettings) -> dict[str, float]:
     """--loss and --loss-weights as {loss: weight}. Raises `InputError` for a name or number that is wrong."""
     names = [name.strip() for name in settings.loss.split(",")]
     for name in names:
-        require(name in LOSSES, f"--loss {name}: {unknown_loss(name)}")
+        ours = name.lower() if name.lower() in LOSSES else OTHER_NAMES.get(name.lower())
+        advice = f"there is no such loss; the losses are {', '.join(LOSSES)}"
+        require(name in LOSSES, f"--loss {name}: {f'its name here is {ours}' if ours else advice}")
     require(len({*names}) == len(names), f"--loss {settings.loss} names a loss twice")
-    return dict(zip(names, parse_weights(settings.loss_weights, len(names)), strict=True))
-
-
-def unknown_loss(name: str) -> str:
-    """The message for a loss that does not exist, with the name it has here if it has one."""
-    known = name.lower() if name.lower() in LOSSES else OTHER_NAMES.get(name.lower())
-    if known:
-        return f"its name here is {known}"
-    return f"there is no such loss; the losses are {', '.join(LOSSES)}"
-
-
-def parse_weights(text: str, losses: int) -> list[float]:
+    text = settings.loss_weights
     try:
-        weights = [float(weight) for weight in text.split(",")] if text else [1.0] * losses
+        weights = [float(weight) for weight in text.split(",")] if text else [1.0] * len(names)
     except ValueError:
         raise InputError(f"--loss-weights {text}: expected numbers separated by commas") from None
-    require(len(weights) == losses, f"--loss-weights {text}: {len(weights)} weights for {losses} losses")
+    found, expected = len(weights), len(names)
+    require(found == expected, f"--loss-weights {text}: {found} weights for {expected} losses")
     require(all(0 < w < math.inf for w in weights), f"--loss-weights {text}: a weight must be above 0")
-    return weights
+    return dict(zip(names, weights, strict=True))
 
 
 def given_numbers(settings: ObjectiveSettings) -> dict[str, float]:
@@ -144,8 +136,3 @@ def check_options(settings: ObjectiveSettings) -> None:
     require(not adapted, "--tr-alpha and --tr-every move the reference, but --lora-rank keeps it frozen")
     nothing = moves_reference and not needs_reference
     require(not nothing, f"--tr-alpha and --tr-every move the reference, but {loss} does not use one")
-
-
-def require(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise InputError(otherwise)

@@ -6,10 +6,10 @@
 Four kinds: a frozen copy of the model (the default); the same model with its adapters off (--lora-rank);
 log-probs computed once before training (--reference cached); and none, for losses without a reference.
 
-Data, layout and reference do not change in a run, and neither does log π_ref. So --reference cached computes
-it once for every supervised token and keeps it beside the tokenised data. A step then needs no forward of
-the reference and no copy of the model. Later epochs and later runs from the same model read the file again.
-Tokens are kept, not sums, because some options of an objective use a part of an answer (LD-DPO).
+Neither data nor reference change in a run, so --reference cached computes log π_ref once for every supervised
+token and keeps it beside the tokenised data. A step then needs no forward of the reference and no copy of
+the model; later epochs and runs read the file again. Tokens are kept, not sums, because some options of an
+objective use a part of an answer (LD-DPO).
 """
 
 import copy
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dataset.packing import build_stream, fill, stream_lengths
 from dataset.store import TokenStore
-from errors import InputError
+from errors import require
 from files import file_hash, write_whole
 from model.lora import WithoutAdapters
 from model.stream import TokenStream
@@ -63,10 +63,10 @@ def cached_reference(stream: TokenStream) -> Tensor:
 
 def check_cached(objective: Objective) -> None:
     """Raise `InputError` if the reference changes during training or the loss does not use it."""
-    if objective.moves_reference:
-        raise InputError("--reference cached keeps one reference, but --tr-alpha and --tr-every change it")
-    if not objective.needs_reference:
-        raise InputError(f"--reference cached: --loss {objective.settings.loss} does not use a reference")
+    moves = "--reference cached keeps one reference, but --tr-alpha and --tr-every change it"
+    unused = f"--reference cached: --loss {objective.settings.loss} does not use a reference"
+    require(not objective.moves_reference, moves)
+    require(objective.needs_reference, unused)
 
 
 def cache_references(

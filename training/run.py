@@ -23,28 +23,8 @@ from errors import InputError, NotFiniteError
 from model.lora import Adapters
 from model.transformer import Transformer
 from model.weights import read_json, save_model
-from training import folder
-from training.checkpoint import (
-    checkpoints,
-    is_finite,
-    load_checkpoint,
-    newest_valid,
-    prune,
-    restore,
-    save_checkpoint,
-    set_aside,
-    step_of,
-    tensors,
-)
+from training import checkpoint, folder, identity
 from training.distributed import World, gather
-from training.identity import (
-    differences,
-    identity_of,
-    listed,
-    recorded,
-    require_same_finished_run,
-    require_same_run,
-)
 from training.settings import TrainSettings
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -82,19 +62,18 @@ class RunFolder:
         """Whether each rank holds a part of the weights and moments."""
         return self.settings.shard and self.world.ranks > 1
 
-    def begin(self, state: dict, model: str, data: str, tokenizer: str, **identity) -> int | None:
+    def begin(self, state: dict, model: str, data: str, tokenizer: str, **more) -> int | None:
         """Take the folder; return the first step: 0 for a fresh run, None if --resume finds it finished.
 
         The values of `state` have state_dict() and load_state_dict(); they get the state in the checkpoint
-        that --resume finds. `model`, `data` and `tokenizer` are digests of what the run starts from.
-        `identity` contains further text and numbers that must be the same when the run is resumed. If the
-        flag of that name is "auto", a resumed run takes the value from its checkpoint: see `run.identity`.
+        that --resume finds. `model`, `data` and `tokenizer` are digests of what the run starts from. `more`
+        contains further text and numbers that must be the same when the run is resumed. If the flag of that
+        name is "auto", a resumed run takes the value from its checkpoint: see `run.identity`.
         """
         self.state = state
-        digests = {"model": model, "data": data, "tokenizer": tokenizer}
-        precision = state["precision"].name
-        self.identity = identity_of(self.settings, self.world, precision, **digests, **identity)
-        self.automatic = [name for name in identity if getattr(self.settings, name, None) == "auto"]
+        self.automatic = [name for name in more if getattr(self.settings, name, None) == "auto"]
+        more |= {"model": model, "data": data, "tokenizer": tokenizer}
+        self.identity = identity.identity_of(self.settings, self.world, state["precision"].name, **more)
         saved = None  # the state in the checkpoint
 
         def prepare() -> tuple[str | None, dict]:
@@ -103,16 +82,18 @@ class RunFolder:
             return path, self.identity
 
         path, main = self.world.from_main(prepare)
-        self.identity |= {name: main[name] for name in self.automatic}
-        if other := differences(main, self.identity):
-            raise InputError(f"rank {self.world.rank} does not run what rank 0 runs: {listed(other)}")
+        self._take_automatic(main)
+        if other := identity.differences(main, self.identity):
+            listed = identity.listed(other)
+            raise InputError(f"rank {self.world.rank} does not run what rank 0 runs: {listed}")
         if path is None:
             return None
         if path:
             path = Path(path)
-            saved = saved or load_checkpoint(path, check_parts=False)  # The main rank has checked it.
-            restore(state, saved, path, self.world.mesh if self.is_split else None)
-            self.step = self.saved_step = step_of(path)
+            # The main rank has checked the parts.
+            saved = saved or checkpoint.load_checkpoint(path, check_parts=False)
+            checkpoint.restore(state, saved, path, self.world.mesh if self.is_split else None)
+            self.step = self.saved_step = checkpoint.step_of(path)
             self.world.print(f"{path}: continuing after step {self.step}")
         for number in SIGNALS:
             self.handlers[number] = signal.signal(number, self._note_signal)
@@ -122,7 +103,7 @@ class RunFolder:
         """Save every --save-every steps. After a signal to any rank, save on all and exit, 128 + signal."""
         # A finite loss in this step means that the weights before it were good: only now older ones can go.
         if self.world.is_main and self.saved_step == step - 1:
-            prune(self.checkpoints, self.settings.keep_checkpoints)
+            checkpoint.prune(self.checkpoints, self.settings.keep_checkpoints)
         self.step = step
         number = self.world.largest(self.signal)
         every = self.settings.save_every
@@ -169,26 +150,24 @@ class RunFolder:
     def _save(self) -> None:
         """Save a checkpoint. Every rank must call it: some states, such as running means, need all ranks."""
         state = {name: part.state_dict() for name, part in self.state.items()}
-        if self.world.largest(int(not is_finite(state))):
+        if self.world.largest(int(not checkpoint.is_finite(state))):
             raise NotFiniteError(self.step, "a weight or a moment is not finite; this step is not saved")
         state |= {"step": self.step, "identity": self.identity}
         if self.world.is_main:
             folder.require_same_folder(self.folder, self.lock)
         # One more than --keep-checkpoints, until the next loss shows that these weights are good.
         keep = self.settings.keep_checkpoints + 1
-        if self.is_split:
-            save_checkpoint(self.checkpoints, self.step, state, keep, self.world)
-        elif self.world.is_main:
-            save_checkpoint(self.checkpoints, self.step, state, keep)
+        if self.is_split or self.world.is_main:
+            world = self.world if self.is_split else None
+            checkpoint.save_checkpoint(self.checkpoints, self.step, state, keep, world)
         self.saved_step = self.step
 
     def _set_aside(self, step: int) -> None:
         """Set aside the checkpoint of this step, whose weights gave a number that is not finite."""
-        for path in checkpoints(self.checkpoints):
-            if step_of(path) == step:
-                set_aside(path)
-                reason = "its weights give a loss or a gradient that is not finite"
-                print(f"{path}: set aside, because {reason}", flush=True)
+        for path in checkpoint.checkpoints(self.checkpoints):
+            if checkpoint.step_of(path) == step:
+                checkpoint.set_aside(path)
+                print(f"{path}: set aside, its loss or gradient is not finite", flush=True)
 
     def _note_signal(self, number: int, frame) -> None:
         """Note the first signal: all ranks must end the current step. A second one stops the process at once.
@@ -226,16 +205,17 @@ class RunFolder:
             raise InputError(f"{self.folder}: cannot be read or written ({error.strerror})") from None
 
     def _require_same_finished_run(self) -> None:
-        then = recorded(read_json(self.folder / "config.json").get("run"), self.folder / "config.json")
+        config = self.folder / "config.json"
+        then = identity.recorded(read_json(config).get("run"), config)
         self._take_automatic(then)
-        require_same_finished_run(then, self.identity, self.settings)
+        identity.require_same_finished_run(then, self.identity, self.settings)
         if self.checkpoints.exists():  # The run was killed before it had removed them.
             self.lock = folder.take_lock(self.folder)
             folder.remove_checkpoints(self.folder)
         print(f"{self.folder}: the run is finished, there is nothing to resume", flush=True)
 
     def _take_folder(self) -> tuple[str, dict | None]:
-        resumes = self.settings.resume and checkpoints(self.checkpoints)
+        resumes = self.settings.resume and checkpoint.checkpoints(self.checkpoints)
         if not resumes:
             folder.require_no_foreign_files(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -245,10 +225,10 @@ class RunFolder:
         folder.remove_unfinished(self.folder)
         self._require_room()
         if resumes:
-            path, saved = newest_valid(self.checkpoints, print)
-            then = recorded(saved.get("identity"), path)
+            path, saved = checkpoint.newest_valid(self.checkpoints, print)
+            then = identity.recorded(saved.get("identity"), path)
             self._take_automatic(then)
-            require_same_run(then, self.identity, self.settings.override, self.folder)
+            identity.require_same_run(then, self.identity, self.settings.override, self.folder)
             return str(path), saved
         folder.remove_run(self.folder)
         self.checkpoints.mkdir(exist_ok=True)
@@ -256,11 +236,11 @@ class RunFolder:
 
     def _require_room(self) -> None:
         """Raise `InputError` unless the disk can hold the checkpoints and the model, with merged adapters."""
-        trained = nbytes(self.state["model"])
+        part = self.state["model"]
+        trained = model = nbytes(part)
+        if isinstance(part, Adapters):
+            model += nbytes(part.model)
         reference = nbytes(self.state["reference"]) if "reference" in self.state else 0
-        model = trained
-        if isinstance(self.state["model"], Adapters):
-            model += nbytes(self.state["model"].model)
         # AdamW has two moments for each weight that is trained.
         folder.require_room(self.folder, 3 * trained + reference, model, self.settings.keep_checkpoints)
 
@@ -271,7 +251,7 @@ class RunFolder:
 
 def nbytes(part) -> int:
     """Bytes of all tensors in the state of a part; of split ones, the parts of all ranks together."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(part.state_dict()))
+    return sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.tensors(part.state_dict()))
 
 
 def next_commands(path: Path, model: Transformer) -> str:

@@ -49,9 +49,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def clip_gradients(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, longest: float
-) -> float:
+def clip_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, longest: float) -> float:
     """Unscale the window's gradient, clip its norm to `longest` (0: no clipping), return the norm before."""
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

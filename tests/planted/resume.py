@@ -32,8 +32,8 @@ MUTANTS = [
         "Old checkpoints go first, to save room; a crash then leaves none.",
         "training.checkpoint",
         "save_checkpoint",
-        "folder.mkdir(parents=True, exist_ok=True)",
-        "folder.mkdir(parents=True, exist_ok=True)\n"
+        "name = ...",
+        "name = ...\n"
         "for old in checkpoints(folder)[keep - 1:]:\n"
         "    old.unlink()",
         CHECKPOINT + "test_a_crash_at_any_moment_leaves_a_whole_checkpoint[1]",
