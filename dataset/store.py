@@ -51,39 +51,29 @@ def encode(record: Preference | Conversation, tokenizer: ChatTokenizer) -> list[
     return [(prompt, [False] * len(prompt)), *((side, [True] * len(side)) for side in sides)]
 
 
-def full_length(branches: list[Branch]) -> int:
-    """Tokens of the prompt and the longest branch, which must fit into max_length."""
-    prompt, *sides = branches
-    return len(prompt[0]) + max(len(ids) for ids, _ in sides)
-
-
-def reason_to_drop(branches: list[Branch], max_length: int) -> str | None:
-    """A response is trained on whole, with its end token, or not at all; an equal pair has no gradient."""
-    if full_length(branches) > max_length:
-        return "too long"
-    if len(branches) == 3 and branches[1] == branches[2]:
-        return "chosen equals rejected"
-    return None
-
-
 def encode_or_drop(
     record: Preference | Conversation, tokenizer: ChatTokenizer, max_length: int
 ) -> tuple[list[Branch], int, str | None]:
     """(branches, tokens of the prompt and the longest branch, the reason to drop the record or None).
 
-    To tokenise a text takes some 200 times its memory. So a text of more characters than max_length tokens
-    can have is only counted, piece by piece, and its branches are empty.
+    A response is trained on whole, with its end token, or not at all; an equal pair has no gradient. To
+    tokenise a text takes some 200 times its memory. So a text of more characters than max_length tokens can
+    have is only counted, piece by piece, and its branches are empty.
     """
     pair = isinstance(record, Preference)
-    prompt = [message.content for message in (record.prompt if pair else record.messages)]
+    texts = [message.content for message in (record.prompt if pair else record.messages)]
     sides = [record.chosen, record.rejected] if pair else [""]
-    if sum(map(len, prompt)) + max(map(len, sides)) > max(PIECE, max_length * tokenizer.longest_token):
-        length = sum(count_tokens(text, tokenizer) for text in prompt)
+    if sum(map(len, texts)) + max(map(len, sides)) > max(PIECE, max_length * tokenizer.longest_token):
+        length = sum(count_tokens(text, tokenizer) for text in texts)
         length += max(count_tokens(text, tokenizer) for text in sides)
         if length > max_length:
             return [], length, "too long"
     branches = encode(record, tokenizer)
-    return branches, full_length(branches), reason_to_drop(branches, max_length)
+    length = len(branches[0][0]) + max(len(ids) for ids, _ in branches[1:])
+    if length > max_length:
+        return branches, length, "too long"
+    equal = pair and branches[1] == branches[2]
+    return branches, length, "chosen equals rejected" if equal else None
 
 
 def count_tokens(text: str, tokenizer: ChatTokenizer) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from dataset.jsonl import show
 from dataset.render import Render, renderer
 from dataset.turns import Message
-from errors import InputError
+from errors import InputError, require
 
 LONGEST_QUOTE = 200  # characters of a template's text in an error message
 
@@ -113,16 +113,11 @@ def read_template(source: str, specials: dict[str, str], controls: list[str]) ->
     render = renderer(source, specials, RENDERED)
     before_user, earlier, answer_to_user, last, _ = between(render, CONVERSATION)
     header = between(render, [USER])[1]
-    if header.rstrip(" ") != last.rstrip(" "):
-        raise InputError(
-            f"the chat template prompts a response with {quote(header)}, "
-            f"but writes {quote(last)} before a given response"
-        )
+    other = f"the chat template prompts a response with {quote(header)}, but writes {quote(last)} before one"
+    require(header.rstrip(" ") == last.rstrip(" "), other)
     ends = [control for control in controls if answer_to_user.startswith(control)]
-    if not ends:
-        raise InputError(
-            f"the chat template ends a response with {quote(answer_to_user)}, expected a control token"
-        )
+    found = f"the chat template ends a response with {quote(answer_to_user)}, expected a control token"
+    require(ends, found)
     template = ChatTemplate(
         before_user=before_user,
         before_system=None,
@@ -174,16 +169,12 @@ def check(template: ChatTemplate, render: Render, messages: list[Message]) -> No
     """Raise `InputError` unless the separators write these messages as the Jinja template does."""
     theirs, ours = render(messages), template.write(messages)
     if messages[-1].role == "user":
-        ours += template.user_to_answer.rstrip(" ")
-        theirs = theirs.rstrip(" ")
-        same = theirs == ours
+        theirs, ours = theirs.rstrip(" "), ours + template.user_to_answer.rstrip(" ")
     else:
-        same = theirs.startswith(ours)
-    if not same:
-        raise InputError(
-            "the chat template does more than put separators between messages: "
-            f"it writes {quote(theirs)}, the separators write {quote(ours)}"
-        )
+        theirs = theirs[: len(ours)]  # The template may write more after the end of a response.
+    if theirs != ours:
+        both = f"it writes {quote(theirs)}, the separators write {quote(ours)}"
+        raise InputError(f"the chat template does more than put separators between messages: {both}")
 
 
 def quote(text: str) -> str:

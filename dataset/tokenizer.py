@@ -24,7 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from dataset.jsonl import show
 from dataset.records import DataError, Message, Preference, read_records
 from dataset.template import CHATML, ChatTemplate, read_template
-from errors import InputError, run_script
+from errors import InputError, require, run_script
 from files import write_whole
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -65,11 +65,8 @@ class ChatTokenizer:
         except Exception as error:  # The tokenizers library raises bare Exception for a bad file.
             reason = show(str(error), 200)
             raise InputError(f"{path}: not a tokenizer.json of the tokenizers library ({reason})") from None
-        if dropout:
-            raise InputError(
-                f"{path}: BPE dropout {dropout} would encode a text differently each time; "
-                'set "dropout" to null in this file'
-            )
+        advice = 'would encode a text differently each time; set "dropout" to null in this file'
+        require(not dropout, f"{path}: BPE dropout {dropout} {advice}")
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         for token in (START, END) if self.template == CHATML else (self.template.end,):
@@ -91,16 +88,12 @@ class ChatTokenizer:
     def _require_control_token(self, token: str, path: Path) -> None:
         """Raise `InputError` unless the text of a control token encodes to its one id."""
         expected, ids = self._tokenizer.token_to_id(token), self._encode(token)
-        if expected is None:
-            raise InputError(
-                f"{path}: the tokenizer has no {token} token, which the chat template needs; "
-                "add a chat_template.jinja with the model's own template beside this file"
-            )
-        if ids != [expected]:
-            raise InputError(
-                f"{path}: {token} encodes to {len(ids)} ids, expected its one id {expected}; "
-                "list it under added_tokens in this file"
-            )
+        advice = "add a chat_template.jinja with the model's own template beside this file"
+        absent = f"{path}: the tokenizer has no {token} token, which the chat template needs; {advice}"
+        require(expected is not None, absent)
+        advice = "list it under added_tokens in this file"
+        found = f"{path}: {token} encodes to {len(ids)} ids, expected its one id {expected}; {advice}"
+        require(ids == [expected], found)
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids

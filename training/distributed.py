@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import InputError
+from errors import InputError, require
 
 TIMEOUT = timedelta(minutes=10)  # the longest wait in an exchange of tensors
 PATIENCE = timedelta(days=1)  # the longest wait for work that other ranks do alone
@@ -91,27 +91,25 @@ class World:
 
     def from_main(self, function):
         """The result of `function()` on the main rank, on every rank, through JSON. If it fails, all exit."""
-        name = f"from_main_{next(self.messages)}"
-        if not self.is_main:
-            self.store.wait([name], PATIENCE)
-            if not (result := self.store.get(name)):
-                raise SystemExit(2)  # The main rank prints the error.
-            return json.loads(result)
-        message = ""
-        try:
-            result = function()
-            message = json.dumps(result)
-        finally:
-            if self.ranks > 1:
-                self.store.set(name, message)
-        return result
+        name, message = f"from_main_{next(self.messages)}", ""
+        if self.is_main:
+            try:
+                result = function()
+                message = json.dumps(result)
+            finally:
+                if self.ranks > 1:
+                    self.store.set(name, message)
+            return result
+        self.store.wait([name], PATIENCE)
+        if not (result := self.store.get(name)):
+            raise SystemExit(2)  # The main rank prints the error.
+        return json.loads(result)
 
     def node_first(self, function):
         """`function()` on the main rank, then on the first rank of each other node, then on all others.
 
         For a function that writes a file unless it is there: each node may have a disk of its own, and ranks
-        look for the file only when it is there. (NFS remembers for a while that a file was missing.) If the
-        function fails on a rank, all exit.
+        look for the file only when it is there. If the function fails on a rank, all exit.
         """
         turn = 0 if self.is_main else 1 if self.is_node_main else 2
         for now in range(3):
@@ -164,10 +162,8 @@ def environment_number(name: str, default: int) -> int:
 def connect(ranks: int, hosting: bool) -> dist.Store:
     """The store of all ranks at MASTER_ADDR:MASTER_PORT; with `hosting` this process opens it."""
     host, port = os.environ.get("MASTER_ADDR"), environment_number("MASTER_PORT", 0)
-    if not host or not port:
-        raise InputError(
-            f"WORLD_SIZE is {ranks}, but MASTER_ADDR or MASTER_PORT is not set: start the ranks with torchrun"
-        )
+    unset = f"WORLD_SIZE is {ranks}, but MASTER_ADDR or MASTER_PORT is not set: start the ranks with torchrun"
+    require(host and port, unset)
     try:
         store = dist.TCPStore(host, port, ranks, is_master=hosting, timeout=TIMEOUT)
     except dist.DistError as error:
@@ -192,16 +188,13 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
-        if not torch.cuda.is_available():
-            raise InputError("--device cuda: torch found no CUDA device")
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(
-                f"--device cuda: this node has {torch.cuda.device_count()} CUDA devices, and more ranks; "
-                "start one rank for each device, and on several nodes set LOCAL_RANK"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        return device
+        devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        require(devices > 0, "--device cuda: torch found no CUDA device")
+        advice = "start one rank for each device, and on several nodes set LOCAL_RANK"
+        many = f"--device cuda: this node has {devices} CUDA devices, and more ranks; {advice}"
+        require(local_rank < devices, many)
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
     if name == "mps" and not torch.backends.mps.is_available():
         raise InputError("--device mps: torch found no Apple GPU")
     return torch.device(name)
@@ -249,9 +242,8 @@ def wrap(model: nn.Module, world: World, shard: bool = False) -> nn.Module:
     for module in (*model.layers, model):
         fully_shard(module, mesh=world.mesh, reshard_after_forward=True)
     model.to_empty(device=world.device)
-    set_model_state_dict(
-        model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    )
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, whole, options=options)
     return model
 
 

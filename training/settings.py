@@ -69,22 +69,12 @@ class TrainSettings(Flags):
         PRECISIONS,
     )
     matmul_precision: str = flag(
-        "highest",
-        "precision of float32 matrix products: high may use TF32, medium bf16, where that is faster",
-        ("highest", "high", "medium"),
+        "highest", "float32 matrix products: high may use TF32, medium bf16", ("highest", "high", "medium")
     )
-    checkpoint_activations: bool = flag(
-        False, "recompute each layer in backward, keep no activations: less memory, a third more time"
-    )
-    fused_attention: bool = flag(
-        False, "one FlexAttention call per layer instead of one call per block; CUDA only, compiled once"
-    )
-    compile: bool = flag(
-        False, "fuse a layer's small operations with torch.compile: a minute at the start; for GPUs and bf16"
-    )
-    shard: bool = flag(
-        False, "split weights, gradients and optimizer state among the ranks (FSDP2) instead of copying them"
-    )
+    checkpoint_activations: bool = flag(False, "recompute layers in backward: less memory, a third more time")
+    fused_attention: bool = flag(False, "one FlexAttention call per layer, not one per block; CUDA only")
+    compile: bool = flag(False, "torch.compile each layer, a minute at the start; for GPUs and bf16")
+    shard: bool = flag(False, "split weights, gradients and optimizer state among the ranks (FSDP2)")
     epochs: int = flag(1, "passes over the training data")
     max_steps: int = flag(0, "stop after this number of optimizer steps; 0: after --epochs")
     batch_size: int = flag(32, "records per optimizer step, over all ranks and micro-batches")

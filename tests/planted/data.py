@@ -139,9 +139,9 @@ MUTANTS = [
         "too-long-is-cut",
         "A response cut at the limit loses its end token; a pair cut to its prompt trains on nothing.",
         "dataset.store",
-        "reason_to_drop",
-        "if full_length(branches) > max_length:\n    return 'too long'",
-        "if full_length(branches) > max_length:\n"
+        "encode_or_drop",
+        "if length > max_length:\n    return branches, length, 'too long'",
+        "if length > max_length:\n"
         "    for ids, mask in branches:\n"
         "        del ids[max_length:], mask[max_length:]",
         STORE + "test_length_limit_keeps_whole_pairs_or_none",
@@ -150,16 +150,16 @@ MUTANTS = [
         "limit-off-by-one",
         "A pair that fits exactly is dropped.",
         "dataset.store",
-        "reason_to_drop",
-        "full_length(branches) > max_length",
-        "full_length(branches) >= max_length",
+        "encode_or_drop",
+        "if length > max_length:\n    return branches, length, 'too long'",
+        "if length >= max_length:\n    return branches, length, 'too long'",
         STORE + "test_length_limit_keeps_whole_pairs_or_none",
     ),
     Mutant(
         "equal-pairs-kept",
         "A pair that prefers nothing adds ln 2 to the loss and nothing to the gradient.",
         "dataset.store",
-        "reason_to_drop",
+        "encode_or_drop",
         "branches[1] == branches[2]",
         "branches[1] is branches[2]",
         STORE + "test_dropped_records_are_counted_with_their_lines",

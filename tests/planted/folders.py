@@ -162,7 +162,7 @@ MUTANTS = [
         "A template that does more than we can write is used all the same.",
         "dataset.template",
         "check",
-        "if not same: ...",
+        "if theirs != ours: ...",
         "pass",
         TEMPLATE + "test_more_than_separators_is_refused",
     ),
