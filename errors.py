@@ -20,10 +20,9 @@ class NotFiniteError(FloatingPointError):
     """
 
     def __init__(self, step: int, reason: str):
-        super().__init__(
-            f"step {step}: {reason}; a restart with the same settings stops here again: lower --lr, or look "
-            "for a damaged record in the data"
-        )
+        again = "a restart with the same settings stops here again"
+        advice = "lower --lr, or look for a damaged record in the data"
+        super().__init__(f"step {step}: {reason}; {again}: {advice}")
         self.step = step
 
 

@@ -60,10 +60,9 @@ def build(folder: Path, write: Callable[[Path], None]) -> None:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
-        raise InputError(
-            f"{cache}: tokenised data cannot be written here ({error.strerror or error}); "
-            "set $MINIDPO_CACHE to a folder that is writable and has room"
-        ) from None
+        reason = error.strerror or error
+        advice = "set $MINIDPO_CACHE to a folder that is writable and has room"
+        raise InputError(f"{cache}: tokenised data cannot be written here ({reason}); {advice}") from None
 
 
 def remove_stale(cache: Path) -> None:

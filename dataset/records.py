@@ -13,17 +13,8 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from dataset.formats import (
-    PREFERENCE_FORMATS,
-    SFT_FORMATS,
-    Format,
-    accepted,
-    describe,
-    detect_format,
-    did_you_mean,
-    has_sides,
-    misspelt_prompt,
-)
+from dataset import formats
+from dataset.formats import PREFERENCE_FORMATS, SFT_FORMATS, Format, detect_format
 from dataset.jsonl import DataError, kind, read_values, show
 from dataset.turns import Fault, Message, checked_turns, refuse_unsupported, split_pair, system_message
 from errors import InputError
@@ -66,16 +57,19 @@ def read_conversations(path, shape: str = "auto") -> Iterator[Conversation | Dat
     return _read(path, shape, SFT_FORMATS, _conversation)
 
 
+READERS = {"preferences": read_preferences, "conversations": read_conversations}
+
+
 def read_records(path) -> Iterator[Preference | Conversation | DataError]:
     """Yield the records of a file of preferences or of conversations; its first record decides."""
     first = next((record for _, record in read_values(path) if isinstance(record, dict)), {})
-    pairs = detect_format(first) or (not detect_format(first, SFT_FORMATS) and has_sides(first))
+    pairs = detect_format(first) or (not detect_format(first, SFT_FORMATS) and formats.has_sides(first))
     yield from (read_preferences if pairs else read_conversations)(path)
 
 
-def _read(path, shape: str, formats: dict[str, Format], build: Callable) -> Iterator:
-    if shape != "auto" and shape not in formats:
-        raise InputError(f"{path}: unknown format {show(shape)}; {accepted(formats)}")
+def _read(path, shape: str, table: dict[str, Format], build: Callable) -> Iterator:
+    if shape != "auto" and shape not in table:
+        raise InputError(f"{path}: unknown format {show(shape)}; {formats.accepted(table)}")
     forced, name = shape != "auto", shape
     for line, record in read_values(path):
         if isinstance(record, DataError):
@@ -84,18 +78,18 @@ def _read(path, shape: str, formats: dict[str, Format], build: Callable) -> Iter
         try:
             if not isinstance(record, dict):
                 raise Fault(f"expected an object, found {kind(record)}")
-            found = name if forced else detect_format(record, formats)
+            found = name if forced else detect_format(record, table)
             if name == "auto":
-                if found is None or misspelt_prompt(record, formats[found]):
-                    hint = did_you_mean(record, formats)
-                    raise DataError(path, line, f"found {describe(record)}; {hint}{accepted(formats)}")
+                if found is None or formats.misspelt_prompt(record, table[found]):
+                    hint = formats.did_you_mean(record, table) + formats.accepted(table)
+                    raise DataError(path, line, f"found {formats.describe(record)}; {hint}")
                 name = found
             if found not in (name, None):
                 raise Fault(f"this record has format {found}, the first has {name}; a file has one format")
             refuse_unsupported(record, "the record")
             value = build(record, line, name)  # Raises a Fault for a missing key or a wrong type.
             if found is None:
-                raise Fault(f"found {describe(record)}, not format {name} like the first record")
+                raise Fault(f"found {formats.describe(record)}, not format {name} like the first record")
             yield value
         except Fault as fault:
             yield DataError(path, line, str(fault))

@@ -19,14 +19,7 @@ import numpy as np
 
 from dataset.cache import build, cache_folder, is_cached
 from dataset.other_files import require_data_file
-from dataset.records import (
-    Conversation,
-    DataError,
-    Preference,
-    prompt_digest,
-    read_conversations,
-    read_preferences,
-)
+from dataset.records import READERS, Conversation, DataError, Preference, prompt_digest
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError
 from files import file_hash
@@ -247,11 +240,10 @@ def data_hash(path: Path) -> str:
 
 def _write(folder: Path, path: Path, tokenizer, kind, max_length, shape, skip_bad, swap_by_score) -> None:
     """Tokenise a file's records into the arrays that `TokenStore` reads."""
-    read = {"preferences": read_preferences, "conversations": read_conversations}[kind]
     report, bad, offset = Report(swapped=swap_by_score), 0, 0
     columns = bounds, lines, places, target_counts, margins, digests = [array(code) for code in "qqqqdQ"]
     with open(folder / "tokens.bin", "wb") as tokens, open(folder / "supervised.bin", "wb") as supervised:
-        for place, record in enumerate(read(path, shape)):
+        for place, record in enumerate(READERS[kind](path, shape)):
             if isinstance(record, DataError):
                 if not skip_bad:
                     raise record

@@ -21,7 +21,7 @@ from torch import Tensor
 from dataset.jsonl import printable
 from dataset.records import Message
 from dataset.tokenizer import ChatTokenizer
-from errors import InputError, run_script
+from errors import InputError, require, run_script
 from eval.common import describe_training, length_limit, load_model_and_tokenizer, print_note, print_start
 from eval.terminal import column_width, side_by_side, text_pieces, wrap
 from model.generate import decode_steps
@@ -76,10 +76,8 @@ class Conversation:
         start = int(history[0].role == "system")  # The system message stays.
         while (tokens := len(self.tokenizer.prompt(history))) > self.max_prompt:
             if len(history) == start + 1:
-                raise InputError(
-                    f"the message has {tokens} tokens, more than {self.max_prompt}: shorten it, or change "
-                    "--max-length or --max-new-tokens"
-                )
+                advice = "shorten it, or change --max-length or --max-new-tokens"
+                raise InputError(f"the message has {tokens} tokens, more than {self.max_prompt}: {advice}")
             del history[start : start + 2]
         return history
 
@@ -187,11 +185,9 @@ def add_message(conversations: list[Conversation], text: str) -> bool:
 def longest_prompt(settings: Settings, folder: str, model: Transformer) -> int:
     """Tokens of a conversation without its answer. Raises `InputError` if the answer leaves no room."""
     limit = length_limit(settings.max_length, folder, model.config)
-    if limit <= settings.max_new_tokens:
-        raise InputError(
-            f"--max-new-tokens {settings.max_new_tokens} leaves no room for a message: a conversation with "
-            f"{folder} has at most {limit} tokens"
-        )
+    limits = f"a conversation with {folder} has at most {limit} tokens"
+    reason = f"--max-new-tokens {settings.max_new_tokens} leaves no room for a message: {limits}"
+    require(limit > settings.max_new_tokens, reason)
     return limit - settings.max_new_tokens
 
 

@@ -10,7 +10,7 @@ import torch
 from dataset.jsonl import printable, read_values
 from dataset.packing import LAYOUTS
 from dataset.tokenizer import ChatTokenizer
-from errors import InputError
+from errors import require
 from model.config import PRESETS, ModelConfig
 from model.transformer import Transformer
 from model.weights import load_model, read_json, require_folder
@@ -63,10 +63,10 @@ def load_policy_and_reference(
     """The models of two folders, and their tokenizer. Raises `InputError` if the tokenizers differ."""
     policy, tokenizer = load_model_and_tokenizer(folder, device)
     reference, reference_tokenizer = load_model_and_tokenizer(reference_folder, device)
-    if tokenizer.fingerprint != reference_tokenizer.fingerprint:
-        raise InputError(f"{folder} and {reference_folder} have different tokenizers")
-    if policy.config.vocab_size != reference.config.vocab_size:
-        raise InputError(f"{folder} and {reference_folder} have vocabularies of different sizes")
+    both = f"{folder} and {reference_folder} have"
+    require(tokenizer.fingerprint == reference_tokenizer.fingerprint, f"{both} different tokenizers")
+    same = policy.config.vocab_size == reference.config.vocab_size
+    require(same, f"{both} vocabularies of different sizes")
     return policy, reference, tokenizer
 
 
@@ -113,12 +113,11 @@ def starting_model(folder: str, flag_name: str) -> str:
     Raises `InputError`, naming the flag to give instead, if the settings name no folder that exists here.
     """
     start = str(run_settings(folder).get("model") or "")
-    if not start or (start in PRESETS and not Path(start).is_dir()):
-        raise InputError(
-            f"{folder}: its config.json does not name a model folder that it started from; give {flag_name}"
-        )
-    if not Path(start).is_dir():
-        raise InputError(f"{folder} started from {start}, and that folder is not here; give {flag_name}")
+    named = start and (start not in PRESETS or Path(start).is_dir())
+    reason = f"{folder}: its config.json does not name a model folder that it started from; give {flag_name}"
+    require(named, reason)
+    absent = f"{folder} started from {start}, and that folder is not here; give {flag_name}"
+    require(Path(start).is_dir(), absent)
     return start
 
 

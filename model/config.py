@@ -95,16 +95,12 @@ class ModelConfig:
 
     def check_fits(self, tokens: int = 0, length: int = 0) -> None:
         """Raise InputError if a tokenizer has more ids than the embedding, or a text exceeds the window."""
+        size, window = self.vocab_size, self.sliding_window
         if tokens > self.vocab_size:
-            raise InputError(
-                f"the tokenizer has {tokens} ids, the model's embedding only {self.vocab_size}: "
-                "they do not belong together"
-            )
-        if self.sliding_window and length > self.sliding_window:
-            raise InputError(
-                f"{length} tokens do not fit into the model's sliding window of {self.sliding_window}; "
-                "longer texts need a mask that is not implemented: lower --max-length"
-            )
+            raise InputError(f"the tokenizer has {tokens} ids, the model's embedding only {size}")
+        limit = f"the model's sliding window of {window}: a mask for more is not implemented"
+        fits = not window or length <= window
+        require(fits, f"{length} tokens do not fit into {limit}; lower --max-length")
 
 
 def check_number(name: str, value) -> None:

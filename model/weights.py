@@ -75,10 +75,8 @@ def load_model(folder: str | Path, device="cpu", model_class: type[Transformer] 
     folder, on_meta = Path(folder), torch.device(device).type == "meta"
     config = read_json(folder / "config.json")
     if (kind := config.get("kind", Transformer.kind)) != model_class.kind:
-        raise InputError(
-            f"{folder} contains a {kind}, not a {model_class.kind}: train_sft.py and train_dpo.py write "
-            "language models, train_reward.py writes reward models"
-        )
+        advice = "train_reward.py writes reward models, the other scripts language models"
+        raise InputError(f"{folder} contains a {kind}, not a {model_class.kind}: {advice}")
     # The weights are mapped, not read: ranks that load one folder share its pages.
     if "model_type" in config:
         shape, weights = read_hugging_face(folder, config, "meta" if on_meta else "cpu")
@@ -146,10 +144,8 @@ def read_ours(folder: Path, name: str, config: dict, on_meta: bool = False) -> d
     digests = config.get("sha256")  # Older folders have none.
     digest = digests.get(name) if isinstance(digests, dict) else None
     if digest and not on_meta and file_hash(path) != digest:
-        raise InputError(
-            f"{path} is damaged: its SHA-256 is not the one in config.json. Copy or train it again; if the "
-            'change is intended, remove "sha256" from config.json'
-        )
+        advice = 'copy or train it again; if the change is intended, remove "sha256" there'
+        raise InputError(f"{path} is damaged: its SHA-256 is not the one in config.json; {advice}")
     device = "meta" if on_meta else "cpu"
     try:
         weights = torch.load(path, map_location=device, mmap=not on_meta, weights_only=True)

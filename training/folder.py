@@ -58,10 +58,8 @@ def require_same_folder(folder: Path, lock) -> None:
     except OSError:
         same = False
     if not same:
-        raise InputError(
-            f"{folder} was removed, renamed or replaced while the run wrote to it: the run stops; if the "
-            "folder still exists elsewhere, continue with --out there and --resume"
-        )
+        advice = "if it still exists elsewhere, continue with --out there and --resume"
+        raise InputError(f"{folder} was removed, renamed or replaced while the run wrote to it; {advice}")
 
 
 def is_finished(folder: Path) -> bool:
@@ -128,10 +126,8 @@ def require_room(folder: Path, checkpoint: int, model: int, keep: int) -> None:
     free = shutil.disk_usage(folder).free + sum(map(size, replaced))
     needed = checkpoint * (keep + 1) + model
     if free < needed:
-        raise InputError(
-            f"{folder}: the disk has {free / 2**20:.0f} MiB for this run, which needs {needed / 2**20:.0f} "
-            "MiB; --keep-checkpoints 1 needs less"
-        )
+        room = f"has {free / 2**20:.0f} MiB for this run, which needs {needed / 2**20:.0f} MiB"
+        raise InputError(f"{folder}: the disk {room}; --keep-checkpoints 1 needs less")
 
 
 def size(path: Path) -> int:

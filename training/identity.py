@@ -50,10 +50,8 @@ def require_same_run(then: dict, now: dict, override: str, folder: Path) -> None
         raise InputError(f"--override {','.join(sorted(unknown))}: not a setting; choose from {names}")
     other = differences(then, now)
     if other.keys() - allowed:
-        raise InputError(
-            f"--resume: the run in {folder} was started with {listed(other)}; start it with the same "
-            f"settings, or accept the change with --override {','.join(sorted(allowed | other.keys()))}"
-        )
+        override = f"use the same settings, or --override {','.join(sorted(allowed | other.keys()))}"
+        raise InputError(f"--resume: the run in {folder} was started with {listed(other)}; {override}")
 
 
 def require_same_finished_run(then: dict, now: dict, settings: TrainSettings) -> None:
@@ -63,10 +61,9 @@ def require_same_finished_run(then: dict, now: dict, settings: TrainSettings) ->
     """
     names = {*settings.to_dict(), *DIGESTS} - {*MAY_CHANGE, "device", "precision"}
     if other := differences(*({name: run.get(name) for name in names} for run in (then, now))):
-        raise InputError(
-            f"--resume: the run in {settings.out} has finished with {listed(other)}; choose another --out "
-            f"or --overwrite; to train its model further, use --model {settings.out} and another --out"
-        )
+        further = f"to train its model further, use --model {settings.out} and another --out"
+        found = f"--resume: the run in {settings.out} has finished with {listed(other)}"
+        raise InputError(f"{found}; choose another --out or --overwrite; {further}")
 
 
 def differences(then: dict, now: dict) -> dict[str, tuple]:

@@ -20,17 +20,10 @@ from losses import DIVERGENCES, LOSSES, reward_metrics
 from model.moe import router_loss
 from model.stream import TokenStream
 from model.transformer import Transformer
+from training import options
 from training.distributed import unsharded
 from training.metrics import Meter
-from training.options import (
-    REFERENCE_INPUTS,
-    ObjectiveSettings,
-    check_options,
-    given_numbers,
-    inputs_of,
-    parameters,
-    parse_losses,
-)
+from training.options import ObjectiveSettings, parameters
 from training.precision import Precision
 
 # ---- The input of an objective
@@ -100,11 +93,11 @@ class Objective:
 
     def __init__(self, settings: ObjectiveSettings):
         self.settings = settings
-        self.weights = parse_losses(settings)
-        self.inputs = inputs_of(self.weights)
+        self.weights = options.parse_losses(settings)
+        self.inputs = options.inputs_of(self.weights)
         self.divergence = DIVERGENCES[settings.f_divergence]
-        self.numbers = given_numbers(settings)
-        check_options(settings)
+        self.numbers = options.given_numbers(settings)
+        options.check_options(settings)
         # bco_pair's δ is the mean reward of all optimizer steps so far: a sum and a count of pairs.
         self.reward_sum, self.reward_count = 0.0, 0.0
         self.step_rewards: Tensor | None = None  # the same for the current step on this rank, (2,)
@@ -164,7 +157,7 @@ class Objective:
 
     @property
     def needs_reference(self) -> bool:
-        return bool(self.inputs & REFERENCE_INPUTS)
+        return bool(self.inputs & options.REFERENCE_INPUTS)
 
     # ---- State that changes from step to step: BCO and TR-DPO only
 
@@ -218,10 +211,8 @@ class Objective:
         """Raise `InputError` at the first record without the scores that a loss needs."""
         missing = np.isnan(data.score_margins)
         if "score_margins" in self.inputs and missing.any():
-            raise InputError(
-                f"{path}:{data.lines[missing.argmax()]}: --loss soft needs score_chosen and score_rejected, "
-                "or win_probability; this record has neither"
-            )
+            line, needed = data.lines[missing.argmax()], "score_chosen and score_rejected, or win_probability"
+            raise InputError(f"{path}:{line}: --loss soft needs {needed}; this record has neither")
 
 
 def call(function: Callable, values: dict) -> Tensor:

@@ -139,10 +139,9 @@ class RunFolder:
         precision = self.state["precision"]
         skipped = precision.skipped_in_a_row
         if skipped > 1 or precision.skipped == self.step > 0:
-            raise FloatingPointError(
-                f"step {self.step}: the run does not finish, because the last {skipped} steps were skipped: "
-                "their gradients overflowed in fp16; use a lower --lr, more --max-steps, or --precision fp32"
-            )
+            advice = "use a lower --lr, more --max-steps, or --precision fp32"
+            reason = f"the last {skipped} steps were skipped, because their gradients overflowed in fp16"
+            raise FloatingPointError(f"step {self.step}: the run does not finish: {reason}; {advice}")
 
     def remove_checkpoints(self) -> None:
         folder.remove_checkpoints(self.folder)

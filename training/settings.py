@@ -141,10 +141,8 @@ def learning_rate_advice(settings: TrainSettings, weights: int) -> str:
     default = type(settings).lr
     if weights <= LARGE or settings.lr != default or getattr(settings, "lora_rank", 0):
         return ""
-    return (
-        f"--lr {default:g} is the default for models of a few million weights; this model has {weights:,}: "
-        "try --lr 5e-6 for preferences, --lr 2e-5 for supervised fine-tuning"
-    )
+    advice = "try --lr 5e-6 for preferences, --lr 2e-5 for supervised fine-tuning"
+    return f"--lr {default:g} is for models of a few million weights; this model has {weights:,}: {advice}"
 
 
 @dataclass
