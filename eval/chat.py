@@ -195,12 +195,12 @@ def main(arguments: list[str] | None = None) -> None:
     settings = parse(Settings, __doc__.split("\n")[0], arguments)
     device = pick_device(settings.device)
     folders = [folder for folder in (settings.model, settings.versus) if folder]
-    loaded = [load_model_and_tokenizer(folder, device) for folder in folders]
-    conversations = [
-        Conversation(model, tokenizer, longest_prompt(settings, folder, model))
-        for folder, (model, tokenizer) in zip(folders, loaded, strict=True)
-    ]
-    print_start({f: model for f, (model, _) in zip(folders, loaded, strict=True)}, device, "fp32")
+    models, conversations = {}, []
+    for folder in folders:
+        models[folder], tokenizer = load_model_and_tokenizer(folder, device)
+        longest = longest_prompt(settings, folder, models[folder])
+        conversations.append(Conversation(models[folder], tokenizer, longest))
+    print_start(models, device, "fp32")
     for line in filter(None, map(describe_training, folders)):
         print_note(line)
     # Bytes that are not UTF-8 and characters that the terminal lacks must not end the conversation.

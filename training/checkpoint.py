@@ -13,7 +13,7 @@ numbers after the first weights, and the data order is a function of seed and st
 import copy
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from errors import InputError
 from files import file_hash, write_whole
 from training.distributed import World
-from training.sharded import STATE, check_shards, place_tensors, write_shards
+from training.sharded import STATE, check_shards, each_tensor, place_tensors, write_shards
 
 NAME = re.compile(r"(\d{8,})-([0-9a-f]{64})(\.pt|\.shards)")
 # Also checkpoints that were set aside, that are being written, and folders that are being removed.
@@ -240,13 +240,11 @@ def check_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
             raise ValueError(f"{name}'s step is {moments['step']}")
 
 
-def tensors(state) -> Iterator[Tensor]:
+def tensors(state) -> list[Tensor]:
     """Every tensor in nested dicts and lists."""
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, (dict, list, tuple)):
-        for part in state.values() if isinstance(state, dict) else state:
-            yield from tensors(part)
+    found = []
+    each_tensor(lambda name, tensor: found.append(tensor), state)
+    return found
 
 
 def is_finite(state) -> bool:

@@ -20,15 +20,11 @@ def identity_of(settings: TrainSettings, world: World, precision: str, **more) -
 
     `precision` is the one that the run uses; `more` contains the digests and the script's own entries.
     """
-    identity = {
-        **{name: value for name, value in settings.to_dict().items() if name not in (*MAY_CHANGE, *DIGESTS)},
-        # Values of `auto`, and whatever else decides how sums are rounded.
-        "device": world.device.type,
-        "precision": precision,
-        "ranks": world.ranks,
-        "torch": torch.__version__.split("+")[0],
-        **more,
-    }
+    changeable = (*MAY_CHANGE, *DIGESTS)
+    identity = {name: value for name, value in settings.to_dict().items() if name not in changeable}
+    # Values of `auto`, and whatever else decides how sums are rounded.
+    identity |= {"device": world.device.type, "precision": precision, "ranks": world.ranks}
+    identity |= {"torch": torch.__version__.split("+")[0], **more}
     return json.loads(json.dumps(identity))  # Tuples become lists, as they do in config.json.
 
 
@@ -50,8 +46,9 @@ def require_same_run(then: dict, now: dict, override: str, folder: Path) -> None
         raise InputError(f"--override {','.join(sorted(unknown))}: not a setting; choose from {names}")
     other = differences(then, now)
     if other.keys() - allowed:
-        override = f"use the same settings, or --override {','.join(sorted(allowed | other.keys()))}"
-        raise InputError(f"--resume: the run in {folder} was started with {listed(other)}; {override}")
+        names = ",".join(sorted(allowed | other.keys()))
+        advice = f"start it with the same settings, or accept the change with --override {names}"
+        raise InputError(f"--resume: the run in {folder} was started with {listed(other)}; {advice}")
 
 
 def require_same_finished_run(then: dict, now: dict, settings: TrainSettings) -> None:

@@ -85,10 +85,9 @@ def cache_references(
     """
     if settings.reference != "cached":
         return None
-    options = world, precision, settings.layout, max_tokens
-    if eval_pairs:
-        cache_reference(model, eval_pairs, *options)
-    return cache_reference(model, pairs, *options)
+    for store in filter(None, (eval_pairs, pairs)):
+        digest = cache_reference(model, store, world, precision, settings.layout, max_tokens)
+    return digest
 
 
 def cache_reference(

@@ -42,6 +42,7 @@ class RunFolder:
         self.folder = Path(settings.out)
         self.checkpoints = self.folder / folder.CHECKPOINTS
         self.step = self.saved_step = 0  # optimizer steps done, and in the newest checkpoint
+        self.saved = None  # the state in the checkpoint to continue from, until it is restored
         self.signal, self.signal_time = 0, 0.0  # the first signal that stops the run, and when it came
         self.handlers: dict = {}
         self.lock = None
@@ -74,14 +75,7 @@ class RunFolder:
         self.automatic = [name for name in more if getattr(self.settings, name, None) == "auto"]
         more |= {"model": model, "data": data, "tokenizer": tokenizer}
         self.identity = identity.identity_of(self.settings, self.world, state["precision"].name, **more)
-        saved = None  # the state in the checkpoint
-
-        def prepare() -> tuple[str | None, dict]:
-            nonlocal saved
-            path, saved = self._prepare()
-            return path, self.identity
-
-        path, main = self.world.from_main(prepare)
+        path, main = self.world.from_main(lambda: (self._prepare(), self.identity))
         self._take_automatic(main)
         if other := identity.differences(main, self.identity):
             listed = identity.listed(other)
@@ -91,8 +85,9 @@ class RunFolder:
         if path:
             path = Path(path)
             # The main rank has checked the parts.
-            saved = saved or checkpoint.load_checkpoint(path, check_parts=False)
+            saved = self.saved or checkpoint.load_checkpoint(path, check_parts=False)
             checkpoint.restore(state, saved, path, self.world.mesh if self.is_split else None)
+            self.saved = None
             self.step = self.saved_step = checkpoint.step_of(path)
             self.world.print(f"{path}: continuing after step {self.step}")
         for number in SIGNALS:
@@ -187,18 +182,15 @@ class RunFolder:
 
     # ---- on the main rank, before the first step
 
-    def _prepare(self) -> tuple[str | None, dict | None]:
-        """Take the folder. Return the checkpoint to continue from and its state; "" and None for a fresh run.
-
-        The path is None if --resume finds this run's model.
-        """
+    def _prepare(self) -> str | None:
+        """Take the folder. Return the checkpoint to continue from; "" for a fresh run, None at its end."""
         start = Path(self.settings.model)
         try:
             if self.folder.exists() and start.exists() and self.folder.samefile(start):
                 raise InputError(f"--out {self.folder} is --model: a run cannot overwrite where it starts")
             if self.settings.resume and folder.is_finished(self.folder):
                 self._require_same_finished_run()
-                return None, None
+                return None
             return self._take_folder()
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be read or written ({error.strerror})") from None
@@ -213,7 +205,7 @@ class RunFolder:
             folder.remove_checkpoints(self.folder)
         print(f"{self.folder}: the run is finished, there is nothing to resume", flush=True)
 
-    def _take_folder(self) -> tuple[str, dict | None]:
+    def _take_folder(self) -> str:
         resumes = self.settings.resume and checkpoint.checkpoints(self.checkpoints)
         if not resumes:
             folder.require_no_foreign_files(self.folder)
@@ -224,14 +216,14 @@ class RunFolder:
         folder.remove_unfinished(self.folder)
         self._require_room()
         if resumes:
-            path, saved = checkpoint.newest_valid(self.checkpoints, print)
-            then = identity.recorded(saved.get("identity"), path)
+            path, self.saved = checkpoint.newest_valid(self.checkpoints, print)
+            then = identity.recorded(self.saved.get("identity"), path)
             self._take_automatic(then)
             identity.require_same_run(then, self.identity, self.settings.override, self.folder)
-            return str(path), saved
+            return str(path)
         folder.remove_run(self.folder)
         self.checkpoints.mkdir(exist_ok=True)
-        return "", None
+        return ""
 
     def _require_room(self) -> None:
         """Raise `InputError` unless the disk can hold the checkpoints and the model, with merged adapters."""
