@@ -111,12 +111,14 @@ def require_folder(folder: Path) -> None:
 def read_json(path: Path) -> dict:
     """The object in a JSON file of a model folder."""
     require_folder(path.parent)
-    require(path.exists(), f"{path.parent} is not a model folder: it has no {path.name}")
-    require(path.is_file(), f"{path} is not a regular file")
-    too_large = f"{path} is larger than {MAX_JSON >> 20} MiB, too large for a config"
-    require(path.stat().st_size <= MAX_JSON, too_large)
     try:
+        require(path.exists(), f"{path.parent} is not a model folder: it has no {path.name}")
+        require(path.is_file(), f"{path} is not a regular file")
+        too_large = f"{path} is larger than {MAX_JSON >> 20} MiB, too large for a config"
+        require(path.stat().st_size <= MAX_JSON, too_large)
         value = json.loads(path.read_text(encoding="utf-8"))
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

@@ -12,14 +12,16 @@ def cpu_multiplies_bf16() -> bool:
 
 def automatic(device: torch.device) -> tuple[str, str]:
     """The precision that ``auto`` means on this device, and the reason."""
-    kind = {"cuda": "GPU", "cpu": "CPU"}.get(device.type)
-    if not kind:
-        return "fp32", f"the default on {device.type}"
-    # Emulated bf16 (V100, T4) is slow; fp16 is fast on every GPU.
-    on_gpu = kind == "GPU"
-    if torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_multiplies_bf16():
-        return "bf16", f"this {kind} multiplies it"
-    return "fp16" if on_gpu else "fp32", f"this {kind} does not multiply bf16"
+    if device.type == "cuda":
+        # Emulated bf16 (V100, T4) is slow; fp16 is fast on every GPU.
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "this GPU multiplies it"
+        return "fp16", "this GPU does not multiply bf16"
+    if device.type == "cpu":
+        if cpu_multiplies_bf16():
+            return "bf16", "this CPU multiplies it"
+        return "fp32", "this CPU does not multiply bf16"
+    return "fp32", f"the default on {device.type}"
 
 
 class Precision:
