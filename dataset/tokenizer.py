@@ -78,16 +78,16 @@ class ChatTokenizer:
         self.fingerprint = hashlib.sha256(f"{self.template}\n{self.json}".encode()).hexdigest()
 
         # A SentencePiece-based tokenizer adds a space before a text, and some add one after a control token.
-        self._line_feed = self._encode("\n")
-        self._spaces_text = self._encode("a") != self._encode("\na")[len(self._line_feed) :]
-        self._spaces_section = self._encode("a") == self._encode(f"{self.template.end}a")[1:]
+        self._line_feed = self.text("\n")
+        self._spaces_text = self.text("a") != self.text("\na")[len(self._line_feed) :]
+        self._spaces_section = self.text("a") == self.text(f"{self.template.end}a")[1:]
         self._separators = {text: self._encode_separator(text) for text in self.template.separators()}
         self._controls = set(added.values())
         self._tokenizer.encode_special_tokens = True  # From here on control tokens in a text are text.
 
     def _require_control_token(self, token: str, path: Path) -> None:
         """Raise `InputError` unless the text of a control token encodes to its one id."""
-        expected, ids = self._tokenizer.token_to_id(token), self._encode(token)
+        expected, ids = self._tokenizer.token_to_id(token), self.text(token)
         advice = "add a chat_template.jinja with the model's own template beside this file"
         absent = f"{path}: the tokenizer has no {token} token, which the chat template needs; {advice}"
         require(expected is not None, absent)
@@ -95,14 +95,11 @@ class ChatTokenizer:
         found = f"{path}: {token} encodes to {len(ids)} ids, expected its one id {expected}; {advice}"
         require(ids == [expected], found)
 
-    def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
     def _encode_after_text(self, text: str) -> list[int]:
         """Ids of a text that continues another, so that no space is added before it."""
         if not self._spaces_text:
-            return self._encode(text)
-        return self._encode("\n" + text)[len(self._line_feed) :]
+            return self.text(text)
+        return self.text("\n" + text)[len(self._line_feed) :]
 
     def _encode_separator(self, separator: str) -> list[int]:
         """Ids of a separator, its control tokens parsed."""
@@ -110,7 +107,7 @@ class ChatTokenizer:
         starts = separator in (template.before_user, template.before_system)
         after_end = separator == template.answer_to_user.removeprefix(template.end)
         if starts or (after_end and self._spaces_section):
-            return self._encode(text)
+            return self.text(text)
         return self._encode_after_text(text)
 
     def _content(self, separator: str, message: Message) -> list[int]:
@@ -118,7 +115,7 @@ class ChatTokenizer:
         ids = self._separators[separator]
         text = separator[len(separator.rstrip(" ")) :] + self.template.content(message)
         if not ids or (ids[-1] in self._controls and self._spaces_section):
-            return self._encode(text)
+            return self.text(text)
         return self._encode_after_text(text)
 
     def save(self, folder: Path) -> None:
@@ -131,7 +128,7 @@ class ChatTokenizer:
 
     def text(self, text: str) -> list[int]:
         """Ids of plain text; no id in it is a control token, whatever the text spells."""
-        return self._encode(text)
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)

@@ -27,10 +27,8 @@ class PairFlags(Flags):
 
     data: str = flag("", "preference pairs: .jsonl or .json, also .gz")
     micro_batch_tokens: int = flag(8192, "most tokens in a forward; changes the speed, not the results")
-    max_length: int = flag(
-        0, "maximum tokens of prompt and response, longer pairs are dropped; 0: as in training"
-    )
-    layout: str = flag("forked", "forked computes a prompt once for both sides, twin once for each", LAYOUTS)
+    max_length: int = flag(0, "most tokens of prompt and response, longer pairs are dropped. 0: the run's")
+    layout: str = flag("forked", "forked: both answers share the prompt; twin: each has its own", LAYOUTS)
     shape: str = flag("auto", settings.SHAPE_WHY)
     skip_bad: bool = flag(False, settings.SKIP_BAD_WHY)
     device: str = flag("auto", settings.DEVICE_WHY, settings.DEVICES)

@@ -33,9 +33,7 @@ class ObjectiveSettings:
     dpop_lambda: float | None = flag(None, "dpop: weight of the penalty on a less likely chosen answer; 50")
     discopop_tau: float | None = flag(None, "discopop: temperature between logistic and exponential; 0.05")
     simpo_gamma: float | None = flag(None, "simpo: required margin; 0.5")
-    f_divergence: str = flag(
-        "reverse_kl", "divergence between policy and reference (f-DPO)", tuple(DIVERGENCES)
-    )
+    f_divergence: str = flag("reverse_kl", "divergence from the reference (f-DPO)", tuple(DIVERGENCES))
     divergence_alpha: float | None = flag(None, "alpha of --f-divergence alpha; 0.5")
     wpo: bool = flag(False, "WPO: weight each pair by its likelihood under the policy")
     ld_alpha: float | None = flag(None, "LD-DPO: weight of tokens beyond the shorter answer's length")

@@ -63,10 +63,7 @@ class TrainSettings(Flags):
     seed: int = flag(0, "seed of the data order and of a new model's weights")
     device: str = flag("auto", DEVICE_WHY, DEVICES)
     precision: str = flag(
-        "auto",
-        "number format of the forward pass; weights stay float32. auto: bf16 on hardware with bf16 "
-        "instructions, else fp16 on CUDA and fp32 elsewhere",
-        PRECISIONS,
+        "auto", "forward pass; auto: bf16 on hardware with bf16, fp16 on other GPUs, else fp32", PRECISIONS
     )
     matmul_precision: str = flag(
         "highest", "float32 matrix products: high may use TF32, medium bf16", ("highest", "high", "medium")
@@ -79,14 +76,10 @@ class TrainSettings(Flags):
     max_steps: int = flag(0, "stop after this number of optimizer steps; 0: after --epochs")
     batch_size: int = flag(32, "records per optimizer step, over all ranks and micro-batches")
     micro_batch_tokens: str = flag(
-        "auto",
-        "maximum tokens per forward on each rank; a longer record is alone. Fewer tokens need less memory; "
-        "auto: as many as fit, up to 16,384",
+        "auto", "maximum tokens per forward on each rank; a longer record is alone; auto: as many as fit"
     )
     max_length: int = flag(
-        0,
-        "maximum tokens of prompt and response; longer records are dropped and counted. 0: 4,096, or fewer "
-        "if the model has fewer positions",
+        0, "maximum tokens of a record; longer ones are dropped and counted. 0: 4,096, or the model's limit"
     )
     lr: float = flag(1e-3, "peak learning rate")
     warmup_steps: int = flag(10, "steps of linear warm-up before the cosine")
@@ -150,13 +143,9 @@ class PairSettings(TrainSettings):
     """The flags of the scripts that train on preference pairs."""
 
     data: str = flag(str(SAMPLE / "preferences.jsonl"), "preference pairs: .jsonl or .json, also .gz")
-    eval_data: str = flag(
-        "auto", "held-out pairs; empty: none; auto: the bundled ones beside the bundled --data"
-    )
+    eval_data: str = flag("auto", "held-out pairs; empty: none; auto: the bundled ones of the bundled --data")
     swap_by_score: bool = flag(False, "exchange the sides of a pair whose rejected side has the higher score")
-    layout: str = flag(
-        "forked", "forked: a prompt is computed once for both answers; twin: once for each", LAYOUTS
-    )
+    layout: str = flag("forked", "forked: both answers share the prompt; twin: each has its own", LAYOUTS)
 
 
 class OneLineParser(argparse.ArgumentParser):

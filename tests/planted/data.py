@@ -66,7 +66,7 @@ MUTANTS = [
         "added-tokens-of-the-file",
         "The library puts a BOS before every piece of text, if the file says so.",
         "dataset.tokenizer",
-        "ChatTokenizer._encode",
+        "ChatTokenizer.text",
         "self._tokenizer.encode(text, add_special_tokens=False)",
         "self._tokenizer.encode(text)",
         TOKENIZER + "test_settings_of_the_file_do_not_leak_into_text",
