@@ -21,7 +21,7 @@ from dataset.cache import build, cache_folder, is_cached
 from dataset.other_files import require_data_file
 from dataset.records import READERS, Conversation, DataError, Preference, prompt_digest
 from dataset.tokenizer import ChatTokenizer
-from errors import InputError
+from errors import InputError, require
 from files import file_hash
 
 VERSION = 4  # of the arrays below; a new layout must not read an old folder
@@ -216,8 +216,7 @@ def open_store(
 
     def write(unfinished: Path) -> None:
         _write(unfinished, path, tokenizer, *options)
-        if data_hash(path) != content:
-            raise InputError(f"{path}: the file changed while it was read")
+        require(data_hash(path) == content, f"{path}: the file changed while it was read")
 
     if not is_cached(folder):
         build(folder, write)
@@ -231,8 +230,7 @@ def data_hash(path: Path) -> str:
     """SHA-256 of a data file; `InputError` if it is not a readable file."""
     require_data_file(path)
     try:
-        if not path.is_file():
-            raise InputError(f"{path}: cannot be read: it is not a regular file")
+        require(path.is_file(), f"{path}: cannot be read: it is not a regular file")
         return file_hash(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
@@ -277,8 +275,7 @@ def _write(folder: Path, path: Path, tokenizer, kind, max_length, shape, skip_ba
             digests.append(int.from_bytes(prompt_digest(record)[:8], "big"))
     if bad > BAD_SHARE * report.total():
         raise InputError(f"{path}: {bad} of {report.total()} records are bad, more than 1 %: {report}")
-    if not report.kept:
-        raise InputError(f"{path}: no record is left to train on: {report}")
+    require(report.kept, f"{path}: no record is left to train on: {report}")
     for name, column in zip(COLUMNS, columns, strict=True):
         np.save(folder / f"{name}.npy", np.asarray(column))
     (folder / "report.json").write_text(json.dumps(report.__dict__))

@@ -51,8 +51,7 @@ class ChatTemplate:
                 ("user", "assistant"): self.user_to_answer if last else self.user_to_earlier_answer,
                 ("assistant", "user"): self.answer_to_user.removeprefix(self.end),
             }[before, message.role]
-            if separator is None:
-                raise InputError("the model's chat template has no place for a system message")
+            require(separator is not None, "the model's chat template has no place for a system message")
             yield separator, message
 
     def content(self, message: Message) -> str:
@@ -154,8 +153,7 @@ def between(render: Render, messages: list[Message]) -> list[str]:
     text, parts = render(messages), []
     for message in messages:
         part, found, text = text.partition(message.content)
-        if not found:
-            raise InputError(f"the chat template leaves out, changes or moves the {message.role} message")
+        require(found, f"the chat template leaves out, changes or moves the {message.role} message")
         parts.append(part)
     return [*parts, text]
 

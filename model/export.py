@@ -26,17 +26,13 @@ SENTENCEPIECE_FILES = ("tokenizer.model", "added_tokens.json")
 def export(source: Path, target: Path, dtype: torch.dtype) -> None:
     """Write config, weights as safetensors, tokenizer, chat template and generation config to `target`."""
     model = load_model(source)
-    target.mkdir(parents=True, exist_ok=True)
-    write_safetensors(
-        target / "model.safetensors", huggingface.write_weights(model.state_dict(), model.config, dtype)
-    )
-    for name in TEXT_FILES:
-        if not (source / name).is_file():
-            raise InputError(f"{source}: no {name}; an older version saved this tokenizer")
-        shutil.copyfile(source / name, target / name)
-    for name in SENTENCEPIECE_FILES:
+    weights = huggingface.write_weights(model.state_dict(), model.config, dtype)
+    write_safetensors(target / "model.safetensors", weights)
+    for name in (*TEXT_FILES, *SENTENCEPIECE_FILES):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+        elif name in TEXT_FILES:
+            raise InputError(f"{source}: no {name}; an older version saved this tokenizer")
     config, generation = huggingface.write_config(model.config, dtype), read_json(target / TEXT_FILES[-1])
     # Older readers look for the ids of the end tokens in config.json.
     ids = {name: value for name, value in generation.items() if name.endswith("_token_id")}
@@ -52,7 +48,6 @@ def export_adapter(source: Path, target: Path, dtype: torch.dtype) -> None:
         f"base_model.model.model.{name}.weight": weight.to(dtype)
         for name, weight in read_ours(source, "adapter.pt", config).items()
     }
-    target.mkdir(parents=True, exist_ok=True)
     write_safetensors(target / "adapter_model.safetensors", weights)
     described = {
         "peft_type": "LORA",

@@ -10,7 +10,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from errors import InputError
+from errors import InputError, require
 from model.config import SCALING, ModelConfig
 
 # A family's class, and its defaults where they differ from ours.
@@ -46,8 +46,7 @@ OURS_ALONE = (
 def read_config(config: dict, names: Collection[str]) -> ModelConfig:
     """Their config to ours. The `names` of the weights tell MiniMind's generations apart."""
     family = config["model_type"]
-    if family not in FAMILIES:
-        raise InputError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
+    require(family in FAMILIES, f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
     expected, defaults = FAMILIES[family]
     if (classes := config.get("architectures") or [expected]) != [expected]:
         raise InputError(f"architectures {classes} is not {expected}, a causal language model")
@@ -88,8 +87,7 @@ def read_rope(config: dict) -> dict:
 
 def write_config(config: ModelConfig, dtype: torch.dtype) -> dict:
     """Our config to theirs, of the simplest family that computes the same."""
-    if config.num_experts:
-        raise InputError("a mixture of experts cannot be exported yet")
+    require(not config.num_experts, "a mixture of experts cannot be exported yet")
     if config.sliding_window and (config.qk_norm or config.attention_bias):
         raise InputError("a sliding window with QK-norm or attention_bias: no Hugging Face family has both")
     if config.sliding_window:

@@ -140,8 +140,7 @@ def model_config(folder: Path, config: dict) -> ModelConfig:
 def read_ours(folder: Path, name: str, config: dict, on_meta: bool = False) -> dict[str, Tensor]:
     """The tensors of a file that `save_model` has written, mapped into memory; on "meta" their shapes."""
     path = folder / name
-    if not path.exists():
-        raise InputError(f"{folder} has a config.json but no {name}: the training did not finish")
+    require(path.exists(), f"{folder} has a config.json but no {name}: the training did not finish")
     require_stored_zip(path)
     digests = config.get("sha256")  # Older folders have none.
     digest = digests.get(name) if isinstance(digests, dict) else None

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from errors import InputError
+from errors import InputError, require
 from files import file_hash, write_whole
 from training.distributed import World
 from training.sharded import STATE, check_shards, each_tensor, place_tensors, write_shards
@@ -149,8 +149,7 @@ def newest_valid(folder: Path, report: Callable[[str], None]) -> tuple[Path, dic
             report(f"{fault}; going back to step {step_of(path)}")
             set_aside(damaged)
         return path, state
-    if faults:
-        raise InputError(f"--resume: no checkpoint can be used: {'; '.join(faults.values())}")
+    require(not faults, f"--resume: no checkpoint can be used: {'; '.join(faults.values())}")
     return None
 
 

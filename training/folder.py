@@ -29,11 +29,6 @@ WRITTEN = (*WEIGHTS, "config.json", "metrics.jsonl", *TOKENIZER)
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
 
 
-def require_locks() -> None:
-    if fcntl is None:
-        raise InputError("training locks its run folder with fcntl, which Windows does not have: use WSL")
-
-
 def take_lock(folder: Path):
     """Own the folder until this process ends, however it ends; return the locked file.
 

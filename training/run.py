@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from dataset.tokenizer import ChatTokenizer
-from errors import InputError, NotFiniteError
+from errors import InputError, NotFiniteError, require
 from model.lora import Adapters
 from model.transformer import Transformer
 from model.weights import read_json, save_model
@@ -33,11 +33,10 @@ REPEATS = 10.0  # Seconds in which torchrun's ranks ignore further SIGTERMs.
 
 class RunFolder:
     def __init__(self, settings: TrainSettings, world: World):
-        folder.require_locks()
-        if not settings.out.strip():
-            raise InputError("--out is empty: name a folder for the run")
-        if settings.resume and settings.overwrite:
-            raise InputError("--resume continues a run and --overwrite replaces it: choose one of them")
+        require(folder.fcntl, "training locks its folder with fcntl, which Windows does not have: use WSL")
+        require(settings.out.strip(), "--out is empty: name a folder for the run")
+        both = settings.resume and settings.overwrite
+        require(not both, "--resume continues a run and --overwrite replaces it: choose one of them")
         self.settings, self.world = settings, world
         self.folder = Path(settings.out)
         self.checkpoints = self.folder / folder.CHECKPOINTS
