@@ -20,16 +20,7 @@ import numpy as np
 
 from dataset.store import TokenStore, open_store
 from errors import InputError, run_script
-from eval.common import (
-    PairFlags,
-    is_bundled,
-    length_limit,
-    load_policy_and_reference,
-    print_note,
-    print_start,
-    run_settings,
-    starting_model,
-)
+from eval import common
 from files import write_json
 from training.distributed import World, join
 from training.evaluate import evaluate, evaluate_kl
@@ -39,7 +30,7 @@ from training.settings import SAMPLE, flag, parse
 
 
 @dataclass
-class Settings(PairFlags):
+class Settings(common.PairFlags):
     model: str = flag("runs/dpo", "model folder of the policy")
     reference: str = flag("", "model folder of the reference; default: the model that the run started from")
     data: str = flag("", "preference pairs: .jsonl or .json, also .gz; default: the run's held-out pairs")
@@ -64,15 +55,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 def measure(settings: Settings, world: World) -> dict[str, float]:
     """Load the two models and the data that the settings name, and evaluate: figures by name."""
-    run = run_settings(settings.model)
-    reference_folder = settings.reference or starting_model(settings.model, "--reference")
-    policy, reference, tokenizer = load_policy_and_reference(settings.model, reference_folder, world.device)
-    length = length_limit(settings.max_length, settings.model, policy.config)
+    run = common.run_settings(settings.model)
+    start = settings.reference or common.starting_model(settings.model, "--reference")
+    policy, reference, tokenizer = common.load_policy_and_reference(settings.model, start, world.device)
+    length = common.length_limit(settings.max_length, settings.model, policy.config)
     reference.config.check_fits(length=length)
     precision = Precision(settings.precision, world.device)
     if world.is_main:
-        models = {settings.model: policy, reference_folder: reference}
-        print_start(models, world.device, precision.reason)
+        models = {settings.model: policy, start: reference}
+        common.print_start(models, world.device, precision.reason)
     data, share = (settings.data, 0.0) if settings.data else held_out_pairs(settings.model, run)
     swap = bool(run.get("swap_by_score")) and not settings.data
     options = length, settings.shape, settings.skip_bad, swap
@@ -80,9 +71,9 @@ def measure(settings: Settings, world: World) -> dict[str, float]:
     pairs = pairs.split(share)[1] if share else pairs
     objective = choose_objective(settings, run, pairs, data)
     if world.is_main:
-        used = objective.settings
-        print_note(f"{data}: {pairs.report}{f'; {share:.0%} of its prompts are held out' if share else ''}")
-        print_note(f"loss {used.loss}, beta {used.beta:g}, reference {reference_folder}")
+        used, part = objective.settings, f"; {share:.0%} of its prompts are held out" if share else ""
+        common.print_note(f"{data}: {pairs.report}{part}")
+        common.print_note(f"loss {used.loss}, beta {used.beta:g}, reference {start}")
     options = {"layout": settings.layout, "max_tokens": settings.micro_batch_tokens}
     return {
         "pairs": len(pairs),
@@ -102,7 +93,7 @@ def held_out_pairs(folder: str, run: dict) -> tuple[str, float]:
         return str(data), share
     if "beta" in run and eval_data and eval_data != "auto":
         return str(eval_data), 0.0
-    if data and is_bundled(str(data)):
+    if data and common.is_bundled(str(data)):
         return str(SAMPLE / "heldout.jsonl"), 0.0
     raise InputError(f"{folder} has no held-out pairs in its config.json; give --data")
 
@@ -125,8 +116,9 @@ def choose_objective(settings: Settings, run: dict, pairs: TokenStore, data: str
         raise InputError(f"{settings.model}: the settings in its config.json are damaged ({error})") from None
     unlabelled = "score_margins" in objective.inputs and np.isnan(pairs.score_margins).any()
     if unlabelled and not settings.loss:
-        print_note(f"{data} has no scores for --loss {objective.settings.loss}, so the loss is sigmoid")
-        return Objective(ObjectiveSettings(beta=objective.settings.beta))
+        used = objective.settings
+        common.print_note(f"{data} has no scores for --loss {used.loss}, so the loss is sigmoid")
+        return Objective(ObjectiveSettings(beta=used.beta))
     objective.check_data(pairs, data)
     return objective
 

@@ -13,7 +13,7 @@ import torch
 
 from errors import InputError
 from eval import explain, preference, terminal
-from eval.common import load_model
+from eval.common import load_model, run_settings
 from model.weights import save_model
 from tests.conftest import RAGGED, as_record, make_model, plain_ids, plain_logits, plain_logp
 
@@ -36,7 +36,7 @@ def explained(folders, tokenizer, path, row):
     record = explain.read_row(path, row)
     pair = explain.OnePair(record, explain.encode(record, tokenizer))
     settings = explain.Settings(model=folders[0])
-    objective = preference.choose_objective(settings, preference.run_settings(folders[0]), pair, path)
+    objective = preference.choose_objective(settings, run_settings(folders[0]), pair, path)
     return *explain.explain(policy, reference, pair, objective), record
 
 
