@@ -1,7 +1,4 @@
-"""Checkpoint files: complete or absent, valid or refused, whatever the disk or the machine does.
-
-python -m pytest tests/test_checkpoint.py
-"""
+"""Checkpoint files: complete or absent, valid or refused, whatever the disk or the machine does."""
 
 import contextlib
 import copy

@@ -1,7 +1,4 @@
-"""Faults: signals, killed ranks, numbers that are not finite, full disks. No saved work is lost.
-
-python -m pytest tests/test_faults.py -m ""
-"""
+"""Faults: signals, killed ranks, numbers that are not finite, full disks. No saved work is lost."""
 
 import errno
 import json
@@ -22,8 +19,7 @@ import train_dpo
 import train_sft
 import training.run
 from errors import InputError, NotFiniteError, run_script
-from model.weights import save_model
-from tests.conftest import make_model
+from tests.conftest import save_folder
 from tests.faults import plant, states, timeless, train
 from tests.loops import ROOT, metrics, torchrun, weights
 from tests.ranks import forked
@@ -39,8 +35,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 def flags(tmp_path_factory, tokenizer):
     """Flags of six short steps with a checkpoint after each; all tests of this module use the same files."""
     folder = tmp_path_factory.mktemp("faults")
-    save_model(folder / "start", make_model(tokenizer.vocab_size, torch.float32))
-    tokenizer.save(folder / "start")
+    save_folder(folder / "start", tokenizer)
     for name, rows in (("pairs", PAIRS), ("chats", CHATS)):
         (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 

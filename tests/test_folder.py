@@ -1,7 +1,4 @@
-"""Run folders: what a run may remove, when a run counts as finished, and what a user reads when a run stops.
-
-python -m pytest tests/test_folder.py
-"""
+"""Run folders: what a run may remove, when it counts as finished, what a user reads when it stops."""
 
 import errno
 import importlib
@@ -24,8 +21,7 @@ import training.metrics
 import training.run
 import training.setup
 from errors import InputError, run_script
-from model.weights import save_model
-from tests.conftest import make_model
+from tests.conftest import save_folder
 from tests.faults import plant, states, train
 from tests.loops import metrics
 from tests.ranks import forked
@@ -41,8 +37,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 def flags(tmp_path_factory, tokenizer):
     """Flags of three short steps with a checkpoint after each; the files are shared by this module."""
     folder = tmp_path_factory.mktemp("folder")
-    save_model(folder / "start", make_model(tokenizer.vocab_size, torch.float32))
-    tokenizer.save(folder / "start")
+    save_folder(folder / "start", tokenizer)
     for name, rows in (("pairs", PAIRS), ("chats", CHATS)):
         (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.generate import Answer, KVCache, decode_steps, generate, sample
 from model.stream import TokenStream
-from tests.conftest import MODEL_OPTIONS, make_model, plain_logits
+from tests.conftest import MODEL_OPTIONS, NoFloat64, make_model, plain_logits
 
 V, END = 40, 7
 PROMPTS = [[1, 2, 3, 4, 5, 6], [9], [11, 12, 13], [9, 8], [30, 31, 32, 33, 34, 35, 36, 37, 38, 39]]
@@ -30,11 +29,7 @@ IDS = [3, 14, 15, 9, 2, 6, 5, 35, 8, 9]
 @pytest.mark.parametrize("chunks", [[10], [1] * 10, [4, 1, 1, 4], [1, 5, 4], [9, 1], [3, 3, 3, 1]])
 @torch.no_grad()
 def test_cache_equals_the_full_forward(option, chunks):
-    """Wrong positions, or a mask aligned with the first key, change the scores only after the prompt.
-
-    The cache is filled at once, token by token, and in chunks: at every prefix the scores equal those of the
-    whole sequence without a cache.
-    """
+    """Wrong positions, or a mask aligned with the first key, change the scores only after the prompt."""
     model = make_model(V, **MODEL_OPTIONS[option])
     starts = [sum(chunks[:i]) for i in range(len(chunks))]
     pieces = [IDS[start : start + size] for start, size in zip(starts, chunks, strict=True)]
@@ -173,11 +168,7 @@ LOGITS = [0.3, -1.0, 2.0, 0.1, 1.2, -2.0, 1.9]
 @pytest.mark.parametrize("top_k", [0, 1, 3, 7, 50])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 0.01])
 def test_sampling_follows_the_intended_distribution(temperature, top_k, top_p):
-    """Over a fine grid of draws the frequency of each token is its renormalised probability.
-
-    A nucleus that leaves out the token which crosses p, a cut before the temperature, or a mass that is not
-    renormalised shifts the frequencies by far more than the grid's width.
-    """
+    """A nucleus without the token that crosses p, a cut before the temperature, or no renormalisation."""
     grid = 20_000
     uniforms = (torch.arange(grid) + 0.5).double() / grid
     tokens = sample(torch.tensor(LOGITS).expand(grid, -1), uniforms, temperature, top_k, top_p)
@@ -195,22 +186,11 @@ def test_sampling_at_the_edges_of_a_draw():
     assert set(sample(impossible, torch.tensor([0.0, 1 - 2**-24]), 1.0).tolist()) <= {0, 2}
 
 
-class WithoutFloat64(TorchDispatchMode):
-    """A device without float64, such as Apple's MPS: an operation that returns it raises TypeError."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(x, torch.Tensor) and x.dtype == torch.float64:
-                raise TypeError(f"{function} returns float64")
-        return result
-
-
 @pytest.mark.parametrize("sampling", [{}, {"top_k": 3}, {"top_p": 0.9}, {"temperature": 0}])
 def test_generation_needs_no_float64(sampling):
     """On a Mac a chat at its default temperature stopped with an error at the first token."""
     model = make_model(V, dtype=torch.float32)
-    with WithoutFloat64():
+    with NoFloat64():
         assert len(generate(model, PROMPTS, END, 5, **sampling)) == len(PROMPTS)
 
 

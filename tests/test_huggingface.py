@@ -25,7 +25,7 @@ from model.lora import add_adapters
 from model.rotary import scaled
 from model.transformer import Transformer
 from model.weights import load_model, save_model
-from tests.conftest import MODEL_OPTIONS, ROOT, make_model
+from tests.conftest import MODEL_OPTIONS, ROOT, make_model, save_folder
 from tests.test_model import all_logits, one_stream
 
 V = 50
@@ -288,8 +288,7 @@ def test_linear_scaling_is_positions_closer_together():
 
 def run_folder(path, tokenizer, **options):
     model = make_model(tokenizer.vocab_size, torch.float32, **options)
-    save_model(path, model, settings={"model": "base"})
-    tokenizer.save(path)
+    save_folder(path, tokenizer, model, settings={"model": "base"})
     return model
 
 
@@ -378,8 +377,7 @@ def test_an_adapter_is_exported_as_peft_names_it(tokenizer, tmp_path):
 @pytest.mark.parametrize("script", [train_sft, train_dpo, train_reward])
 def test_more_ids_than_embeddings_are_refused(script, tokenizer, tmp_path):
     """Otherwise an index error deep inside, or an assertion on the GPU, ends the run."""
-    save_model(tmp_path / "model", make_model(tokenizer.vocab_size - 1, torch.float32))
-    tokenizer.save(tmp_path / "model")
+    save_folder(tmp_path / "model", tokenizer, make_model(tokenizer.vocab_size - 1, torch.float32))
     with pytest.raises(InputError, match=f"has {tokenizer.vocab_size} ids, the model's embedding only"):
         script.main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")])
 

@@ -1,7 +1,4 @@
-"""The two training loops: what a window divides by, what stays frozen, what is saved.
-
-python -m pytest tests/test_loops.py
-"""
+"""The two training loops: what a window divides by, what stays frozen, what is saved."""
 
 import copy
 import math
@@ -16,8 +13,8 @@ import train_dpo
 import train_sft
 from dataset.packing import Windows, build_stream
 from dataset.store import open_store
-from model.weights import load_model, save_model
-from tests.conftest import make_model
+from model.weights import load_model
+from tests.conftest import save_folder
 from tests.loops import metrics, record_gradients, weights
 from tests.ranks import forked
 from training import precision, setup
@@ -29,8 +26,7 @@ from training.schedule import adamw, cosine_lr
 @pytest.fixture
 def start(tmp_path, tokenizer):
     """A folder with a tiny random model and its tokenizer."""
-    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32, hidden_size=32))
-    tokenizer.save(tmp_path / "start")
+    save_folder(tmp_path / "start", tokenizer, hidden_size=32)
     return tmp_path / "start"
 
 

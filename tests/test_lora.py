@@ -25,8 +25,8 @@ from model.lora import (
 )
 from model.moe import router_loss
 from model.transformer import Transformer
-from model.weights import load_model, save_model
-from tests.conftest import make_model
+from model.weights import load_model
+from tests.conftest import make_model, save_folder
 from tests.faults import resume_from_each_step
 from tests.loops import metrics, weights
 from training import objective
@@ -182,8 +182,7 @@ def test_a_seed_gives_the_same_adapters_and_draws_from_no_other_source(tokenizer
 
 @pytest.fixture
 def folder(tmp_path, tokenizer):
-    save_model(tmp_path / "base", make_model(tokenizer.vocab_size, torch.float32))
-    tokenizer.save(tmp_path / "base")
+    save_folder(tmp_path / "base", tokenizer)
     return tmp_path / "base"
 
 
@@ -221,8 +220,7 @@ def test_sft_then_dpo_keeps_the_first_adapter_in_the_reference(folder, ragged, w
 def test_experts_balance_is_the_policys(ragged, tmp_path, tokenizer, monkeypatch):
     """The reference runs the same routers without gradient; its balance would train nothing."""
     base = make_model(tokenizer.vocab_size, torch.float32, num_experts=3, router_aux_loss_coef=1.0)
-    save_model(tmp_path / "experts", base)
-    tokenizer.save(tmp_path / "experts")
+    save_folder(tmp_path / "experts", tokenizer, base)
     seen = []
 
     def watched(balances):

@@ -1,7 +1,4 @@
-"""Micro-batches by tokens: what `auto` is, and that results do not depend on it.
-
-python -m pytest tests/test_memory.py
-"""
+"""Micro-batches by tokens: what `auto` is, and that results do not depend on it."""
 
 import itertools
 
@@ -14,8 +11,7 @@ from dataset.packing import build_stream
 from dataset.store import open_store
 from errors import InputError
 from model.stream import TokenStream
-from model.weights import save_model
-from tests.conftest import make_model
+from tests.conftest import make_model, save_folder
 from tests.loops import record_gradients
 from tests.ranks import forked
 from tests.test_loops import PAIRS, command_line
@@ -30,8 +26,7 @@ LONG = {"prompt": "Count. " * 40, "chosen": "1 2 3 " * 90, "rejected": "No. " * 
 @pytest.fixture
 def flags(tmp_path, tokenizer, write_jsonl):
     """Flags of a run on ten short pairs and a long one."""
-    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32))
-    tokenizer.save(tmp_path / "start")
+    save_folder(tmp_path / "start", tokenizer)
     data = write_jsonl("pairs.jsonl", [*PAIRS, LONG])
 
     def of(out="out", **changes) -> list[str]:

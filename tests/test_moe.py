@@ -22,8 +22,8 @@ from model.config import PRESETS, ModelConfig
 from model.moe import MixtureOfExperts, load_balance, router_loss
 from model.reward import RewardModel
 from model.transformer import FeedForward, Transformer
-from model.weights import load_model, save_model
-from tests.conftest import RAGGED, as_record, make_model, turns
+from model.weights import load_model
+from tests.conftest import RAGGED, as_record, make_model, save_folder, turns
 from tests.loops import metrics, record_gradients
 from tests.ranks import forked
 from training.schedule import adamw
@@ -261,8 +261,7 @@ def start(tmp_path, tokenizer):
     """A model folder with five experts, one for each token, and a large coefficient of the balance."""
     options = {"num_experts": 5, "num_experts_per_tok": 1, "norm_topk_prob": False}
     model = make_model(tokenizer.vocab_size, torch.float32, router_aux_loss_coef=0.7, **options)
-    save_model(tmp_path / "start", model)
-    tokenizer.save(tmp_path / "start")
+    save_folder(tmp_path / "start", tokenizer, model)
     return tmp_path / "start"
 
 

@@ -1,7 +1,4 @@
-"""Ranks of several nodes: who writes to a node's disk, and how ranks wait and meet.
-
-python -m pytest tests/test_nodes.py
-"""
+"""Ranks of several nodes: who writes to a node's disk, and how ranks wait and meet."""
 
 import socket
 import threading
@@ -11,8 +8,7 @@ import torch
 import torch.distributed as dist
 
 from errors import InputError
-from model.weights import save_model
-from tests.conftest import make_model
+from tests.conftest import save_folder
 from tests.loops import weights
 from tests.ranks import forked
 from tests.test_loops import PAIRS, command_line
@@ -70,8 +66,7 @@ def test_waiting_is_not_an_exchange(monkeypatch):
 @pytest.fixture
 def flags(tmp_path, tokenizer, write_jsonl, monkeypatch):
     monkeypatch.setenv("MINIDPO_CACHE", str(tmp_path / "cache"))
-    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32))
-    tokenizer.save(tmp_path / "start")
+    save_folder(tmp_path / "start", tokenizer)
     pairs = write_jsonl("pairs.jsonl", PAIRS)
 
     def of(out: str) -> list[str]:

@@ -1,7 +1,4 @@
-"""Records: the meaning of each format, and an error for every bad record.
-
-    python -m pytest tests/test_records.py
-"""
+"""Records: the meaning of each format, and an error for every bad record."""
 
 import gzip
 import itertools

@@ -1,7 +1,4 @@
-"""The reference asked once before training: the same numbers as the live one, and never another model's.
-
-python -m pytest tests/test_reference.py
-"""
+"""The reference asked once before training: the same numbers as the live one, and never another model's."""
 
 import copy
 import hashlib
@@ -16,8 +13,8 @@ import train_dpo
 from dataset.packing import build_stream
 from dataset.store import open_store
 from errors import InputError
-from model.weights import load_model, save_model
-from tests.conftest import RAGGED, as_record, make_model
+from model.weights import load_model
+from tests.conftest import RAGGED, as_record, make_model, save_folder
 from tests.loops import metrics, record_gradients, weights
 from tests.ranks import forked
 from training import reference, setup
@@ -40,8 +37,7 @@ def cache_of_its_own(monkeypatch, tmp_path):
 def flags(tmp_path, tokenizer, write_jsonl):
     """The flags of a run on the ragged pairs, written three times over: 21 pairs in windows of 4."""
     model = make_model(tokenizer.vocab_size, torch.float32)
-    save_model(tmp_path / "start", model)
-    tokenizer.save(tmp_path / "start")
+    save_folder(tmp_path / "start", tokenizer, model)
     data = write_jsonl("pairs.jsonl", [as_record(pair) for pair in RAGGED] * 3)
 
     def made(out: str, *others: str) -> list[str]:

@@ -1,7 +1,4 @@
-"""The report of a run: one HTML page, and the curves as a PNG: eval/report.py, page.py and what they use.
-
-python -m pytest tests/test_report.py
-"""
+"""The report of a run: one HTML page, and the curves as a PNG: eval/report.py, page.py and what they use."""
 
 import base64
 import hashlib

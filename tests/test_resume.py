@@ -1,7 +1,4 @@
-"""Resuming: an interrupted run ends like an uninterrupted one, bit for bit, or is refused by name.
-
-python -m pytest tests/test_resume.py
-"""
+"""Resuming: an interrupted run ends like an uninterrupted one, bit for bit, or is refused by name."""
 
 import json
 import math
@@ -21,7 +18,7 @@ import training.run
 from errors import InputError
 from eval import demo
 from model.weights import load_model, save_model
-from tests.conftest import make_model
+from tests.conftest import make_model, save_folder
 from tests.faults import Keeping, resume_from_each_step, states, train
 from tests.loops import metrics, weights
 from tests.ranks import forked
@@ -35,8 +32,7 @@ MODULES = {"train_dpo": train_dpo, "train_reward": train_reward, "train_sft": tr
 
 @pytest.fixture
 def start(tmp_path, tokenizer):
-    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32))
-    tokenizer.save(tmp_path / "start")
+    save_folder(tmp_path / "start", tokenizer)
     return tmp_path / "start"
 
 

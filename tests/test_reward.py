@@ -1,7 +1,4 @@
-"""The reward model: what it reads, what its loss is, and how it trains.
-
-    python -m pytest tests/test_reward.py
-"""
+"""The reward model: what it reads, what its loss is, and how it trains."""
 
 import json
 import math
@@ -19,7 +16,7 @@ from model.reward import RewardModel
 from model.stream import sides
 from model.transformer import Transformer
 from model.weights import load_model, save_model
-from tests.conftest import MODEL_OPTIONS, RAGGED, as_record, make_model, plain_hidden, plain_ids
+from tests.conftest import MODEL_OPTIONS, RAGGED, as_record, make_model, plain_hidden, plain_ids, save_folder
 from tests.loops import metrics, record_gradients, weights
 from tests.ranks import forked
 from training.distributed import World
@@ -225,8 +222,7 @@ def test_a_tie_is_half_right():
 def start(tmp_path, tokenizer):
     """A folder with a tiny random language model, its head not tied, and its tokenizer."""
     model = make_model(tokenizer.vocab_size, torch.float32, hidden_size=32, tie_word_embeddings=False)
-    save_model(tmp_path / "start", model)
-    tokenizer.save(tmp_path / "start")
+    save_folder(tmp_path / "start", tokenizer, model)
     return tmp_path / "start"
 
 
@@ -317,8 +313,7 @@ def test_learns_the_bundled_preferences(tmp_path):
     """From random weights, a few steps are enough to tell manners apart in pairs that it never saw."""
     torch.manual_seed(0)
     tokenizer = train_reward.ChatTokenizer(SAMPLE / "tokenizer.json")
-    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32, spread=0, hidden_size=64))
-    tokenizer.save(tmp_path / "start")
+    save_folder(tmp_path / "start", tokenizer, spread=0, hidden_size=64)
     folders = ["--model", str(tmp_path / "start"), "--out", str(tmp_path / "out")]
     how = ["--max-steps", "40", "--lr", "3e-3", "--device", "cpu", "--precision", "fp32"]
     train_reward.main([*folders, *how])

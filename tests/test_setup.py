@@ -3,14 +3,12 @@
 import json
 
 import pytest
-import torch
 
 import train_dpo
 import train_sft
 from dataset.store import open_store
 from errors import InputError
-from model.weights import save_model
-from tests.conftest import RAGGED, as_record, make_model
+from tests.conftest import RAGGED, as_record, save_folder
 from tests.loops import metrics
 from training.settings import SAMPLE
 from training.setup import held_out_path
@@ -43,8 +41,7 @@ def test_held_out_data_is_named_once():
 @pytest.fixture
 def run(tmp_path, tokenizer, write_jsonl):
     """Run train_dpo on the ragged pairs with these flags; return the run folder."""
-    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32, spread=0.1))
-    tokenizer.save(tmp_path / "start")
+    save_folder(tmp_path / "start", tokenizer, spread=0.1)
     data = write_jsonl("pairs.jsonl", [as_record(pair) for pair in RAGGED])
 
     def call(*flags: str, out: str = "run"):

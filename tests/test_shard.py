@@ -1,7 +1,4 @@
-"""--shard: weights, gradients and moments split among ranks train the same model, and are saved and resumed.
-
-python -m pytest tests/test_shard.py -m ""
-"""
+"""--shard: weights, gradients and moments split among ranks; the same model, saved and resumed."""
 
 import json
 import os
@@ -25,8 +22,7 @@ import train_reward
 import train_sft
 from errors import InputError
 from files import file_hash
-from model.weights import save_model
-from tests.conftest import make_model
+from tests.conftest import save_folder
 from tests.faults import digest, timeless, train
 from tests.loops import ROOT, metrics, torchrun, weights
 from tests.ranks import forked
@@ -47,8 +43,7 @@ def flags(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("shard")
     shapes = {"start": {}, "untied": {"tie_word_embeddings": False}, "experts": {"num_experts": 3}}
     for name, shape in shapes.items():
-        save_model(folder / name, make_model(tokenizer.vocab_size, torch.float32, **shape))
-        tokenizer.save(folder / name)
+        save_folder(folder / name, tokenizer, **shape)
     for name, rows in (("pairs", PAIRS), ("chats", CHATS)):
         (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 

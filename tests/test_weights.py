@@ -1,7 +1,4 @@
-"""Model folders: loading returns what was saved, and refuses everything else.
-
-    python -m pytest tests/test_weights.py
-"""
+"""Model folders: loading returns what was saved, and refuses everything else."""
 
 import json
 import os

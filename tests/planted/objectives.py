@@ -17,7 +17,7 @@ MUTANTS = [
         "sigmoid",
         "losses = -F.logsigmoid(beta * margins)",
         "losses = -F.logsigmoid(margins)",
-        LOSSES + "test_gradient_identity_at_the_start",
+        LOSSES + "test_gradient_identity[at-the-start]",
     ),
     Mutant(
         "reference-sign-flipped",
@@ -44,7 +44,7 @@ MUTANTS = [
         "Objective.__call__",
         "self.derivative(chosen) - self.derivative(rejected)",
         "self.derivative(rejected) - self.derivative(chosen)",
-        LOSSES + "test_gradient_is_minus_beta_sigmoid",
+        CLOSED + "[sigmoid-0.1]",
     ),
     Mutant(
         "log-of-sigmoid",
@@ -53,7 +53,7 @@ MUTANTS = [
         "sigmoid",
         "losses = -F.logsigmoid(beta * margins)",
         "losses = -(beta * margins).sigmoid().log()",
-        LOSSES + "test_extremes_are_finite[dtype0]",
+        OBJECTIVES + "test_extremes_are_finite[sigmoid-reverse_kl-dtype0]",
     ),
     Mutant(
         "rewards-with-gradient",
