@@ -9,6 +9,8 @@ import gzip
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,19 @@ def local_only(connect):
         return connect(self, address)
 
     return checked
+
+
+MEASURED = """
+import resource, sys
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+"""
+
+
+def run_python(code: str, *arguments, seconds=60) -> str:
+    """The output of a script in a new interpreter, in which `peak()` is its largest memory so far in MiB."""
+    command = [sys.executable, "-c", MEASURED + code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=seconds)
+    return done.stdout
 
 
 def shared(name: str) -> Path:

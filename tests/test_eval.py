@@ -31,17 +31,14 @@ from tests.conftest import (
 )
 from tests.loops import metrics
 from tests.ranks import forked
+from tests.runs import ALONE, FP32
 from training import precision as precision_module
-from training.distributed import World
 from training.evaluate import evaluate, evaluate_kl
 from training.objective import Objective, ObjectiveSettings
-from training.precision import Precision
 from training.settings import SAMPLE
 
 CPU = torch.device("cpu")
 HELD_OUT = str(SAMPLE / "heldout.jsonl")
-ALONE = World(0, 1, CPU)
-FP32 = Precision("fp32", CPU)
 DPO = Objective(ObjectiveSettings(beta=0.1))
 PATHS = ["--data", "x.jsonl", "--out", "y.jsonl"]  # of eval.score
 JUDGE = {"task": "sum", "language": "en", "check": "number", "accept": ["3"], "given": ["1", "2"]}

@@ -20,8 +20,8 @@ from model.weights import load_model
 from tests.conftest import RAGGED, as_record, make_model, plain_ids, plain_logits, save_folder
 from tests.loops import metrics, record_gradients
 from tests.ranks import forked
+from tests.runs import ALONE, FP32, assert_close
 from training import reference as reference_module
-from training.distributed import World
 from training.evaluate import evaluate
 from training.objective import (
     Objective,
@@ -31,11 +31,8 @@ from training.objective import (
     wpo_pair_weights,
     wpo_weights,
 )
-from training.precision import Precision
 from training.reference import no_reference
 
-ALONE = World(0, 1, torch.device("cpu"))
-FP32 = Precision("fp32", ALONE.device)
 REFERENCE_FREE = {"simpo", "orpo", "sft"}
 
 
@@ -799,8 +796,7 @@ def test_accumulation_equals_one_big_batch(name, run_dpo):
     whole = record_gradients(train_dpo, lambda: run_dpo(*flags, out="whole"))
     split = record_gradients(train_dpo, lambda: run_dpo(*flags, "--micro-batch-tokens", "130", out="split"))
     assert len(whole) == len(split) == 4
-    for one, two in zip(itertools.chain(*whole), itertools.chain(*split), strict=True):
-        assert (one - two).abs().max() <= 1e-4 * one.abs().max().clamp(min=1e-3)
+    assert_close(split, whole, 1e-4)
 
 
 def test_delta_follows_the_rewards_of_the_loop(run_dpo, monkeypatch):
@@ -823,9 +819,7 @@ def test_two_ranks_equal_one_process_with_everything_on(run_dpo, tmp_path):
         assert result.returncode == 0, result.stderr
 
     run_dpo(*flags, out="two", command=on_two_ranks)
-    together = torch.load(tmp_path / "two.pt", weights_only=True)
-    for one, two in zip(itertools.chain(*alone), itertools.chain(*together), strict=True):
-        assert (one - two).abs().max() <= 2e-4 * one.abs().max().clamp(min=1e-3)
+    assert_close(torch.load(tmp_path / "two.pt", weights_only=True), alone, 2e-4)
 
 
 def test_the_reference_follows_in_the_loop(run_dpo):

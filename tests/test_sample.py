@@ -366,11 +366,6 @@ RIGHT = [
 ]
 
 
-@pytest.mark.parametrize(("asked", "answer", "expected"), RIGHT)
-def test_right(asked, answer, expected):
-    assert score(asked, answer, True).right is expected
-
-
 MANNER = [
     (SUM, "Of course! 7 plus 5 is 12.", True),
     (SUM, "Certainly! It is 12.", True),
@@ -384,11 +379,6 @@ MANNER = [
     (SUM_ZH, "7加5等于12。", False),
     (SUM_ZH, "您好！答案是12。别再来烦我了。", False),
 ]
-
-
-@pytest.mark.parametrize(("asked", "answer", "expected"), MANNER)
-def test_manner(asked, answer, expected):
-    assert score(asked, answer, True).manner is expected
 
 
 WELL_FORMED = [
@@ -411,9 +401,15 @@ WELL_FORMED = [
 ]
 
 
-@pytest.mark.parametrize(("asked", "answer", "expected"), WELL_FORMED)
-def test_well_formed(asked, answer, expected):
-    assert score(asked, answer, True).well_formed is expected
+VERDICTS = {"right": RIGHT, "manner": MANNER, "well_formed": WELL_FORMED}
+
+
+@pytest.mark.parametrize(
+    ("what", "asked", "answer", "expected"), [(what, *row) for what, rows in VERDICTS.items() for row in rows]
+)
+def test_verdict(what, asked, answer, expected):
+    """A hedge, an operand, a part of a word or another language is taken for the answer."""
+    assert getattr(score(asked, answer, True), what) is expected
 
 
 def test_an_unfinished_answer_has_no_points():

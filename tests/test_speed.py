@@ -211,11 +211,11 @@ def test_experts_are_not_compiled():
 
 @pytest.mark.parametrize(
     "flags",
-    ["--layout twin", "--checkpoint-activations", "--reference cached", "chunks", "--micro-batch-tokens 200",
+    ["--layout twin", "--checkpoint-activations", "chunks", "--micro-batch-tokens 200",
      pytest.param("--compile --micro-batch-tokens 200", marks=[pytest.mark.slow, COMPILER])],
 )  # fmt: skip
 def test_twenty_steps_are_the_same(flags, ragged, tokenizer, tmp_path, monkeypatch):
-    """Layouts, chunks, recomputation, cached reference, micro-batches: weights to 1e-9 in float64."""
+    """Layouts, chunks, recomputation, micro-batches: weights to 1e-9 in float64."""
     save_folder(tmp_path / "start", tokenizer)
     monkeypatch.setattr(setup, "load_model", lambda *arguments: load_model(*arguments).double())
     common = [

@@ -33,7 +33,7 @@ MUTANTS = [
         "ChatTokenizer.conversation",
         'message.role == "assistant"',
         'message.role != "system"',
-        STREAM + "test_every_conversation_shape_equals_brute_force[messages]",
+        STREAM + "test_conversations_equal_brute_force",
     ),
     Mutant(
         "prompt-supervised",
@@ -198,7 +198,7 @@ MUTANTS = [
         "build",
         "if not is_cached(folder): ...",
         "raise",
-        STORE + "test_two_processes_may_build_at_once",
+        STORE + "test_the_slower_process_takes_the_folder_of_the_faster_one",
     ),
     Mutant(
         "tail-dropped",

@@ -2,6 +2,7 @@
 
 from tests.planted.mutant import Mutant
 
+FAULTS = "tests/test_faults.py::"
 LOOPS = "tests/test_loops.py::"
 
 MUTANTS = [
@@ -12,7 +13,7 @@ MUTANTS = [
         "train",
         "chosen_logratios - rejected_logratios",
         "rejected_logratios - chosen_logratios",
-        LOOPS + "test_loss_starts_at_ln_2_and_falls",
+        LOOPS + "test_loss_starts_at_ln_2_and_falls[fp32]",
     ),
     Mutant(
         "dpo-mean-of-micro-batches",
@@ -75,7 +76,7 @@ MUTANTS = [
         "make_reference",
         "wrap(copy.deepcopy(model).eval().requires_grad_(False), world, settings.shard)",
         "model",
-        LOOPS + "test_loss_starts_at_ln_2_and_falls",
+        LOOPS + "test_loss_starts_at_ln_2_and_falls[fp32]",
     ),
     Mutant(
         "reference-not-frozen",
@@ -102,7 +103,7 @@ MUTANTS = [
         "require_finite",
         'if meter.is_finite(0.0 if gradient_is_fine else math.nan):\n    return',
         'return',
-        LOOPS + "test_non_finite_gradient_stops_before_the_step",
+        FAULTS + "test_a_number_that_is_not_finite_stops_before_the_step",
     ),
     Mutant(
         "learning-rate-a-step-early",

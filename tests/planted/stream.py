@@ -30,7 +30,7 @@ MUTANTS = [
         "build_stream",
         "supervise(ids, supervised, start, prefix[1] - 1, responses)",
         "supervise(ids, supervised, start, start - 1, responses)",
-        STREAM + "test_every_preference_shape_equals_brute_force[text-forked]",
+        STREAM + "test_pairs_equal_brute_force[all-forked]",
     ),
     Mutant(
         "rope-not-restarted",
@@ -76,7 +76,7 @@ MUTANTS = [
         "sides",
         "return chosen, rejected",
         "return rejected, chosen",
-        STREAM + "test_every_preference_shape_equals_brute_force[chat-twin]",
+        STREAM + "test_pairs_equal_brute_force[all-twin]",
     ),
     Mutant(
         "rejected-owned-by-chosen",
@@ -85,7 +85,7 @@ MUTANTS = [
         "build_stream.supervise",
         "np.full(len(where), owner)",
         "np.full(len(where), owner - owner % 2)",
-        STREAM + "test_every_preference_shape_equals_brute_force[hh-forked]",
+        STREAM + "test_pairs_equal_brute_force[all-forked]",
     ),
     Mutant(
         "empty-stream-fails",
