@@ -86,7 +86,7 @@ def test_a_config_of_another_size_is_refused_in_one_short_line(folder):
     ({"num_hidden_layers": 1024}, "config.json has 1024 layers, the weights have 2"),
     ({"num_experts": 1024}, "config.json has 1024 experts, the weights have 0"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 is not an integer from 0 to 1024"),
-])  # fmt: skip
+], ids=["layers", "experts", "beyond the limit"])  # fmt: skip
 def test_absurd_sizes_are_refused_before_a_model_is_built(folder, changes, reason, monkeypatch):
     """A million modules take minutes to make, and each tensor may be larger than the memory."""
     monkeypatch.setattr(RewardModel, "__init__", None)
