@@ -250,32 +250,29 @@ def test_damaged_settings_are_an_error_not_a_traceback(damage, folders, tmp_path
 # ---- the start of every command
 
 
-@pytest.mark.parametrize(
-    "main, arguments, reason",
-    [
-        (preference.main, ["--model", "/nowhere"], "/nowhere: there is no such model folder"),
-        (preference.main, ["--beta", "0"], "--beta must be positive, not 0.0"),
-        (preference.main, ["--micro-batch-tokens", "0"], "--micro-batch-tokens must be at least 1, not 0"),
-        (preference.main, ["--max-length", "-1"], "--max-length must not be negative, not -1"),
-        (judge.main, ["--model", "/nowhere"], "/nowhere: there is no such model folder"),
-        (judge.main, ["--samples", "0"], "--samples must be at least 1, not 0"),
-        (judge.main, ["--temperature", "nan"], "--temperature must be positive, not nan"),
-        (chat.main, ["--model", "/nowhere"], "/nowhere: there is no such model folder"),
-        (chat.main, ["--top-p", "0"], "--top-p must be above 0 and at most 1, not 0.0"),
-        (report.main, ["/nowhere"], "/nowhere: there is no such model folder"),
-        (report.main, [], "the following arguments are required: run"),
-        (report.main, [".", "--pairs", "0"], "--pairs must be at least 1, not 0"),
-        (report.main, [".", "--data", "/nowhere.jsonl"], "/nowhere.jsonl: "),
-        (report.main, [".", "--reference", "/nowhere"], "/nowhere: there is no such model folder"),
-        (report.main, ["a", "b", "--png"], "--png takes one run, not a b"),
-        (demo.main, ["--samples", "-1"], "--samples must be at least 1, not -1"),
-        (score.main, ["--model", "/nowhere", *PATHS], "/nowhere: there is no such model folder"),
-        (score.main, ["--data", "x.jsonl"], "give --data, the pairs to score, and --out"),
-        (score.main, ["--out", "x.jsonl"], "give --data, the pairs to score, and --out"),
-        (score.main, ["--data", "x.jsonl", "--out", "x.json"], "--out x.json: the name must end in .jsonl"),
-        (score.main, [*PATHS, "--micro-batch-tokens", "0"], "--micro-batch-tokens must"),
-    ],
-)
+@pytest.mark.parametrize("main, arguments, reason", [
+    (preference.main, ["--model", "/nowhere"], "/nowhere: there is no such model folder"),
+    (preference.main, ["--beta", "0"], "--beta must be positive, not 0.0"),
+    (preference.main, ["--micro-batch-tokens", "0"], "--micro-batch-tokens must be at least 1, not 0"),
+    (preference.main, ["--max-length", "-1"], "--max-length must not be negative, not -1"),
+    (judge.main, ["--model", "/nowhere"], "/nowhere: there is no such model folder"),
+    (judge.main, ["--samples", "0"], "--samples must be at least 1, not 0"),
+    (judge.main, ["--temperature", "nan"], "--temperature must be positive, not nan"),
+    (chat.main, ["--model", "/nowhere"], "/nowhere: there is no such model folder"),
+    (chat.main, ["--top-p", "0"], "--top-p must be above 0 and at most 1, not 0.0"),
+    (report.main, ["/nowhere"], "/nowhere: there is no such model folder"),
+    (report.main, [], "the following arguments are required: run"),
+    (report.main, [".", "--pairs", "0"], "--pairs must be at least 1, not 0"),
+    (report.main, [".", "--data", "/nowhere.jsonl"], "/nowhere.jsonl: "),
+    (report.main, [".", "--reference", "/nowhere"], "/nowhere: there is no such model folder"),
+    (report.main, ["a", "b", "--png"], "--png takes one run, not a b"),
+    (demo.main, ["--samples", "-1"], "--samples must be at least 1, not -1"),
+    (score.main, ["--model", "/nowhere", *PATHS], "/nowhere: there is no such model folder"),
+    (score.main, ["--data", "x.jsonl"], "give --data, the pairs to score, and --out"),
+    (score.main, ["--out", "x.jsonl"], "give --data, the pairs to score, and --out"),
+    (score.main, ["--data", "x.jsonl", "--out", "x.json"], "--out x.json: the name must end in .jsonl"),
+    (score.main, [*PATHS, "--micro-batch-tokens", "0"], "--micro-batch-tokens must"),
+])  # fmt: skip
 def test_bad_usage_is_one_line_and_status_2(main, arguments, reason, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_script(lambda: main(arguments))
@@ -438,14 +435,11 @@ def test_sampled_replies_belong_to_their_prompts(tokenizer, judged, monkeypatch)
         assert [reply.text for reply in row] == [prompt, *[prompt + "!"] * 3]
 
 
-@pytest.mark.parametrize(
-    "rule, reason",
-    [
-        (None, "no `judge` field"),
-        ({"task": "sum", "language": "en", "given": []}, "lacks accept, check"),
-        ({**JUDGE, "check": "vibes"}, "unknown check 'vibes'"),
-    ],
-)
+@pytest.mark.parametrize("rule, reason", [
+    (None, "no `judge` field"),
+    ({"task": "sum", "language": "en", "given": []}, "lacks accept, check"),
+    ({**JUDGE, "check": "vibes"}, "unknown check 'vibes'"),
+])  # fmt: skip
 def test_records_that_cannot_be_judged_are_named(write_jsonl, rule, reason):
     rows = [{**as_record(RAGGED[0]), "judge": JUDGE}, {**as_record(RAGGED[1]), "judge": rule}]
     with pytest.raises(DataError, match=reason) as error:

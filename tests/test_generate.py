@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from model.generate import Answer, KVCache, decode_steps, generate, sample
-from model.stream import TokenStream
+from model.generate import Answer, KVCache, generate, sample
 from tests.conftest import MODEL_OPTIONS, NoFloat64, make_model, plain_logits
 
 V, END = 40, 7
@@ -35,26 +34,6 @@ def test_cache_equals_the_full_forward(option, chunks):
     pieces = [IDS[start : start + size] for start, size in zip(starts, chunks, strict=True)]
     got = cached_logits(model, pieces)
     torch.testing.assert_close(got, plain_logits(model, IDS), rtol=0, atol=1e-9)
-
-
-@torch.no_grad()
-def test_cache_of_rows_that_are_fed_unevenly():
-    """One row of a cache gets a chunk while another gets a single token."""
-    model = make_model(V)
-    cache = KVCache(model.config, 2, 12, like=model.embed_tokens.weight)
-    feeds = [[(0, 0, 4), (1, 0, 1)], [(0, 4, 5), (1, 1, 6)], [(1, 6, 7)], [(0, 5, 9), (1, 7, 10)]]
-    texts, got = {0: IDS, 1: IDS[::-1]}, {0: [], 1: []}
-    for feed in feeds:
-        rows = torch.cat([torch.full((end - start,), row) for row, start, end in feed])
-        positions = torch.cat([torch.arange(start, end) for _, start, end in feed])
-        tokens = torch.tensor([t for row, start, end in feed for t in texts[row][start:end]])
-        cache.place(rows, positions)
-        logits = model.logits(model.hidden(tokens, positions, cache))
-        for row in (0, 1):
-            got[row].append(logits[rows == row])
-    for row, length in ((0, 9), (1, 10)):
-        expected = plain_logits(model, texts[row][:length])
-        torch.testing.assert_close(torch.cat(got[row]), expected, rtol=0, atol=1e-9)
 
 
 @torch.no_grad()
@@ -120,29 +99,6 @@ def test_no_prompts_and_no_tokens():
     assert generate(model, PROMPTS[:2], END, max_new_tokens=0) == [Answer(), Answer()]
 
 
-def test_what_is_sampled_is_what_training_scores():
-    """The log-prob of a drawn token equals the one that a stream computes."""
-    model = make_model(V)
-    prompt, steps = PROMPTS[0], []
-    uniforms = torch.rand(1, 6, generator=torch.Generator().manual_seed(0))
-    answer = [tokens[0] for _, tokens in decode_steps(model, [prompt], uniforms, -1, temperature=1.0)]
-    ids = prompt + answer
-    stream = TokenStream(
-        tokens=torch.tensor(ids),
-        positions=torch.arange(len(ids)),
-        segments=torch.tensor([(0, len(ids), 0, 0)]),
-        predictors=torch.arange(len(prompt) - 1, len(ids) - 1),
-        targets=torch.tensor(answer),
-        owners=torch.zeros(6, dtype=torch.long),
-        responses=1,
-    )
-    with torch.no_grad():
-        for n in range(6):
-            scores = plain_logits(model, prompt + answer[:n])[-1]
-            steps.append((scores[answer[n]] - scores.logsumexp(0)).item())
-        torch.testing.assert_close(model(stream).tolist(), steps, rtol=0, atol=1e-9)
-
-
 # ---- The distribution
 
 
@@ -192,8 +148,3 @@ def test_generation_needs_no_float64(sampling):
     model = make_model(V, dtype=torch.float32)
     with NoFloat64():
         assert len(generate(model, PROMPTS, END, 5, **sampling)) == len(PROMPTS)
-
-
-def test_temperature_0_is_the_likeliest_token():
-    """Greedy decoding neither draws nor divides by the temperature."""
-    assert sample(torch.tensor([LOGITS, LOGITS[::-1]]), torch.tensor([0.99, 0.0]), 0).tolist() == [2, 4]

@@ -12,7 +12,6 @@ from errors import InputError
 from model.stream import TokenStream
 from tests.conftest import make_model
 from tests.loops import record_gradients
-from tests.ranks import forked
 from tests.runs import PAIRS, assert_close, run_flags, same_model, stopped
 from training import memory
 from training.distributed import World
@@ -56,21 +55,6 @@ def test_the_result_does_not_depend_on_the_budget(layout, flags, monkeypatch):
     assert len(lengths) == len(steps[20]) == 4
     for most in (20, 150):
         assert_close(steps[most], steps[100_000], 2e-4)
-
-
-@pytest.mark.parametrize("shard", [False, True], ids=["copies", "split"])
-def test_two_ranks_with_unequal_data_equal_one(shard, flags, tmp_path):
-    """A rank with the long record has few others; both make the same number of forwards, or wait for ever."""
-    arguments = flags("one", micro_batch_tokens=150)
-    alone = record_gradients(train_dpo, lambda: train_dpo.main(arguments))
-    arguments = flags("two", micro_batch_tokens=150, **({"shard": True} if shard else {}))
-    result = forked("tests.loops", "train_dpo", tmp_path / "two.pt", *arguments, ranks=2)
-    assert result.returncode == 0, result.stderr
-    if shard:
-        one, two = (torch.load(tmp_path / out / "model.pt", weights_only=True) for out in ("one", "two"))
-        assert all((one[name] - two[name]).abs().max() < 2e-4 for name in one)
-        return
-    assert_close(torch.load(tmp_path / "two.pt", weights_only=True), alone, 2e-4)
 
 
 # ---- auto on a CPU

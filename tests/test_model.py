@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from errors import InputError
 from model.attention import attention, causal_bias
 from model.config import PRESETS, ModelConfig
-from model.reward import RewardModel
 from model.rotary import rotary, rotate
 from model.stream import TokenStream
 from model.transformer import Transformer, token_logps
@@ -161,15 +160,6 @@ def test_model_under_bf16_autocast_gives_float32_log_probs():
 # ---- A fresh model
 
 
-def test_a_fresh_model_predicts_all_tokens_alike():
-    """Its loss is ln V. A larger loss comes from large scores, which training has to reduce first."""
-    model = make_model(1000, dtype=torch.float32, spread=0.0, hidden_size=64)
-    torch.manual_seed(0)
-    ids = torch.randint(1000, (400,)).tolist()
-    with torch.no_grad():
-        assert -model(one_stream(ids)).mean().item() == pytest.approx(math.log(1000), abs=0.1)
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_fresh_weights_keep_a_signals_size(tied):
     """With one deviation for every width, a narrow model has tiny activations and hardly learns to copy."""
@@ -191,30 +181,6 @@ def test_fresh_weights_keep_a_signals_size(tied):
 
 
 # ---- Weights: names, tying, sizes
-
-
-@pytest.mark.parametrize("option", ["plain", "untied"])
-def test_a_reward_model_shares_the_weights_of_its_language_model(option):
-    """A copy would double the memory that a run takes while it starts."""
-    model = make_model(V, torch.float32, **MODEL_OPTIONS[option])
-    reward = RewardModel.from_language_model(model)
-    theirs = {name: value.data_ptr() for name, value in model.state_dict().items()}
-    ours = {name: value.data_ptr() for name, value in reward.state_dict().items()}
-    assert not reward.score.weight.any() and all(p.requires_grad for p in reward.parameters())
-    assert ours.items() - {("score.weight", reward.score.weight.data_ptr())} <= theirs.items()
-
-
-def test_tied_embeddings_are_one_tensor():
-    """Two copies would differ after the first step, and a checkpoint would contain both."""
-    tied, untied = make_model(V), make_model(V, tie_word_embeddings=False)
-    assert "lm_head.weight" not in tied.state_dict() and "lm_head.weight" in untied.state_dict()
-    hidden = torch.ones(3, 16, dtype=torch.float64)
-    torch.testing.assert_close(tied.logits(hidden), hidden @ tied.embed_tokens.weight.T)
-    torch.testing.assert_close(untied.logits(hidden), hidden @ untied.lm_head.weight.T)
-    copied = copy.deepcopy(tied)
-    with torch.no_grad():
-        copied.embed_tokens.weight.zero_()
-    assert not copied.logits(hidden).any() and tied.logits(hidden).any()
 
 
 def test_modules_are_named_as_in_hugging_face():

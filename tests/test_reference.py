@@ -14,10 +14,10 @@ from dataset.packing import build_stream
 from dataset.store import open_store
 from errors import InputError
 from model.weights import load_model
-from tests.conftest import RAGGED, as_record, make_model, save_folder
+from tests.conftest import RAGGED, as_record, make_model
 from tests.loops import metrics, record_gradients, weights
 from tests.ranks import forked
-from tests.runs import ALONE, FP32, assert_close
+from tests.runs import ALONE, FP32, assert_close, run_flags
 from training import reference, setup
 from training.evaluate import evaluate_kl
 from training.objective import Objective, ObjectiveSettings
@@ -31,21 +31,14 @@ def cache_of_its_own(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def flags(tmp_path, tokenizer, write_jsonl):
+def flags(tmp_path, tokenizer):
     """The flags of a run on the ragged pairs, written three times over: 21 pairs in windows of 4."""
-    model = make_model(tokenizer.vocab_size, torch.float32)
-    save_folder(tmp_path / "start", tokenizer, model)
-    data = write_jsonl("pairs.jsonl", [as_record(pair) for pair in RAGGED] * 3)
-
-    def made(out: str, *others: str) -> list[str]:
-        return [
-            *("--model", str(tmp_path / "start"), "--data", str(data), "--eval-data", str(data)),
-            *("--batch-size", "4", "--micro-batch-tokens", "200", "--lr", "1e-3", "--warmup-steps", "2"),
-            *("--epochs", "4", "--max-steps", "20", "--log-every", "1", "--eval-every", "10"),
-            *("--device", "cpu", "--precision", "fp32", "--out", str(tmp_path / out), *others),
-        ]
-
-    return made
+    pairs = [as_record(pair) for pair in RAGGED] * 3
+    made = run_flags(
+        tmp_path, tokenizer, pairs, eval_data=True, micro_batch_tokens=200, warmup_steps=2, epochs=4,
+        max_steps=20, log_every=1, eval_every=10,
+    )  # fmt: skip
+    return lambda out, *others: [*made(tmp_path / out), *others]
 
 
 @pytest.fixture
@@ -77,7 +70,7 @@ def test_twenty_steps_are_those_of_the_live_reference(flags, tmp_path, in_float6
 def test_each_token_has_its_own(flags, tmp_path, tokenizer):
     """Row by row and token by token, whatever rows a stream takes and in whatever order."""
     model = make_model(tokenizer.vocab_size)
-    store = open_store(tmp_path / "pairs.jsonl", "preferences", tokenizer, 512)
+    store = open_store(tmp_path / "pairs", "preferences", tokenizer, 512)
     for layout in ("forked", "twin"):
         reference.cache_reference(model, store, ALONE, FP32, layout, max_tokens=250)
         assert store.reference_logps.dtype == np.float64
@@ -108,7 +101,7 @@ def test_a_second_run_asks_nothing(flags, monkeypatch, tmp_path):
 
 def test_what_changes_a_log_prob_changes_the_file(flags, tmp_path, tokenizer):
     """Another model's answers would train without an error, towards the wrong reference."""
-    data = tmp_path / "pairs.jsonl"
+    data = tmp_path / "pairs"
 
     def file(model, layout="forked", precision="fp32", max_length=512, matmul="highest"):
         store = open_store(data, "preferences", tokenizer, max_length)
@@ -145,7 +138,7 @@ def test_two_ranks_ask_as_one(flags, tmp_path):
 
 def test_an_interrupted_file_is_no_file(flags, tmp_path, tokenizer, monkeypatch):
     """Half of the log-probs under the final name would be read as all of them."""
-    store = open_store(tmp_path / "pairs.jsonl", "preferences", tokenizer, 512)
+    store = open_store(tmp_path / "pairs", "preferences", tokenizer, 512)
     model = make_model(tokenizer.vocab_size, torch.float32)
     original = reference.token_logps
 
@@ -159,14 +152,11 @@ def test_an_interrupted_file_is_no_file(flags, tmp_path, tokenizer, monkeypatch)
     assert not [*store.folder.glob("reference-*"), *store.folder.glob("*.tmp")]
 
 
-@pytest.mark.parametrize(
-    "options, reason",
-    [
-        ({"tr_alpha": 0.5}, "--tr-alpha and --tr-every change it"),
-        ({"tr_every": 3}, "--tr-alpha and --tr-every change it"),
-        ({"loss": "simpo"}, "does not use a reference"),
-    ],
-)
+@pytest.mark.parametrize("options, reason", [
+    ({"tr_alpha": 0.5}, "--tr-alpha and --tr-every change it"),
+    ({"tr_every": 3}, "--tr-alpha and --tr-every change it"),
+    ({"loss": "simpo"}, "does not use a reference"),
+])  # fmt: skip
 def test_what_cannot_be_cached_is_refused(options, reason):
     """A reference that moves is not the one that was asked."""
     objective = Objective(ObjectiveSettings(**options))

@@ -9,7 +9,7 @@ end-token-lost in dataset.tokenizer: ChatTokenizer.response
 A response without its end token never learns to stop.
 - [*self._content(self.template.user_to_answer, Message("assistant", content)), self.end_id]
 + [*self._content(self.template.user_to_answer, Message("assistant", content))]
-test_stream.py::test_each_response_ends_once[forked]
+test_stream.py::test_pairs_equal_brute_force[all-forked]
 
 end-token-unsupervised in dataset.tokenizer: ChatTokenizer.conversation
 The end token is there and outside the loss, so that answers never end.

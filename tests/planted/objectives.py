@@ -324,13 +324,13 @@ tr-copies-the-pointer in training.objective: Objective.after_step
 After the first copy the reference is the policy, and the loss ln 2 for ever.
 - old.lerp_(new, share)
 + old.data = new.data
-test_objectives.py::test_tr_dpo_by_copies
+test_objectives.py::test_the_reference_follows_in_the_loop
 
 tr-a-step-early in training.objective: Objective.after_step
 The first copy comes after one step instead of tau.
 - self.moves_reference and step % every == 0
 + self.moves_reference and step % every == 1 % every
-test_objectives.py::test_tr_dpo_by_copies
+test_objectives.py::test_the_reference_follows_in_the_loop
 
 weights-of-losses-ignored in training.objective: Objective.__call__
 MPO with three equal weights is another objective.

@@ -37,13 +37,13 @@ mean-for-sum in model.stream: TokenStream.sum_by_response
 Eq. 7 of the paper has sums; a mean over tokens is another objective, that of other papers.
 - token_logps.new_zeros(self.responses).index_add(0, self.owners, token_logps)
 + token_logps.new_zeros(self.responses).index_reduce(0, self.owners, token_logps, "mean", include_self=False)
-test_stream.py::test_a_response_in_two_parts_adds_up
+test_stream.py::test_pairs_equal_brute_force[all-forked]
 
 sides-split-into-halves in model.stream: sides
 Chosen and rejected lie by turns; split into halves, answers to different prompts are compared.
 - values.view(-1, 2).unbind(1)
 + values.view(2, -1).unbind(0)
-test_stream.py::test_sides_are_split_by_turns
+test_stream.py::test_pairs_equal_brute_force[all-twin]
 
 sides-swapped in model.stream: sides
 The model learns to prefer what people rejected, and every curve looks well.
