@@ -54,12 +54,6 @@ def test_nothing_left_to_train_on_is_status_1(inspect, write_jsonl, row):
     assert status == 1 and "records   1: 0 to train on" in printed
 
 
-def test_pairs_scored_the_other_way_round_are_reported(inspect, write_jsonl):
-    rows = [{**PAIR, "score_chosen": i, "score_rejected": 2} for i in range(5)]
-    _, printed = inspect(write_jsonl("scored.jsonl", rows))
-    assert "scores    2 pairs have a rejected side that scores higher: --swap-by-score exchanges" in printed
-
-
 def test_overlap_ignores_case_and_white_space(inspect, write_jsonl):
     other = write_jsonl("heldout.jsonl", [{**PAIR, "prompt": " hi "}, {**PAIR, "prompt": "other"}])
     _, printed = inspect(write_jsonl("pairs.jsonl", [PAIR, {**PAIR, "prompt": "Ho"}]), "--against", other)

@@ -82,29 +82,6 @@ def test_last_tokens_are_end_tokens(layout, tokenizer, pairs):
     assert build_stream(pairs, [], layout).last_tokens().tolist() == []
 
 
-def test_last_tokens_of_conversations(tokenizer, write_jsonl):
-    rows = [{"prompt": "Hi", "response": "Hello"}, {"prompt": "1", "response": "2 3"}]
-    store = open_store(write_jsonl("chats.jsonl", rows), "conversations", tokenizer, 512)
-    stream = build_stream(store, [0, 1])
-    ends = [int(stream.predictors[stream.owners == response].max()) + 1 for response in (0, 1)]
-    assert stream.last_tokens().tolist() == ends and (stream.tokens[ends] == tokenizer.end_id).all()
-
-
-@pytest.mark.parametrize("option", ["all", "experts"])
-def test_forked_equals_twin(option, tokenizer, pairs):
-    """Values and gradients: a prompt that is computed once must learn from both sides."""
-    model = make_reward_model(tokenizer.vocab_size, **MODEL_OPTIONS[option])
-    results = []
-    for layout in LAYOUTS:
-        rewards = model(build_stream(pairs, range(len(pairs)), layout))
-        loss = bradley_terry_loss(*sides(rewards)).mean()
-        results.append((rewards, torch.autograd.grad(loss, list(model.parameters()))))
-    (forked, forked_gradients), (twin, twin_gradients) = results
-    torch.testing.assert_close(forked, twin, rtol=0, atol=1e-10)
-    for a, b in zip(forked_gradients, twin_gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_fresh_reward_model_is_the_language_models_body(tied, tokenizer, pairs):
     """All weights, not copied, but the vocabulary matrix, which no gradient would reach; all rewards 0."""

@@ -42,7 +42,7 @@ gqa-head-order in model.attention: attention
 Query heads share key heads in the other order; checkpoints load, and speak nonsense.
 - q.reshape(groups, heads // groups * queries, size)
 + q.unflatten(0, (-1, groups)).transpose(0, 1).reshape(groups, heads // groups * queries, size)
-test_model.py::test_gqa_equals_mha_with_repeated_heads
+test_model.py::test_forward_equals_the_formulas[plain]
 
 scores-not-scaled in model.attention: attention
 Scores that are not divided by sqrt(D) saturate the softmax.
