@@ -37,9 +37,9 @@ class Settings(AdapterSettings):
     data: str = flag(str(SAMPLE / "sft.jsonl"), "conversations: .jsonl or .json, also .gz")
     eval_data: str = flag("", "held-out conversations; empty: none")
     out: str = flag("runs/sft", "run folder: config, weights, tokenizer, metrics")
-    epochs: int = flag(6, "passes over the data")
-    batch_size: int = flag(16, "conversations per optimizer step, over all ranks and micro-batches")
-    lr: float = flag(2.5e-3, "peak learning rate, for the tiny model; a billion weights need 1e-5")
+    epochs: int = flag(3, "passes over the data")
+    batch_size: int = flag(32, "conversations per optimizer step, over all ranks and micro-batches")
+    lr: float = flag(4e-3, "peak learning rate, for the tiny model; a billion weights need 1e-5")
     warmup_steps: int = flag(20, "steps of linear warm-up before the cosine")
     optimizer: str = flag(
         "auto",
