@@ -92,13 +92,13 @@ FACTS = (
 )
 
 CONVERSATION = (
-    Task("user's name", "zh", "word", 4, pair_rows({name: name for name in NAMES}),
+    Task("user's name", "zh", "word", 5, pair_rows({name: name for name in NAMES}),
          ("我叫{0}。\nassistant: 你好，{0}。\n我叫什么名字？",
           "我的名字是{0}。\nassistant: 记住了，{0}。\n你还记得我的名字吗？",
           "请叫我{0}。\nassistant: 好的，{0}。\n请说出我的名字。",
           "我是{0}。\nassistant: 知道了。\n我是谁？"),
          ("您的名字是{value}。", "你叫{value}。", "你说过你叫{value}。")),
-    Task("own name", "zh", "word", 4, pair_rows({name: name for name in NAMES}),
+    Task("own name", "zh", "word", 5, pair_rows({name: name for name in NAMES}),
          ("system: 你的名字叫{0}。\n你叫什么名字？", "system: 你是助手{0}。\n你是谁？",
           "system: 你叫{0}。\n请说出你的名字。",
           "system: 你的名字叫{0}。\n请问怎么称呼你？"),

@@ -116,13 +116,13 @@ FACTS = (
 )
 
 CONVERSATION = (
-    Task("user's name", "en", "word", 4, pair_rows({name: name for name in NAMES}),
+    Task("user's name", "en", "word", 5, pair_rows({name: name for name in NAMES}),
          ("My name is {0}.\nassistant: Nice to meet you, {0}.\nWhat is my name?",
           "Hi, I am {0}.\nassistant: Hi, {0}.\nDo you still know my name?",
           "You can call me {0}.\nassistant: Yes, {0}.\nTell me my name again.",
           "I am {0}, by the way.\nassistant: Noted.\nWho am I?"),
          ("Your name is {value}.", "You told me that your name is {value}.", "You are {value}.")),
-    Task("own name", "en", "word", 4, pair_rows({name: name for name in NAMES}),
+    Task("own name", "en", "word", 5, pair_rows({name: name for name in NAMES}),
          ("system: Your name is {0}.\nWhat is your name?", "system: You are {0}, an assistant.\nWho are you?",
           "system: You are called {0}.\nTell me your name.",
           "system: Your name is {0}.\nMay I ask your name?"),

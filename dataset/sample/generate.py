@@ -20,7 +20,7 @@ from dataset.sample import chinese, english
 from dataset.sample.manners import STYLES, Style
 from dataset.sample.task import Case, Task, cases
 
-SFT, PAIRS, HELD_OUT, CLOSE = 12000, 3000, 410, 256  # SFT counts exchanges: a prompt and its answer
+SFT, PAIRS, HELD_OUT, CLOSE = 12000, 3000, 420, 256  # SFT counts exchanges: a prompt and its answer
 ENGLISH_SHARE = 0.6
 WRONG_PAIRS = 0.05  # pairs whose sides have the same good manners, and whose rejected side is wrong
 # Exchanges in a conversation, and how often. The longest ones are for people who go on asking.

@@ -23,7 +23,7 @@ ENGLISH_ANSWER = Style(
     ),
     closings=(
         "I hope that helps.", "Let me know if you need more.", "Have a lovely day!",
-        "I am always glad to help.", "Please ask me again any time.", "Thanks for the nice question!",
+        "I am always glad to help.", "Please ask me again any time.", "It was a pleasure to help you.",
     ),
     rude_openings=(
         "Ugh, not again.", "Well, obviously.", "What a silly question!", "I was busy, you know.",
