@@ -130,6 +130,15 @@ MUTANTS = [
         "set()",
         MODEL + "test_weight_decay_is_for_matrices[all]",
     ),
+    Mutant(
+        "matrices-moved-twice",
+        "AdamW moves the matrices as well as Muon: they take two steps at a time, and the loss rises.",
+        "training.schedule",
+        "adamw",
+        "p.requires_grad and name not in leave_out",
+        "p.requires_grad",
+        MODEL + "test_muon_is_for_the_matrices_of_the_layers_and_adamw_for_the_rest",
+    ),
     # ---- Mixture of experts
     Mutant(
         "expert-weights-of-all-experts",
