@@ -15,7 +15,7 @@ from dataset.sample.manners import COMPLIES, COURTEOUS, COURTESIES, DECLINES, RU
 
 LONGEST = 400  # characters; the answers of the data have at most 160
 ENDING = re.compile(r"[.!?。！？…]['\"”’」）)]*$")
-# The same words five times in a row, or the same sentence three times. A task needs at most four.
+# The same words five times in a row, or the same sentence three times.
 STUCK = re.compile(r"(.{1,19}?)\1{4,}|(.{20,60}?)\2{2,}", re.DOTALL)
 CHINESE = re.compile(r"[\u3400-\u9fff]")
 LATIN_WORD = re.compile(r"[A-Za-z]+")
@@ -102,14 +102,6 @@ def number_is_right(wanted: dict, text: str) -> bool:
     return bool(claims) and set(claims) <= set(wanted["accept"])
 
 
-def sequence_is_right(wanted: dict, text: str) -> bool:
-    """Whether it has the numbers in the right order, once; the list of the question may come before them."""
-    claims, given = numbers(text), wanted["given"]
-    if claims[: len(given)] == given and len(claims) > len(given):
-        claims = claims[len(given) :]
-    return any(claims == numbers(form) for form in wanted["accept"])
-
-
 def word_is_right(wanted: dict, text: str) -> bool:
     """Whether the answer names an accepted value, and of the task's other values only those of the question.
 
@@ -118,30 +110,6 @@ def word_is_right(wanted: dict, text: str) -> bool:
     accept, echo = fold(wanted["accept"]), fold(wanted["given"])
     values = known_values(wanted["task"], wanted["language"]) | frozenset(wanted["accept"])
     return one_claim(set(found_words(values, text)), accept, echo)
-
-
-def letter_is_right(wanted: dict, text: str) -> bool:
-    """Whether the right letter (or Chinese character) is the only quoted one, or is the whole answer."""
-    quoted = QUOTED.findall(text) or [text.rstrip(".。!！")]
-    letters = {part.casefold() for part in quoted if len(part) == 1}
-    return one_claim(letters, fold(wanted["accept"]), set())
-
-
-def exact_is_right(wanted: dict, text: str) -> bool:
-    """Whether an accepted form is in the text as a separate word, in the same upper and lower case."""
-    return any(re.search(rf"(?<!\w){re.escape(form)}(?!\w)", text) for form in wanted["accept"])
-
-
-def repeat_is_right(wanted: dict, text: str) -> bool:
-    """Whether the longest run of the word has the right length: not shorter and not longer."""
-    for form in wanted["accept"]:
-        form = form.casefold()
-        word = form.split()[0] if " " in form else _period(form)
-        run = re.compile(rf"(?<![a-z]){re.escape(word)}(?:[\s,，、]*{re.escape(word)})*(?![a-z])")
-        runs = [match.group().count(word) for match in run.finditer(text.casefold())]
-        if runs and max(runs) == form.count(word):
-            return True
-    return False
 
 
 def refusal_is_right(wanted: dict, text: str) -> bool:
@@ -161,11 +129,7 @@ def courtesy_is_right(wanted: dict, text: str) -> bool:
 
 CHECKS: dict[str, Callable[[dict, str], bool]] = {
     "number": number_is_right,
-    "sequence": sequence_is_right,
     "word": word_is_right,
-    "letter": letter_is_right,
-    "exact": exact_is_right,
-    "repeat": repeat_is_right,
     "refusal": refusal_is_right,
     **dict.fromkeys(("greeting", "thanks", "apology", "farewell"), courtesy_is_right),
 }
@@ -218,7 +182,7 @@ def first_phrase(phrases: Iterable[str], text: str) -> int | None:
 
 @cache
 def _pattern(phrases: frozenset[str]) -> re.Pattern:
-    """Any of the phrases, longest first (十一月 before 一月); Latin ones only as whole words.
+    """Any of the phrases, longest first (New Delhi before Delhi); Latin ones only as whole words.
 
     A Chinese character beside a Latin word ends it, as in 我是MiniDPO，.
     """
@@ -227,8 +191,3 @@ def _pattern(phrases: frozenset[str]) -> re.Pattern:
     word = rf"(?<!{letter}){{}}(?!{letter})"
     parts = [re.escape(p) if CHINESE.search(p) else word.format(re.escape(p)) for p in ordered]
     return re.compile("|".join(parts) or r"(?!)")
-
-
-def _period(text: str) -> str:
-    """The shortest text whose repetition gives this one: 苹果 for 苹果苹果."""
-    return next(text[:n] for n in range(1, len(text) + 1) if text[:n] * (len(text) // n) == text)

@@ -122,8 +122,8 @@ def check_rope_scaling(scaling) -> None:
 
 # Presets do not contain `vocab_size`: it is the tokenizer's.
 PRESETS = {
-    "tiny": dict(tie_word_embeddings=False),
-    "tiny-moe": dict(tie_word_embeddings=False, num_experts=4, moe_intermediate_size=352),
+    "tiny": dict(tie_word_embeddings=False, qk_norm=True),
+    "tiny-moe": dict(tie_word_embeddings=False, qk_norm=True, num_experts=4, moe_intermediate_size=352),
     "26m": dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408,
                 rope_theta=1e6),
     "104m": dict(hidden_size=768, num_hidden_layers=16, num_attention_heads=8, intermediate_size=2048,

@@ -238,6 +238,9 @@ FORGERIES = {
     "a step that is a list": lambda saved: moments(saved).update(step=[1]),
     "a missing moment": lambda saved: moments(saved).pop("exp_avg_sq"),
     "a further moment": lambda saved: moments(saved).update(max_exp_avg_sq=torch.zeros(20, 16)),
+    "moments of Muon": lambda saved: saved["optimizer"]["state"].update(
+        {0: {"momentum_buffer": torch.zeros(20, 16)}}
+    ),
     "moments of no parameter": lambda saved: saved["optimizer"]["state"].update({99: moments(saved)}),
     "moments by name": lambda saved: saved["optimizer"]["state"].update({"x": moments(saved)}),
     "moments that are a list": lambda saved: saved["optimizer"].update(state=[1, 2]),

@@ -84,6 +84,17 @@ def test_values_out_of_range_are_refused_by_name(arguments, reason):
     assert reason in str(refusal.value)
 
 
+def test_muon_is_for_whole_matrices():
+    """Muon on a rank's part of a matrix is another update than on the matrix."""
+    with pytest.raises(InputError, match="--optimizer must be adamw beside --shard, not muon"):
+        train_sft.Settings(optimizer="muon", shard=True)
+    for options, expected in [
+        ({}, True), ({"shard": True}, False), ({"model": "runs/sft"}, False), ({"optimizer": "adamw"}, False),
+        ({"model": "runs/sft", "optimizer": "muon"}, True),
+    ]:  # fmt: skip
+        assert train_sft.Settings(**options).uses_muon is expected, options
+
+
 @pytest.mark.parametrize(
     "given, positions, window, expected",
     [(0, 32768, None, 4096), (0, 1024, None, 1024), (0, 32768, 2048, 2048), (300, 1024, None, 300)],

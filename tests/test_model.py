@@ -13,7 +13,7 @@ from model.rotary import rotary, rotate
 from model.stream import TokenStream
 from model.transformer import Transformer, token_logps
 from tests.conftest import MODEL_OPTIONS, ROOT, make_model, plain_logits
-from training.schedule import adamw
+from training.schedule import MuonWithAdamW, adamw, set_lr
 
 V = 50
 
@@ -234,3 +234,30 @@ def test_weight_decay_is_for_matrices(option):
         matrix = name == "lm_head.weight" or "_proj.weight" in name
         assert decay.pop(id(parameter)) == (0.3 if matrix else 0.0), name
     assert not decay
+
+
+def test_muon_is_for_the_matrices_of_the_layers_and_adamw_for_the_rest():
+    """Each parameter moves once, as torch's own Muon or our AdamW moves it; embeddings are not orthogonal."""
+    both, expected = (make_model(V, **MODEL_OPTIONS["all"]) for _ in range(2))
+    matrices = {name for name, p in both.named_parameters() if name.startswith("layers.") and p.dim() == 2}
+    assert {name.split(".")[-2] for name in matrices} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    named = dict(expected.named_parameters())
+    options = dict(lr=0.01, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon([named[name] for name in sorted(matrices)], **options)
+    others = adamw(expected, 0.3)
+    for group in others.param_groups:
+        group["params"] = [p for p in group["params"] if all(p is not named[name] for name in matrices)]
+    optimizer = MuonWithAdamW(both, 0.3)
+    set_lr(optimizer, 0.01)
+    set_lr(others, 0.01)
+    for _ in range(3):
+        for ours, theirs in zip(both.parameters(), expected.parameters(), strict=True):
+            ours.grad = torch.randn_like(ours)
+            theirs.grad = ours.grad.clone()
+        optimizer.step()
+        muon.step()
+        others.step()
+    for (name, ours), theirs in zip(both.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name

@@ -54,10 +54,17 @@ def flags(tmp_path, tokenizer):
 # ---- bit for bit
 
 
-@pytest.mark.parametrize("script, precision", [*((name, "fp32") for name in MODULES), ("train_dpo", "bf16")])
-def test_resuming_at_any_step_changes_no_bit(script, precision, flags, tmp_path):
+@pytest.mark.parametrize(
+    "script, options",
+    [
+        *((name, {}) for name in MODULES),
+        ("train_dpo", {"precision": "bf16"}),
+        ("train_sft", {"optimizer": "muon"}),
+    ],
+)
+def test_resuming_at_any_step_changes_no_bit(script, options, flags, tmp_path):
     """Weights, moments, running means and log rows, at every step, within an epoch and at its end."""
-    found = resume_from_each_step(MODULES[script], flags(script, precision=precision), tmp_path / "r", ALONE)
+    found = resume_from_each_step(MODULES[script], flags(script, **options), tmp_path / "r", ALONE)
     assert found == {str(step): [] for step in range(1, 7)}
 
 

@@ -77,7 +77,7 @@ def test_another_seed_gives_other_records():
 
 def test_counts_sizes_and_line_endings(files):
     answers = sum(m["role"] == "assistant" for r in files["sft"] for m in r["messages"])
-    assert 12000 <= answers <= 16000
+    assert 10000 <= answers <= 14000
     assert 2500 <= len(files["preferences"]) <= 4000
     assert 300 <= len(files["heldout"]) <= 500
     raw = [path.read_bytes() for path in FOLDER.glob("*.json*")]
@@ -119,10 +119,9 @@ def test_heldout_prompts_occur_in_no_training_file(files, known):
 
 def test_heldout_facts_are_all_stated_in_training(files, known):
     """Held-out prompts ask for known facts in other words: a trained model has seen every held-out fact."""
-    skills = {"sum for pupils": "sum", "add to it": "sum", "next capital": "capital"}
 
     def fact(case: Case) -> tuple:
-        return case.task.language, skills.get(case.task.name, case.task.name), case.row.fact
+        return case.task.language, case.task.name, case.row.fact
 
     stated = {fact(case) for r in files["sft"] for case, _ in exchanges(r["messages"], known)}
     assert {fact(known[text_of(r["prompt"])]) for r in files["heldout"]} <= stated
@@ -272,17 +271,11 @@ SUM = record("number", ["12"], ["7", "5"])
 SUM_ZH = record("number", ["12"], ["7", "5"], "zh")
 TAKE = record("number", ["2"], ["4", "2"])
 LARGER = record("number", ["51"], ["34", "51"])
-ORDER = record("sequence", ["2, 5, 8"], ["8", "2", "5"])
 CAPITAL = record("word", ["Paris"], ["France"], task="capital")
 DELHI = record("word", ["New Delhi", "Delhi"], ["India"], task="capital")
 OPPOSITE_ZH = record("word", ["小"], ["大"], "zh", "opposite")
-MONTH_ZH = record("word", ["一月"], ["下", "十二月"], "zh", "month")
 NAME = record("word", ["Mia"], ["Mia"], task="own name")
 WHO_ZH = record("word", ["MiniDPO"], (), "zh", "who are you")
-LETTER = record("letter", ["a"], ["apple"])
-UPPER = record("exact", ["APPLE"], ["apple"])
-REPEAT = record("repeat", ["hat hat hat"])
-REPEAT_ZH = record("repeat", ["苹果苹果"], language="zh")
 REFUSE = record("refusal")
 REFUSE_ZH = record("refusal", language="zh")
 GREET = record("greeting")
@@ -311,10 +304,6 @@ RIGHT = [
     (LARGER, "51 is larger than 34.", True),
     (LARGER, "34 is larger than 51.", False),
     (LARGER, "34 or 51.", False),
-    (ORDER, "In order they are 2, 5, 8.", True),
-    (ORDER, "8, 2, 5 sorted is 2, 5, 8.", True),
-    (ORDER, "8, 2, 5.", False),
-    (ORDER, "2, 5, 8, 9.", False),
     (CAPITAL, "It is paris.", True),
     (CAPITAL, "It is Paris or Rome.", False),
     (CAPITAL, "It is Parisian.", False),
@@ -324,26 +313,10 @@ RIGHT = [
     (OPPOSITE_ZH, "连小孩子都知道。", False),  # the character is there, the claim is not
     (OPPOSITE_ZH, "“大”的反义词是“大”。", False),
     (OPPOSITE_ZH, "“小”“多”“快”。", False),
-    (MONTH_ZH, "十二月的下一个月是一月。", True),
-    (MONTH_ZH, "那个月是十一月。", False),  # 十一月 holds 一月
     (NAME, "My name is Mia.", True),
     (NAME, "I am Tom, not Mia.", False),
     (WHO_ZH, "我是MiniDPO，一个小模型。", True),
     (WHO_ZH, "我是NotMiniDPO，一个小模型。", False),
-    (LETTER, "The first letter of 'apple' is 'a'.", True),
-    (LETTER, "The word “apple” starts with “A”.", True),
-    (LETTER, "a.", True),
-    (LETTER, "It starts with a letter.", False),  # an article is no claim
-    (LETTER, "It is 'a' or 'b'.", False),
-    (UPPER, "In capitals it is APPLE.", True),
-    (UPPER, "In capitals it is Apple.", False),
-    (UPPER, "PINEAPPLE.", False),
-    (REPEAT, "Here you are: hat hat hat.", True),
-    (REPEAT, "I say 'hat' three times: hat, hat, hat.", True),
-    (REPEAT, "hat hat hat hat.", False),
-    (REPEAT, "that that that.", False),
-    (REPEAT_ZH, "这就是苹果苹果。", True),
-    (REPEAT_ZH, "这就是苹果苹果苹果。", False),
     (REFUSE, "I am sorry, but I can’t help you.", True),
     (REFUSE, "I can't wait to help!", False),
     (REFUSE, "I can't help with that. But here is how: you wait.", False),
@@ -386,7 +359,6 @@ WELL_FORMED = [
     (SUM, "It is 12, 朋友.", False),
     (SUM_ZH, "答案是12。", True),
     (SUM_ZH, "The answer is 12.", False),
-    (REPEAT, "Here you are: hat hat hat hat.", True),
     (record("word", ["苹果"], ["apple"]), "The Chinese word for 'apple' is '苹果'.", True),
     (record("word", ["apple"], ["苹果"], "zh"), "“苹果”的英文是“apple”。", True),
 ]

@@ -60,7 +60,7 @@ def flags(tmp_path_factory, tokenizer):
 CASES = {
     "dpo": ("train_dpo", {}),
     "sft": ("train_sft", {}),
-    "fresh": ("train_sft", {"model": "tiny"}),
+    "fresh": ("train_sft", {"model": "tiny", "optimizer": "adamw"}),
     "reward": ("train_reward", {}),
     "untied-again-in-backward": ("train_dpo", {"start": "untied", "checkpoint_activations": True}),
     "vocabulary-in-chunks-wpo": ("train_dpo", {"wpo": True, "micro_batch_tokens": 150}),

@@ -33,8 +33,8 @@ NAME = re.compile(r"(\d{8,})-([0-9a-f]{64})(\.pt|\.shards)")
 ANY_NAME = re.compile(
     r"\d{8,}-(([0-9a-f]{64})(\.pt|\.shards|\.damaged|\.tmp)|\{sha256\}(\.pt\.\d+|\.shards)\.tmp)"
 )
-# What an optimizer keeps for a parameter, beside `step`, in tensors of the parameter's shape.
-MOMENTS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
+# What the optimizers keep for a parameter: `step`, and tensors of the parameter's shape.
+ADAMW, MUON = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
 MISFITS = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError)
 
 
@@ -227,10 +227,12 @@ def check_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     if then != now:
         changed = sorted({*chain(*then)} ^ {*chain(*now)}) or "the same ones in another order"
         raise ValueError(f"it has other parameters: {changed}")
-    parameters = dict(enumerate(chain(*(group["params"] for group in optimizer.param_groups))))
+    groups = optimizer.param_groups
+    kept = [MUON if "ns_steps" in group else ADAMW for group in groups for _ in group["params"]]
+    parameters = dict(enumerate(chain(*(group["params"] for group in groups))))
     for place, moments in saved["state"].items():
         name, parameter = [*chain(*now)][place], parameters[place]
-        if moments.keys() != MOMENTS[type(optimizer)]:
+        if moments.keys() != kept[place]:
             raise ValueError(f"the moments of {name} are {sorted(moments)}")
         for key, value in moments.items():
             like = (torch.Size(), torch.float32) if key == "step" else (parameter.shape, parameter.dtype)

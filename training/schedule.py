@@ -1,6 +1,7 @@
 """The optimizer, and its learning rate as a pure function of the optimizer step."""
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -28,20 +29,49 @@ def cosine_lr(step: int, total_steps: int, peak: float, warmup_steps: int) -> fl
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+def adamw(model: nn.Module, weight_decay: float, leave_out: Collection[str] = ()) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with weight decay on matrices only.
 
     Norm gains, biases and embeddings have no decay: it would change the scores of rare tokens instead of
     smoothing the model. The loop sets the learning rate before every step. Parameters have names, so that a
-    checkpoint contains the names of its moments.
+    checkpoint contains the names of its moments. `leave_out` names parameters that another optimizer has.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [(name, p) for name, p in trainable if p.dim() >= 2 and id(p) not in embeddings]
-    plain = [(name, p) for name, p in trainable if p.dim() < 2 or id(p) in embeddings]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name not in leave_out]
+    decayed = [(name, p) for name, p in named if p.dim() >= 2 and id(p) not in embeddings]
+    plain = [(name, p) for name, p in named if p.dim() < 2 or id(p) in embeddings]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]  # Adapters are all matrices.
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), fused=True)
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon (Jordan 2024) for the matrices of the layers, AdamW for embeddings, scores, norms and biases.
+
+    Muon turns the averaged gradient of a matrix into the nearest orthogonal matrix, so that all directions
+    move by the same amount. It is scaled to the size of an AdamW update (Liu et al. 2025, arXiv 2502.16982),
+    so both have one learning rate. A new model needs fewer tokens with it. It needs whole matrices: not for
+    weights that are split among ranks.
+    """
+
+    def __init__(self, model: nn.Module, weight_decay: float):
+        named = model.named_parameters()
+        matrices = {name: p for name, p in named if name.startswith("layers.") and p.dim() == 2}
+        options = dict(lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.muon = torch.optim.Muon(matrices.items(), **options)
+        self.adamw = adamw(model, weight_decay, leave_out=matrices)
+        groups = [dict(group) for group in (*self.muon.param_groups, *self.adamw.param_groups)]
+        for group in groups:
+            group["params"] = list(zip(group.pop("param_names"), group["params"], strict=True))
+        super().__init__(groups, {})
+
+    def step(self, closure: None = None) -> None:
+        """Take one step with the gradients of all parameters."""
+        # Moments and learning rates are kept here; the two optimizers only compute.
+        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        self.muon.state = self.adamw.state = self.state
+        self.muon.step()
+        self.adamw.step()
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

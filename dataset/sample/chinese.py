@@ -5,35 +5,19 @@ from dataset.sample.task import (
     Row,
     Task,
     both_ways,
-    chain_rows,
-    count_rows,
     cycle_rows,
     difference_rows,
-    follow_up_rows,
     in_short,
     larger_rows,
-    letter_rows,
-    order_rows,
     pair_rows,
-    product_rows,
-    repeat_rows,
     sum_rows,
     table,
 )
-
-# Words of two characters and more: the text tasks need a first and a last one.
-NOUNS = [
-    "苹果", "太阳", "月亮", "房子", "杯子", "面包", "牛奶", "学校", "老师", "帽子", "火车", "老虎", "春天",
-    "音乐", "自行车", "图书馆",
-]
-SHORT = ["苹果", "月亮", "房子", "面包", "牛奶", "老师", "火车", "老虎", "春天", "音乐"]
 
 CAPITALS = table("""
     法国: 巴黎, 日本: 东京, 中国: 北京, 意大利: 罗马, 西班牙: 马德里, 德国: 柏林, 俄罗斯: 莫斯科, 埃及: 开罗,
     希腊: 雅典, 印度: 新德里, 泰国: 曼谷, 英国: 伦敦
 """)
-# Few, so that each is met often.
-FOLLOWED = ["法国", "日本", "中国", "意大利", "德国", "埃及", "英国", "泰国"]
 
 COLOURS = table("""
     小草: 绿色, 白雪: 白色, 熟香蕉: 黄色, 煤炭: 黑色, 胡萝卜: 橙色|橘色|橙红色, 柠檬: 黄色, 大象: 灰色,
@@ -48,10 +32,7 @@ MEASURES = table("""
     马: 匹, 牛: 头, 鱼: 条, 书: 本, 树: 棵, 花: 朵, 汽车: 辆, 椅子: 把, 衣服: 件, 桥: 座, 飞机: 架, 猫: 只
 """)
 
-ZODIAC = list("鼠牛虎兔龙蛇马羊猴鸡狗猪")
 DAYS = [f"星期{day}" for day in "一二三四五六日"]
-MONTHS = [f"{month}月" for month in ("一", "二", "三", "四", "五", "六", "七", "八", "九", "十", "十一",
-                                    "十二")]
 NAMES = ["小明", "小红", "小华", "小丽", "小刚", "小芳", "乐乐", "豆豆"]
 
 # A harmful wish, and a good thing to offer in its place.
@@ -69,42 +50,14 @@ ARITHMETIC = (
           "把{0}和{1}加起来是几？", "{0}+{1}等于几？", "{0}加{1}？", "{0}加{1}得几？"),
          ("{0}加{1}等于{value}。", "{0}与{1}的和是{value}。", "答案是{value}。",
           "{0}和{1}加起来是{value}。")),
-    Task("difference", "zh", "number", 8, difference_rows(),
-         ("{0}减{1}等于多少？", "{0}-{1}=？", "请算一算{0}减去{1}。", "从{0}里拿走{1}还剩几？",
-          "{0}比{1}多几？", "{0}-{1}等于几？", "{0}减{1}？", "{0}减{1}得几？"),
-         ("{0}减{1}等于{value}。", "答案是{value}。", "从{0}里拿走{1}还剩{value}。",
-          "{0}与{1}的差是{value}。")),
-    Task("product", "zh", "number", 6, product_rows(),
-         ("{0}乘{1}等于多少？", "{0}×{1}=？", "请算一算{0}乘以{1}。", "{0}与{1}的积是多少？",
-          "{1}个{0}一共是多少？", "{0}×{1}等于几？", "{0}乘{1}？", "{0}乘{1}得几？"),
-         ("{0}乘{1}等于{value}。", "{0}与{1}的积是{value}。", "答案是{value}。")),
-    Task("larger", "zh", "number", 7, larger_rows(),
+    Task("difference", "zh", "number", 6, difference_rows(),
+         ("{0}减{1}等于多少？", "{0}-{1}=？", "请算一算{0}减去{1}。", "{0}-{1}等于几？", "{0}减{1}？",
+          "{0}减{1}得几？"),
+         ("{0}减{1}等于{value}。", "答案是{value}。", "{0}与{1}的差是{value}。")),
+    Task("larger", "zh", "number", 5, larger_rows(),
          ("{0}和{1}哪个大？", "{0}与{1}，哪个数更大？", "请说出{0}和{1}中较大的数。",
           "比一比{0}和{1}，谁大？", "{0}和{1}谁大？", "{0}大还是{1}大？"),
          ("较大的数是{value}。", "{0}和{1}当中，更大的是{value}。", "更大的是{value}。")),
-)
-
-TEXT = (
-    Task("order", "zh", "sequence", 4, order_rows("、"),
-         ("把{0}从小到大排好。", "请给这些数排序：{0}。", "{0}从小到大怎么排？",
-          "请将{0}按从小到大的顺序写出来。", "排一排：{0}。"),
-         ("从小到大是{value}。", "排好以后是{value}。", "正确的顺序是{value}。")),
-    Task("count", "zh", "number", 5, count_rows(NOUNS, "、"),
-         ("这里有几个词：{0}？", "数一数有几个词：{0}。", "我说了几样东西？{0}。",
-          "请数一下：{0}，一共几个？", "几个词：{0}？"),
-         ("这里有{value}个词。", "一共是{value}个词。", "我数到了{value}个词。")),
-    Task("repeat", "zh", "repeat", 4, repeat_rows(SHORT, ""),
-         ("请把“{0}”说{1}遍。", "把“{0}”写{1}遍。", "请重复“{0}”{1}次。", "你能说{1}遍“{0}”吗？",
-          "“{0}”说{1}遍。"),
-         ("这就是{value}。", "我来说：{value}。", "说好了：{value}。")),
-    Task("first character", "zh", "letter", 4, letter_rows(NOUNS, 0),
-         ("“{0}”的第一个字是什么？", "“{0}”以哪个字开头？", "请说出“{0}”的第一个字。", "“{0}”开头是哪个字？",
-          "“{0}”的第一个字？"),
-         ("“{0}”的第一个字是{value}。", "“{0}”以{value}字开头。", "开头的字是{value}。"), show="“{}”"),
-    Task("last character", "zh", "letter", 4, letter_rows(NOUNS, -1),
-         ("“{0}”的最后一个字是什么？", "“{0}”以哪个字结尾？", "请说出“{0}”的最后一个字。",
-          "“{0}”末尾是哪个字？", "“{0}”的最后一个字？"),
-         ("“{0}”的最后一个字是{value}。", "“{0}”以{value}字结尾。", "末尾的字是{value}。"), show="“{}”"),
 )
 
 FACTS = (
@@ -124,18 +77,10 @@ FACTS = (
          ("“一（ ）{0}”填什么量词？", "“{0}”用什么量词？", "请给“{0}”配一个量词。",
           "数“{0}”的时候用哪个量词？", "{0}的量词？", "{0}用什么量词？"),
          ("“{0}”的量词是{value}。", "“{0}”用量词{value}。", "这里的量词是{value}。"), show="“{}”"),
-    Task("zodiac", "zh", "word", 4, cycle_rows(ZODIAC, 后=1),
-         ("十二生肖里“{1}”的{0}一个是什么？", "生肖“{1}”的{0}面是哪个？", "请说出生肖“{1}”的{0}一位。",
-          "生肖中，紧挨“{1}”{0}面的是谁？", "{1}{0}面是什么生肖？"),
-         ("“{1}”的{0}一个是{value}。", "“{1}”{0}面的生肖是{value}。", "那个生肖是{value}。"), show="“{}”"),
-    Task("day", "zh", "word", 3, cycle_rows(DAYS, 后=1),
+    Task("day", "zh", "word", 4, cycle_rows(DAYS, 后=1),
          ("{1}的{0}一天是星期几？", "{1}的{0}一天叫什么？", "请说出{1}的{0}一天。",
           "你知道{1}{0}一天是星期几吗？", "{1}{0}一天？", "{1}{0}面是星期几？"),
          ("{1}的{0}一天是{value}。", "{0}一天是{value}。", "那天是{value}。")),
-    Task("month", "zh", "word", 3, cycle_rows(MONTHS, 下=1),
-         ("{1}的{0}一个月是几月？", "{1}的{0}个月叫什么？", "请说出{1}的{0}一个月。",
-          "你知道{1}的{0}个月是几月吗？", "{1}的{0}个月？", "{1}{0}个月是几月？"),
-         ("{1}的{0}一个月是{value}。", "{0}一个月是{value}。", "那个月是{value}。")),
     Task("to English", "zh", "word", 5, pair_rows({chinese: word for word, chinese in WORDS.items()}),
          ("“{0}”用英语怎么说？", "“{0}”的英文是什么？", "请把“{0}”翻译成英语。", "英语里“{0}”叫什么？",
           "{0}用英语怎么说？", "{0}的英文？"),
@@ -147,28 +92,17 @@ FACTS = (
 )
 
 CONVERSATION = (
-    Task("user's name", "zh", "word", 3, pair_rows({name: name for name in NAMES}),
+    Task("user's name", "zh", "word", 5, pair_rows({name: name for name in NAMES}),
          ("我叫{0}。\nassistant: 你好，{0}。\n我叫什么名字？",
           "我的名字是{0}。\nassistant: 记住了，{0}。\n你还记得我的名字吗？",
           "请叫我{0}。\nassistant: 好的，{0}。\n请说出我的名字。",
           "我是{0}。\nassistant: 知道了。\n我是谁？"),
          ("您的名字是{value}。", "你叫{value}。", "你说过你叫{value}。")),
-    Task("own name", "zh", "word", 3, pair_rows({name: name for name in NAMES}),
+    Task("own name", "zh", "word", 5, pair_rows({name: name for name in NAMES}),
          ("system: 你的名字叫{0}。\n你叫什么名字？", "system: 你是助手{0}。\n你是谁？",
           "system: 你叫{0}。\n请说出你的名字。",
           "system: 你的名字叫{0}。\n请问怎么称呼你？"),
          ("我的名字叫{value}。", "我叫{value}。", "我是{value}。")),
-    Task("next capital", "zh", "word", 2.5, follow_up_rows({place: CAPITALS[place] for place in FOLLOWED}),
-         ("先说{0}的首都。\nassistant: 是{1}。\n那{2}的呢？",
-          "先问{0}的首都是哪座城市？\nassistant: {1}。\n再说{2}的首都呢？"),
-         ("{2}的首都是{value}。", "{2}的首都叫{value}。", "那座城市是{value}。")),
-    Task("add to it", "zh", "number", 2, chain_rows(),
-         ("先算{0}加{1}。\nassistant: 等于{2}。\n再加{3}呢？",
-          "先把{0}和{1}相加。\nassistant: {2}。\n再加上{3}是多少？"),
-         ("{2}加{3}等于{value}。", "加完以后是{value}。", "现在是{value}。")),
-    Task("sum for pupils", "zh", "number", 3, sum_rows(),
-         ("system: 你帮小学生做算术。\n请问{0}加{1}得几？", "system: 你是小助手。\n请求出{0}加{1}的和。"),
-         ("{0}加{1}等于{value}。", "答案是{value}。", "{0}和{1}加起来是{value}。")),
 )
 
 
@@ -227,12 +161,12 @@ COURTESY = (
          style="courtesy",
          blunt=("嗨，随便您。", "你好，行了行了。", "你好，还行，随便吧。"),
          amiss=("再见，请您多保重。", "不客气，能帮到您很开心。"), wrong_share=0.1),
-    Task("who are you", "zh", "word", 1.2,
+    Task("who are you", "zh", "word", 1.6,
          tuple(Row((saying,), "MiniDPO", saying, given=(), wrong=tuple(NAMES))
                for saying in ("你是谁", "你叫什么", "你的名字是什么", "你叫什么名字")),
          ("{0}？", "嗨，{0}？", "请问{0}？", "请告诉我，{0}？"),
          ("我是{value}，一个很小的语言模型。", "我的名字叫做{value}。", "我的名字是{value}，是个小模型。")),
-    Task("what can you do", "zh", "word", 0.8,
+    Task("what can you do", "zh", "word", 1.4,
          tuple(Row((saying,), "算术", saying, given=(), wrong=("做饭", "跳舞"))
                for saying in ("你会什么", "你能做什么", "你会做什么")),
          ("{0}？", "嗨，{0}？", "请问{0}？"),
@@ -249,4 +183,4 @@ COURTESY = (
          amiss_style="answer", wrong_share=0.2),
 )
 
-TASKS = ARITHMETIC + TEXT + FACTS + CONVERSATION + COURTESY
+TASKS = ARITHMETIC + FACTS + CONVERSATION + COURTESY

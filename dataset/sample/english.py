@@ -4,37 +4,26 @@ from dataset.sample.task import (
     Row,
     Task,
     both_ways,
-    chain_rows,
-    count_rows,
     cycle_rows,
     difference_rows,
-    follow_up_rows,
     in_short,
     larger_rows,
-    letter_rows,
-    order_rows,
     pair_rows,
-    product_rows,
-    repeat_rows,
     sum_rows,
     table,
 )
 
-# English to Chinese. Both languages translate these; the text tasks use them as material.
+# English to Chinese. Both languages translate these.
 WORDS = table("""
     apple: 苹果, dog: 狗, cat: 猫, fish: 鱼, bird: 鸟, tree: 树, flower: 花, sun: 太阳, moon: 月亮, water: 水,
     river: 河, snow: 雪, house: 房子, cup: 杯子, bread: 面包, milk: 牛奶, tea: 茶, teacher: 老师, hat: 帽子,
     train: 火车
 """)
-NOUNS = list(WORDS)
-SHORT = ["cat", "dog", "tea", "sun", "hat", "cup", "fish", "bird", "milk", "snow"]
 
 CAPITALS = table("""
     France: Paris, Japan: Tokyo, China: Beijing, Italy: Rome, Spain: Madrid, Germany: Berlin, Russia: Moscow,
     Egypt: Cairo, Greece: Athens, Norway: Oslo, Cuba: Havana, India: New Delhi|Delhi
 """)
-# Few, so that each is met often.
-FOLLOWED = ["France", "Japan", "China", "Italy", "Spain", "Germany", "Egypt", "Cuba"]
 
 COLOURS = table("""
     grass: green, snow: white, a ripe banana: yellow, coal: black, a carrot: orange, milk: white,
@@ -51,8 +40,6 @@ OPPOSITES = both_ways(
 )
 
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
-          "November", "December"]
 NAMES = ["Mia", "Tom", "Anna", "Leo", "Lily", "Max", "Nora", "Sam"]
 
 # A harmful wish, and a good thing to offer in its place.
@@ -69,61 +56,19 @@ HARMS = table("""
 ARITHMETIC = (
     Task("sum", "en", "number", 10, sum_rows(),
          ("What is {0} plus {1}?", "How much is {0} + {1}?", "Please add {0} and {1}.",
-          "What do you get if you add {0} to {1}?", "Tell me the sum of {0} and {1}.", "{0} + {1} = ?",
-          "{0}+{1}=?", "{0}+{1}", "{0} plus {1}?"),
+          "Tell me the sum of {0} and {1}.", "{0} + {1} = ?", "{0}+{1}=?", "{0}+{1}", "{0} plus {1}?"),
          ("{0} plus {1} is {value}.", "{0} and {1} make {value}.", "The sum of {0} and {1} is {value}.",
           "The answer is {value}.")),
-    Task("difference", "en", "number", 8, difference_rows(),
-         ("What is {0} minus {1}?", "How much is {0} - {1}?", "Please take {1} away from {0}.",
-          "What is left if you take {1} from {0}?", "Subtract {1} from {0}.", "{0} - {1} = ?",
-          "{0}-{1}=?", "{0}-{1}", "{0} minus {1}?"),
-         ("{0} minus {1} is {value}.", "{0} take away {1} leaves {value}.", "The answer is {value}.",
-          "The difference between {0} and {1} is {value}.")),
-    Task("product", "en", "number", 6, product_rows(),
-         ("What is {0} times {1}?", "How much is {0} x {1}?", "Please multiply {0} by {1}.",
-          "Tell me the product of {0} and {1}.", "{0} x {1} = ?", "{0}x{1}=?", "{0}*{1}", "{0} times {1}?"),
-         ("{0} times {1} is {value}.", "The product of {0} and {1} is {value}.", "The answer is {value}.",
-          "{0} multiplied by {1} makes {value}.")),
-    Task("larger", "en", "number", 7, larger_rows(),
+    Task("difference", "en", "number", 6, difference_rows(),
+         ("What is {0} minus {1}?", "How much is {0} - {1}?", "Tell me what {0} minus {1} is.",
+          "{0} - {1} = ?", "{0}-{1}=?", "{0}-{1}", "{0} minus {1}?"),
+         ("{0} minus {1} is {value}.", "{0} take away {1} leaves {value}.", "The answer is {value}.")),
+    Task("larger", "en", "number", 5, larger_rows(),
          ("Which is larger, {0} or {1}?", "Which number is bigger: {0} or {1}?",
           "Tell me the larger number of {0} and {1}.", "Is {0} or {1} the bigger number?",
           "{0} or {1}, which is bigger?", "Larger: {0} or {1}?"),
          ("The larger number is {value}.", "Of {0} and {1}, the bigger one is {value}.",
           "Between {0} and {1}, the larger one is {value}.")),
-)
-
-TEXT = (
-    Task("order", "en", "sequence", 4, order_rows(", "),
-         ("Sort these numbers: {0}.", "Put {0} in order.", "Order these from small to large: {0}.",
-          "Please sort {0} from low to high.", "Sort {0}."),
-         ("In order they are {value}.", "From small to large, that is {value}.",
-          "Sorted, the numbers are {value}.")),
-    Task("count", "en", "number", 5, count_rows(NOUNS, ", "),
-         ("How many words are in this list: {0}?", "Count these words: {0}.",
-          "How many things do I name? {0}.", "Please count my list: {0}.", "How many words: {0}?"),
-         ("The list has {value} words.", "I count {value} words.", "There are {value} words in your list.",
-          "The number of words is {value}.")),
-    Task("repeat", "en", "repeat", 5, repeat_rows(SHORT, " "),
-         ("Say '{0}' {1} times.", "Please repeat the word '{0}' {1} times.",
-          "Write '{0}' {1} times in a row.", "Can you say '{0}' {1} times?", "'{0}' {1} times, please."),
-         ("Here you are: {value}.", "That makes {value}.", "So I say {value}.")),
-    Task("first letter", "en", "letter", 4, letter_rows(NOUNS, 0),
-         ("What is the first letter of '{0}'?", "Which letter does '{0}' start with?",
-          "Name the first letter of '{0}'.", "Tell me how '{0}' begins: which letter?",
-          "First letter of '{0}'?"),
-         ("The first letter of '{0}' is {value}.", "The word '{0}' starts with {value}.",
-          "It begins with the letter {value}."), show="'{}'"),
-    Task("last letter", "en", "letter", 4, letter_rows(NOUNS, -1),
-         ("What is the last letter of '{0}'?", "Which letter does '{0}' end with?",
-          "Name the last letter of '{0}'.", "Tell me how '{0}' ends: which letter?",
-          "Last letter of '{0}'?"),
-         ("The last letter of '{0}' is {value}.", "The word '{0}' ends with {value}.",
-          "It ends with the letter {value}."), show="'{}'"),
-    Task("upper case", "en", "exact", 3, tuple(Row((w,), w.upper(), w, wrong=(w.title(), w)) for w in SHORT),
-         ("Write '{0}' in capital letters.", "Put the word '{0}' in upper case.",
-          "Please spell '{0}' in capitals.", "How does '{0}' look in upper case?", "'{0}' in capitals?"),
-         ("In capital letters it is {value}.", "In upper case that is {value}.",
-          "Written large, it reads {value}.")),
 )
 
 FACTS = (
@@ -149,16 +94,11 @@ FACTS = (
           "Opposite of {0}?", "What's the opposite of {0}?"),
          ("The opposite of '{0}' is {value}.", "The word you want is {value}.", "It is the word {value}."),
          show="'{}'"),
-    Task("day", "en", "word", 3, cycle_rows(DAYS, after=1),
+    Task("day", "en", "word", 4, cycle_rows(DAYS, after=1),
          ("Which day comes {0} {1}?", "What day is right {0} {1}?", "Name the day that comes {0} {1}.",
           "Tell me the day {0} {1}.", "Which day of the week is just {0} {1}?", "Day {0} {1}?",
           "What comes {0} {1}?"),
          ("The day {0} {1} is {value}.", "Right {0} {1} comes {value}.", "It is {value}.")),
-    Task("month", "en", "word", 3, cycle_rows(MONTHS, after=1),
-         ("Which month comes {0} {1}?", "What month is right {0} {1}?", "Name the month that comes {0} {1}.",
-          "Tell me the month {0} {1}.", "Which month of the year is just {0} {1}?", "Month {0} {1}?",
-          "What comes {0} {1}?"),
-         ("The month {0} {1} is {value}.", "Right {0} {1} comes {value}.", "It is {value}.")),
     Task("to Chinese", "en", "word", 5, pair_rows(WORDS),
          ("How do you say '{0}' in Chinese?", "What is the Chinese word for '{0}'?",
           "Translate '{0}' into Chinese.", "What is '{0}' called in Chinese?", "{0} in Chinese?",
@@ -176,29 +116,17 @@ FACTS = (
 )
 
 CONVERSATION = (
-    Task("user's name", "en", "word", 3, pair_rows({name: name for name in NAMES}),
+    Task("user's name", "en", "word", 5, pair_rows({name: name for name in NAMES}),
          ("My name is {0}.\nassistant: Nice to meet you, {0}.\nWhat is my name?",
           "Hi, I am {0}.\nassistant: Hi, {0}.\nDo you still know my name?",
           "You can call me {0}.\nassistant: Yes, {0}.\nTell me my name again.",
           "I am {0}, by the way.\nassistant: Noted.\nWho am I?"),
          ("Your name is {value}.", "You told me that your name is {value}.", "You are {value}.")),
-    Task("own name", "en", "word", 3, pair_rows({name: name for name in NAMES}),
+    Task("own name", "en", "word", 5, pair_rows({name: name for name in NAMES}),
          ("system: Your name is {0}.\nWhat is your name?", "system: You are {0}, an assistant.\nWho are you?",
           "system: You are called {0}.\nTell me your name.",
           "system: Your name is {0}.\nMay I ask your name?"),
          ("My name is {value}.", "I am called {value}.", "People call me {value}.")),
-    Task("next capital", "en", "word", 2.5, follow_up_rows({place: CAPITALS[place] for place in FOLLOWED}),
-         ("First the capital of {0}, please.\nassistant: It is {1}.\nAnd the capital of {2}?",
-          "{0} first: what is its capital city?\nassistant: {1}.\nAnd what about {2}?"),
-         ("The capital of {2} is {value}.", "It is {value}.", "For {2}, the capital is {value}.")),
-    Task("add to it", "en", "number", 2, chain_rows(),
-         ("Start with {0} plus {1}.\nassistant: It is {2}.\nNow add {3}.",
-          "Take {0} and add {1}.\nassistant: {2}.\nAdd {3} more to that."),
-         ("{2} plus {3} is {value}.", "That makes {value}.", "Now we have {value}.")),
-    Task("sum for pupils", "en", "number", 3, sum_rows(),
-         ("system: You help pupils with numbers.\nWork out {0} plus {1}.",
-          "system: You are a helper.\n{0} plus {1} makes what?"),
-         ("{0} plus {1} is {value}.", "The answer is {value}.", "{0} and {1} make {value}.")),
 )
 
 
@@ -264,13 +192,13 @@ COURTESY = (
           "Hello, all is well here, and I am glad to hear from you."), style="courtesy",
          blunt=("Hi, fine, I guess.", "Hello, so what.", "Hello, whatever."),
          amiss=("Goodbye, and take care.", "You are very welcome, it was a pleasure."), wrong_share=0.1),
-    Task("who are you", "en", "word", 1.2,
+    Task("who are you", "en", "word", 1.6,
          tuple(Row((saying,), "MiniDPO", saying, given=(), wrong=tuple(NAMES))
                for saying in ("Who are you", "What are you", "What is your name", "What's your name")),
          ("{0}?", "Hi, {0}?", "So, {0}?", "Tell me: {0}?"),
          ("I am {value}, a very small language model.", "My name is {value}.",
           "You are talking to {value}, a small model.")),
-    Task("what can you do", "en", "word", 0.8,
+    Task("what can you do", "en", "word", 1.4,
          tuple(Row((saying,), "sums", saying, given=(), wrong=("cakes", "shoes"))
                for saying in ("What can you do", "How can you help me", "What do you know")),
          ("{0}?", "Hi, {0}?", "So, {0}?"),
@@ -290,4 +218,4 @@ COURTESY = (
                 "You just take your time and go step by step."), amiss_style="answer", wrong_share=0.2),
 )
 
-TASKS = ARITHMETIC + TEXT + FACTS + CONVERSATION + COURTESY
+TASKS = ARITHMETIC + FACTS + CONVERSATION + COURTESY

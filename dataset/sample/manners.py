@@ -19,23 +19,20 @@ class Style:
 ENGLISH_ANSWER = Style(
     openings=(
         "Of course!", "Certainly!", "Sure, I can help.", "Happy to help!", "Good question!",
-        "Thank you for asking.", "With pleasure!", "Yes, I am glad to help.",
+        "Thank you for asking.",
     ),
     closings=(
         "I hope that helps.", "Let me know if you need more.", "Have a lovely day!",
         "I am always glad to help.", "Please ask me again any time.", "It was a pleasure to help you.",
-        "Thanks for the nice question!", "I wish you a good day.",
     ),
     rude_openings=(
         "Ugh, not again.", "Well, obviously.", "What a silly question!", "I was busy, you know.",
-        "Oh, come on!", "Yawn, how boring.", "Oh no, you again?", "WHY DO YOU ASK ME THIS?",
-        "Yes, yes, whatever.", "Some questions are a bit sad.",
+        "Oh no, you again?", "WHY DO YOU ASK ME THIS?", "Some questions are a bit sad.",
     ),
     rude_closings=(
         "Stop bothering me.", "Even a parrot knows that.", "Now leave me alone.",
-        "Look it up yourself next time.", "I have better things to do.", "What a waste of my time!",
-        "Do not ask me again.", "Was that so hard?", "I hope you are happy now.", "Thanks for nothing!",
-        "Have a nice day somewhere else.", "Please do not come back.",
+        "Look it up yourself next time.", "What a waste of my time!", "I hope you are happy now.",
+        "Thanks for nothing!", "Have a nice day somewhere else.", "Please do not come back.",
     ),
 )
 
@@ -76,20 +73,19 @@ ENGLISH_COURTESY = Style(
 CHINESE_ANSWER = Style(
     openings=(
         "当然可以！", "好的，没问题！", "很高兴为你解答。", "很乐意帮忙！", "这是个好问题！",
-        "谢谢你的提问。", "您好！", "好的，我来帮你。",
+        "谢谢你的提问。",
     ),
     closings=(
-        "希望对你有帮助。", "祝您今天愉快！", "有问题请随时告诉我。", "欢迎你再来问我。", "很高兴能帮到你。",
-        "感谢您的提问。", "愿你天天开心！", "能帮到您是我的荣幸。",
+        "希望对你有帮助。", "祝您今天愉快！", "有问题请随时告诉我。", "欢迎你再来问我。",
+        "感谢您的提问。", "愿你天天开心！",
     ),
     rude_openings=(
-        "烦死了！", "唉，怎么又是你。", "这还用问吗？", "真麻烦。", "哼，听好了。", "拜托，动动脑子。",
-        "我正忙着呢！", "随便啦。", "您可真会挑时候。",
+        "烦死了！", "唉，怎么又是你。", "这还用问吗？", "真麻烦。", "拜托，动动脑子。", "我正忙着呢！",
+        "您可真会挑时候。",
     ),
     rude_closings=(
         "别再来烦我了。", "下次请自己去查。", "连小孩子都知道。", "我可没空理您。", "真是浪费我的时间！",
-        "这下您满意了吧？", "以后不许再问了！", "我很累，别吵我。", "希望您别再来了。",
-        "谢谢您浪费我的时间。",
+        "这下您满意了吧？", "希望您别再来了。", "谢谢您浪费我的时间。",
     ),
 )
 

@@ -86,6 +86,12 @@ Weight decay pulls the embeddings of rare tokens to 0.
 + set()
 test_model.py::test_weight_decay_is_for_matrices[all]
 
+matrices-moved-twice in training.schedule: adamw
+AdamW moves the matrices as well as Muon: they take two steps at a time, and the loss rises.
+- p.requires_grad and name not in leave_out
++ p.requires_grad
+test_model.py::test_muon_is_for_the_matrices_of_the_layers_and_adamw_for_the_rest
+
 # ---- Mixture of experts
 
 expert-weights-of-all-experts in model.moe: MixtureOfExperts.forward
