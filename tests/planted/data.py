@@ -245,4 +245,22 @@ MUTANTS = [
         "(total + 1, place)",
         STORE + "test_deal_balances_tokens_not_rows",
     ),
+    Mutant(
+        "first-pairs-compared",
+        "A file sorted by source is judged by its first source.",
+        "dataset.inspect",
+        "Findings.compare",
+        "draw.randrange(self.report.kept)",
+        "self.report.kept",
+        "tests/test_inspect.py::test_a_large_file_is_sampled_over_its_whole_length",
+    ),
+    Mutant(
+        "edit-distance-without-insertions",
+        "A side that only lacks a word at its start counts as a different text.",
+        "dataset.inspect",
+        "edit_distance",
+        "np.minimum.accumulate(np.concatenate([[i], best]) - places) + places",
+        "np.concatenate([[i], best])",
+        "tests/test_inspect.py::test_the_edit_distance_is_levenshteins",
+    ),
 ]
