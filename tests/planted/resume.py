@@ -138,6 +138,15 @@ MUTANTS = [
         RESUME + "test_each_row_is_logged_once",
     ),
     Mutant(
+        "rows-split-at-line-separators",
+        "An answer with U+2028 in it becomes two torn rows, and a resumed run drops them.",
+        "training.metrics",
+        "rows_until",
+        'path.read_text("utf-8", errors="replace").split("\\n")[:-1]',
+        'path.read_text("utf-8", errors="replace").splitlines()',
+        "tests/test_samples.py::test_an_answer_with_a_line_separator_is_one_row",
+    ),
+    Mutant(
         "changed-settings-accepted",
         "A run continues with another learning rate or data, and its config.json contains only the last.",
         "training.identity",
