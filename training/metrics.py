@@ -5,6 +5,7 @@ import json
 import math
 import os
 import time
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from errors import NotFiniteError
 from files import unwritable, write_whole
 from training.distributed import World
+from training.warnings import Watch
 
 
 class Meter:
@@ -100,7 +102,7 @@ class RowFile:
 
 
 class MetricsLog:
-    """``metrics.jsonl``, one row per logged step; ``samples.jsonl``; the progress bar.
+    """``metrics.jsonl``, one row per logged step; ``samples.jsonl``; the progress bar and the warnings.
 
     Only the main rank writes.
     """
@@ -113,6 +115,11 @@ class MetricsLog:
         )
         if world.is_main:
             self.rows, self.samples = (RowFile(folder / name, first_step) for name in (METRICS, SAMPLES))
+            self.watch = Watch()
+            for row in self.rows.kept:  # Their warnings were printed before the run stopped.
+                self.watch.see(row)
+            for _, answers in groupby(self.samples.kept, key=lambda row: row["step"]):
+                self.watch.see_answers(list(answers))
 
     def advance(self, items: int) -> None:
         """Count an optimizer step over `items` pairs or conversations of all ranks."""
@@ -139,12 +146,18 @@ class MetricsLog:
         if "eval_loss" in row:
             figures = ", ".join(f"{name} {value}" for name, value in shown(row, "eval_").items())
             self.bar.write(f"step {step} of {self.total_steps}: held-out {figures}")
-        self.rows.append([{"step": step, **row}])
+        self.rows.append([row := {"step": step, **row}])
+        self.warn(self.watch.see(row))
 
     def write_samples(self, step: int, samples: list[dict]) -> None:
         """Append the rows of `training.samples` of an evaluation."""
         if self.world.is_main and samples:
-            self.samples.append([{"step": step, **sample} for sample in samples])
+            self.samples.append(rows := [{"step": step, **sample} for sample in samples])
+            self.warn(self.watch.see_answers(rows))
+
+    def warn(self, lines: list[str]) -> None:
+        for line in lines:
+            self.bar.write(f"warning: {line}")
 
     def close(self) -> None:
         self.bar.close()
