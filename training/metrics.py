@@ -15,6 +15,8 @@ from tqdm import tqdm
 from errors import NotFiniteError
 from files import unwritable, write_whole
 from training.distributed import World
+from training.settings import TrainSettings
+from training.track import open_tracker
 from training.warnings import Watch
 
 
@@ -102,12 +104,20 @@ class RowFile:
 
 
 class MetricsLog:
-    """``metrics.jsonl``, one row per logged step; ``samples.jsonl``; the progress bar and the warnings.
+    """``metrics.jsonl``, one row per logged step; ``samples.jsonl``; the tracker, the bar and the warnings.
 
     Only the main rank writes.
     """
 
-    def __init__(self, folder: Path, world: World, first_step: int, total_steps: int, unit: str):
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        settings: TrainSettings,
+        first_step: int,
+        total_steps: int,
+        unit: str,
+    ):
         self.world, self.unit, self.total_steps = world, unit, total_steps
         self.items, self.since = 0, time.perf_counter()
         self.bar = tqdm(
@@ -115,6 +125,7 @@ class MetricsLog:
         )
         if world.is_main:
             self.rows, self.samples = (RowFile(folder / name, first_step) for name in (METRICS, SAMPLES))
+            self.tracker = open_tracker(settings, folder, first_step) if settings.track != "none" else None
             self.watch = Watch()
             for row in self.rows.kept:  # Their warnings were printed before the run stopped.
                 self.watch.see(row)
@@ -146,8 +157,10 @@ class MetricsLog:
         if "eval_loss" in row:
             figures = ", ".join(f"{name} {value}" for name, value in shown(row, "eval_").items())
             self.bar.write(f"step {step} of {self.total_steps}: held-out {figures}")
-        self.rows.append([row := {"step": step, **row}])
-        self.warn(self.watch.see(row))
+        self.rows.append([{"step": step, **row}])
+        if self.tracker:
+            self.tracker.log(step, row)
+        self.warn(self.watch.see({"step": step, **row}))
 
     def write_samples(self, step: int, samples: list[dict]) -> None:
         """Append the rows of `training.samples` of an evaluation."""
@@ -164,6 +177,8 @@ class MetricsLog:
         if self.world.is_main:
             self.rows.close()
             self.samples.close()
+            if self.tracker:
+                self.tracker.close()
 
 
 def shown(row: dict[str, float], prefix: str) -> dict[str, str]:

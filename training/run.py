@@ -46,6 +46,7 @@ from training.identity import (
     require_same_run,
 )
 from training.settings import TrainSettings
+from training.track import require_tracker
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REPEATS = 10.0  # Seconds in which torchrun's ranks ignore further SIGTERMs.
@@ -58,6 +59,7 @@ class RunFolder:
             raise InputError("--out is empty: name a folder for the run")
         if settings.resume and settings.overwrite:
             raise InputError("--resume continues a run and --overwrite replaces it: choose one of them")
+        require_tracker(settings.track)
         self.settings, self.world = settings, world
         self.folder = Path(settings.out)
         self.checkpoints = self.folder / folder.CHECKPOINTS

@@ -118,8 +118,8 @@ MUTANTS = [
         "A run without samples shows those of the run that it replaced.",
         "training.folder",
         "remove_run",
-        '(*WEIGHTS, "samples.jsonl")',
-        "WEIGHTS",
+        '(*WEIGHTS, "samples.jsonl", "tracker.json")',
+        '(*WEIGHTS, "tracker.json")',
         "tests/test_samples.py::test_a_run_without_samples_leaves_none_of_an_earlier_one",
     ),
 ]

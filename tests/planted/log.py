@@ -2,7 +2,7 @@
 
 from tests.planted.mutant import Mutant
 
-WARNINGS = "tests/test_warnings.py::"
+WARNINGS, TRACK = "tests/test_warnings.py::", "tests/test_track.py::"
 
 MUTANTS = [
     Mutant(
@@ -49,5 +49,32 @@ MUTANTS = [
         "self.watch.see_answers(list(answers))",
         "pass",
         WARNINGS + "test_a_resumed_run_repeats_no_warning",
+    ),
+    Mutant(
+        "steps-tracked-twice",
+        "TensorBoard draws what the stopped run wrote after its checkpoint, and the curve jumps back.",
+        "training.track",
+        "TensorBoard.__init__",
+        "first_step + 1 if first_step else None",
+        "None",
+        TRACK + "test_tensorboard_shows_a_resumed_run_once",
+    ),
+    Mutant(
+        "old-curves-left-standing",
+        "The curves of a replaced run are drawn as those of the new one.",
+        "training.folder",
+        "remove_run",
+        "events.unlink()",
+        "pass",
+        TRACK + "test_a_replaced_run_leaves_no_curves",
+    ),
+    Mutant(
+        "held-out-rows-named-as-training",
+        "Held-out and training rows share one curve, or lie under names that no other project has.",
+        "training.track",
+        "tracked",
+        'name.startswith("eval_")',
+        "False",
+        TRACK + "test_tensorboard_reads_back_the_rows",
     ),
 ]
