@@ -31,6 +31,7 @@ from training.options import ObjectiveSettings
 from training.precision import Precision
 from training.reference import REFERENCES, cache_references, make_reference
 from training.run import RunFolder
+from training.samples import greedy_answers, held_out_prompts
 from training.schedule import adamw, clip_gradients, cosine_lr, require_finite, set_lr
 from training.settings import AdapterSettings, PairSettings, flag, parse
 from training.setup import describe_run, load_policy, open_data
@@ -42,6 +43,7 @@ class Settings(ObjectiveSettings, PairSettings, AdapterSettings):
     out: str = flag("runs/dpo", "run folder: config, weights, tokenizer, metrics")
     batch_size: int = flag(16, "pairs per optimizer step, over all ranks and micro-batches")
     lr: float = flag(1e-4, "peak learning rate, for the tiny model; a billion weights need 5e-7 to 5e-6")
+    sample_prompts: int = flag(4, "held-out prompts to answer at every evaluation (samples.jsonl); 0: none")
     reference: str = flag("live", "live: a frozen model in every step; cached: computed once", REFERENCES)
 
 
@@ -65,6 +67,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     precision = Precision(settings.precision, world.device, settings.matmul_precision)
     max_tokens = micro_batch_tokens(settings, model, world, pairs, precision, reference)  # in one forward
     cached = cache_references(settings, model, pairs, eval_pairs, world, precision, max_tokens)
+    prompts = held_out_prompts(settings, eval_pairs, model, world)  # to be answered at every evaluation
     optimizer, meter = adamw(model, settings.weight_decay), Meter(world)
     plain_dpo = objective.is_dpo and not model.config.num_experts
     describe_run(settings, world, precision, model, f"DPO, --loss {settings.loss}, beta {settings.beta:g}")
@@ -79,7 +82,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     if first_step is None:
         return  # The run has finished.
     max_tokens = run.identity["micro_batch_tokens"]  # of the checkpoint, if there is one
-    log = MetricsLog(run.folder, world, first_step, total_steps, unit="pairs")
+    log = MetricsLog(run.folder, world, settings, first_step, total_steps, unit="pairs")
     world.print(windows.describe(total_steps, world.ranks, max_tokens))
 
     def evaluate_now(step: int) -> None:
@@ -87,6 +90,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
             options = objective, settings.layout, max_tokens
             metrics = evaluate(model, reference, eval_pairs, world, precision, *options)
             log.write(step, {f"eval_{name}": value for name, value in metrics.items()})
+            log.write_samples(step, greedy_answers(model, tokenizer, prompts, world, settings.compile))
 
     if first_step == 0:
         evaluate_now(step=0)

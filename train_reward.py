@@ -70,7 +70,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     if first_step is None:
         return  # The run has finished.
     max_tokens = run.identity["micro_batch_tokens"]  # of the checkpoint, if there is one
-    log = MetricsLog(run.folder, world, first_step, total_steps, unit="pairs")
+    log = MetricsLog(run.folder, world, settings, first_step, total_steps, unit="pairs")
     world.print(windows.describe(total_steps, world.ranks, max_tokens))
 
     def evaluate_now(step: int) -> None:

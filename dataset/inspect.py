@@ -5,10 +5,12 @@
 
 Prints the format, the records kept and dropped with reasons and line numbers, lengths in tokens, repeated
 prompts, prompts that are also in another file, and some records as the model reads them, with the supervised
-tokens marked. The exit status is 1 if training on the file would stop: at a bad record, or with none left.
+tokens marked. For pairs it also prints which side is longer and how much the sides differ: both decide what
+DPO learns. The exit status is 1 if training on the file would stop: at a bad record, or with none left.
 """
 
 import argparse
+import random
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -26,6 +28,11 @@ from errors import InputError, run_script
 GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
 PERCENTILES = (0, 50, 90, 95, 99, 100)
 LINES_SHOWN = 12
+# The edit distance of two sides takes |y_w| · |y_l| comparisons, so it is measured on this many pairs: their
+# mean is then known to about 0.02.
+PAIRS_COMPARED = 200
+LONGER = 0.6  # A rule that only prefers the longer (or the shorter) side is right in this share of the pairs.
+CLOSE = 0.2  # Below it four tokens of five are shared. The bundled close pairs have 0.06, UltraFeedback 0.88.
 
 
 class Findings:
@@ -37,6 +44,9 @@ class Findings:
         self.lengths: dict[str, list[int]] = defaultdict(list)  # part: tokens of each record
         self.prompts: dict[bytes, list[int]] = defaultdict(list)  # digest of a prompt: its lines
         self.examples: list[tuple[int, list[Branch]]] = []
+        self.longer = self.shorter = 0  # kept pairs whose chosen side is longer, or shorter
+        self.compared: list[list[Branch]] = []  # a random sample of the kept pairs
+        draw = random.Random(0)
         for record in read_records(path):
             if isinstance(record, DataError):
                 self.errors[record.reason].append(record.line)
@@ -57,12 +67,24 @@ class Findings:
             self.report.rejected_higher += score_margin(record) < 0
             if len(self.examples) < show:
                 self.examples.append((record.line, branches))
+            if len(branches) == 3:
+                self.compare(branches, draw)
 
     def measure(self, branches: list[Branch], length: int) -> None:
         if len(branches) == 3:
             for name, (ids, _) in zip(("prompt", "chosen", "rejected"), branches, strict=True):
                 self.lengths[name].append(len(ids))
         self.lengths["whole"].append(length)
+
+    def compare(self, branches: list[Branch], draw: random.Random) -> None:
+        """Count which side of a kept pair is longer, and sample pairs with equal chances (algorithm R)."""
+        chosen, rejected = (len(ids) for ids, _ in branches[1:])
+        self.longer += chosen > rejected
+        self.shorter += chosen < rejected
+        if len(self.compared) < PAIRS_COMPARED:
+            self.compared.append(branches)
+        elif (place := draw.randrange(self.report.kept)) < PAIRS_COMPARED:
+            self.compared[place] = branches
 
 
 def summary(findings: Findings, max_length: int) -> Iterator[str]:
@@ -86,12 +108,55 @@ def summary(findings: Findings, max_length: int) -> Iterator[str]:
     for name, lengths in findings.lengths.items():
         percentiles = np.percentile(lengths, PERCENTILES, method="nearest")
         yield f"  {name:<8}" + "".join(f"{tokens:>8}" for tokens in percentiles)
+    if findings.compared:
+        yield from length_lines(findings)
+        yield from distance_lines(findings.compared)
     repeated = [lines for lines in findings.prompts.values() if len(lines) > 1]
     if repeated:
         extra = sum(map(len, repeated)) - len(repeated)
         yield f"repeated  {len(repeated)} prompts stand {extra} more times, as on {line_list(repeated[0])}"
     else:
         yield "repeated  no prompt stands twice"
+
+
+def length_lines(findings: Findings) -> Iterator[str]:
+    """The share of pairs whose chosen side is longer, and what it means for DPO."""
+    longer, shorter = findings.longer / findings.report.kept, findings.shorter / findings.report.kept
+    yield f"longer    the chosen side in {longer:.1%} of the pairs, the rejected side in {shorter:.1%}"
+    if max(longer, shorter) < LONGER:
+        yield "          the length alone decides few pairs, so DPO must learn something else"
+    else:
+        kind = "longer" if longer > shorter else "shorter"
+        yield f"          DPO can win these pairs by {kind} answers alone; --ld-alpha 0.5 weakens that"
+
+
+def distance_lines(pairs: list[list[Branch]]) -> Iterator[str]:
+    """The edit distance of the sides, end tokens left out, and what it means for DPO."""
+    sides = ([ids[:-1] for ids, _ in branches[1:]] for branches in pairs)
+    distances = [edit_distance(*both) / max(map(len, both)) for both in sides]
+    low, middle, high = np.percentile(distances, (10, 50, 90))
+    yield (
+        f"distance  median {middle:.2f} (10 %: {low:.2f}, 90 %: {high:.2f}) of {len(pairs)} pairs: edits "
+        "from one side to the other, divided by the longer side"
+    )
+    if middle < CLOSE:
+        yield (
+            "          the sides are close, and DPO can make the chosen answers less likely too: "
+            "--loss dpop prevents it"
+        )
+    else:
+        yield "          the sides differ, so raising the chosen side does not raise the rejected side"
+
+
+def edit_distance(one: list[int], other: list[int]) -> int:
+    """Levenshtein's distance: the fewest insertions, deletions and replacements between two lists."""
+    other, places = np.asarray(other), np.arange(len(other) + 1)
+    row = places  # row[j]: the distance of one[:i] and other[:j]
+    for i, token in enumerate(one, start=1):
+        best = np.minimum(row[1:] + 1, row[:-1] + (other != token))  # deletion; replacement, or nothing
+        # An insertion adds 1 to the place before: row[j] = min over k <= j of best[k] + j - k.
+        row = np.minimum.accumulate(np.concatenate([[i], best]) - places) + places
+    return int(row[-1])
 
 
 def overlap(findings: Findings, other: Findings, path: str) -> str:

@@ -64,10 +64,15 @@ def timeless(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.endswith("_per_second")} for row in rows]
 
 
+def samples(folder: Path) -> str:
+    """The content of a run's samples.jsonl; "" for a run without."""
+    return "".join(file.read_text() for file in folder.glob("samples.jsonl"))
+
+
 def resume_from_each_step(module, arguments: list[str], folder: Path, world: World) -> dict[str, list]:
     """Train without a break; then again from the checkpoint of every step. What differs, by step.
 
-    The copied metrics.jsonl has all rows of the whole run, and a torn one: the run was killed later.
+    The copied files of rows have all rows of the whole run, and a torn one: the run was killed later.
     """
     every = ["--save-every", "1", "--keep-checkpoints", "1000"]
     whole = folder / "whole"
@@ -80,7 +85,8 @@ def resume_from_each_step(module, arguments: list[str], folder: Path, world: Wor
             (again / "checkpoints").mkdir(parents=True)
             copy = shutil.copytree if path.is_dir() else shutil.copy
             copy(path, again / "checkpoints" / path.name)
-            (again / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text() + '{"step": 99, "lo')
+            for file in whole.glob("*.jsonl"):
+                (again / file.name).write_text(file.read_text() + '{"step": 99, "lo')
         world.wait()
         train(module, [*arguments, *every, "--out", str(again), "--resume"], world)
         world.wait()
@@ -88,6 +94,7 @@ def resume_from_each_step(module, arguments: list[str], folder: Path, world: Wor
         found = {
             "state": states(again) != later,
             "rows": timeless(metrics(again)) != timeless(metrics(whole)),
+            "samples": samples(again) != samples(whole),
             "model": (again / "model.pt").read_bytes() != (whole / "model.pt").read_bytes(),
         }
         differing[str(step_of(path))] = [what for what, differs in found.items() if differs]

@@ -25,7 +25,7 @@ ARCHITECTURE, READMES = "docs/ARCHITECTURE.md", ["README.md", "README.zh.md"]
 # Flags of other programs, and those that the project had once.
 FOREIGN = {"--standalone", "--nproc-per-node", "--nnodes", "--max-restarts", "--outfile",
            "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}  # fmt: skip
-FOREIGN |= {"--local-dir", "--repo-type", *REPLACED}
+FOREIGN |= {"--logdir", "--local-dir", "--repo-type", *REPLACED}
 
 
 def listed(pattern: str) -> list[str]:

@@ -63,7 +63,9 @@ def test_out_in_a_project_loses_nothing(flags, tmp_path, monkeypatch):
         assert content(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.pt", "tokenizer.json", "metrics.jsonl", "adapter.pt"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.pt", "tokenizer.json", "metrics.jsonl", "samples.jsonl", "adapter.pt"]
+)
 def test_files_of_another_program_are_not_overwritten(name, flags, tmp_path):
     """A downloaded model also has a config.json and a tokenizer.json, which a run would overwrite."""
     (tmp_path / name).write_text("{}")

@@ -1,11 +1,13 @@
 """The report on a data file: what training would do with it, before it does."""
 
+import functools
 import json
+import random
 
 import pytest
 from tokenizers import Tokenizer
 
-from dataset.inspect import main
+from dataset.inspect import PAIRS_COMPARED, edit_distance, main
 from dataset.store import open_store
 from dataset.tokenizer import ChatTokenizer
 from tests.conftest import RAGGED, as_record
@@ -79,3 +81,65 @@ def test_a_message_without_a_place_in_the_template_is_bad(tokenizer_file, tmp_pa
     assert main([str(path), "--tokenizer", str(tmp_path / "tokenizer.json"), "--no-colour"]) == 1
     printed = capsys.readouterr().out
     assert "1 to train on" in printed and "no place for a system message: line 2" in printed
+
+
+# ---- the sides of a pair
+
+
+def sides(count: int, chosen: str, rejected: str) -> list[dict]:
+    return [{"prompt": f"Hi {i}", "chosen": chosen, "rejected": rejected} for i in range(count)]
+
+
+def test_the_share_of_longer_chosen_sides(inspect, write_jsonl):
+    """Lengths are in tokens, a tie is on neither side, and dropped pairs do not count."""
+    rows = sides(2, "7!7!", "7") + sides(1, "7", "!7!") + sides(1, "7", "!") + sides(4, "7", "7")
+    _, printed = inspect(write_jsonl("pairs.jsonl", rows))
+    assert "longer    the chosen side in 50.0% of the pairs, the rejected side in 25.0%\n" in printed
+    assert "the length alone decides few pairs" in printed
+    _, printed = inspect(write_jsonl("long.jsonl", rows[:3] + rows[:3]))
+    assert "longer    the chosen side in 66.7% of the pairs" in printed
+    assert "DPO can win these pairs by longer answers alone; --ld-alpha 0.5 weakens that" in printed
+    _, printed = inspect(write_jsonl("short.jsonl", sides(3, "7", "!7!")))
+    assert "DPO can win these pairs by shorter answers alone" in printed
+
+
+def plain_distance(one: list[int], other: list[int]) -> int:
+    """Levenshtein's recursion, as it is defined."""
+
+    @functools.cache
+    def distance(i: int, j: int) -> int:
+        if not i or not j:
+            return i + j
+        replaced = distance(i - 1, j - 1) + (one[i - 1] != other[j - 1])
+        return min(distance(i - 1, j) + 1, distance(i, j - 1) + 1, replaced)
+
+    return distance(len(one), len(other))
+
+
+def test_the_edit_distance_is_levenshteins():
+    draw = random.Random(1)
+    for _ in range(300):
+        one, other = ([draw.randrange(3) for _ in range(draw.randrange(9))] for _ in range(2))
+        assert edit_distance(one, other) == plain_distance(one, other), (one, other)
+
+
+def test_close_and_distant_sides(inspect, write_jsonl):
+    """One token of six differs, the end tokens do not count; then all of them differ."""
+    _, printed = inspect(write_jsonl("close.jsonl", sides(3, "7!7!7!", "7!7!77")))
+    assert "distance  median 0.17 (10 %: 0.17, 90 %: 0.17) of 3 pairs: edits" in printed
+    assert "the sides are close" in printed and "--loss dpop prevents it" in printed
+    _, printed = inspect(write_jsonl("distant.jsonl", sides(3, "7777", "!!")))
+    assert "distance  median 1.00" in printed and "the sides differ" in printed
+
+
+def test_a_large_file_is_sampled_over_its_whole_length(inspect, write_jsonl):
+    """Were only its first pairs compared, a file sorted by source would look like its first source."""
+    rows = sides(PAIRS_COMPARED, "7777", "777!") + sides(3 * PAIRS_COMPARED, "7777", "!!!!")
+    _, printed = inspect(write_jsonl("sorted.jsonl", rows), "--show", 0)
+    assert f"distance  median 1.00 (10 %: 0.25, 90 %: 1.00) of {PAIRS_COMPARED} pairs" in printed
+
+
+def test_conversations_have_no_sides(inspect, write_jsonl):
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "yes"}]
+    _, printed = inspect(write_jsonl("chats.jsonl", [{"messages": chat}]))
+    assert "1 to train on" in printed and "longer " not in printed and "distance" not in printed

@@ -205,8 +205,8 @@ def test_resuming_a_finished_run_does_nothing(flags, tmp_path, capsys):
     arguments = flags("train_dpo")
     train_dpo.main(arguments)
     before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "run").iterdir()}
-    assert set(before) == {"model.pt", "config.json", "metrics.jsonl", ".lock", "tokenizer.json",
-                           "tokenizer_config.json", "generation_config.json"}  # fmt: skip
+    assert set(before) == {"model.pt", "config.json", "metrics.jsonl", "samples.jsonl", ".lock",
+                           "tokenizer.json", "tokenizer_config.json", "generation_config.json"}  # fmt: skip
     train_dpo.main([*arguments, "--resume"])
     assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "run").iterdir()} == before
     assert "the run is finished" in capsys.readouterr().out

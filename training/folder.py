@@ -3,6 +3,8 @@
     OUT/.lock              process id of the run, which locks this file as long as it lives
     OUT/checkpoints/       while the run is unfinished
     OUT/metrics.jsonl      the log
+    OUT/samples.jsonl      answers to held-out prompts, if the run generates them
+    OUT/tracker.json, tensorboard/      with --track, see track.py
     OUT/config.json, tokenizer files, adapter.pt, model.pt      written at the end, model.pt last
 
 A run overwrites and removes only files that a run wrote; their names identify them.
@@ -25,7 +27,8 @@ except ImportError:  # Windows
 WEIGHTS = ("model.pt", "adapter.pt")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json",
              "tokenizer.model", "added_tokens.json")  # fmt: skip
-WRITTEN = (*WEIGHTS, "config.json", "metrics.jsonl", *TOKENIZER)
+WRITTEN = (*WEIGHTS, "config.json", "metrics.jsonl", "samples.jsonl", "tracker.json", "tensorboard",
+           *TOKENIZER)  # fmt: skip
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
 
 
@@ -96,9 +99,11 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def remove_run(folder: Path) -> None:
-    """Remove weights and checkpoints of an earlier run, so that its model is not taken for the new one."""
-    for name in WEIGHTS:
+    """Remove weights, checkpoints, samples and curves of an earlier run: they are not the new one's."""
+    for name in (*WEIGHTS, "samples.jsonl", "tracker.json"):
         (folder / name).unlink(missing_ok=True)
+    for events in folder.glob("tensorboard/events.out.tfevents.*"):
+        events.unlink()
     sync(folder)
     remove_checkpoints(folder)
 

@@ -1,10 +1,11 @@
-"""Running means over micro-batches and ranks, the log file, and the progress bar."""
+"""Running means over micro-batches and ranks, the files of rows, and the progress bar."""
 
 import errno
 import json
 import math
 import os
 import time
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -14,6 +15,9 @@ from tqdm import tqdm
 from errors import NotFiniteError
 from files import unwritable, write_whole
 from training.distributed import World
+from training.settings import TrainSettings
+from training.track import open_tracker
+from training.warnings import Watch
 
 
 class Meter:
@@ -61,27 +65,72 @@ class Meter:
         self.sums = dict(zip(saved["names"], tensors, strict=True))
 
 
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}  # at the terminal
 
 
-class MetricsLog:
-    """``metrics.jsonl``, one row per logged step, and the progress bar. Only the main rank writes.
+class RowFile:
+    """A file of JSON rows with a ``step``, each on the disk before `append` returns.
 
     A run that continues after `first_step` keeps the rows up to that step. Later rows are written again.
     """
 
-    def __init__(self, folder: Path, world: World, first_step: int, total_steps: int, unit: str):
-        self.unit, self.total_steps = unit, total_steps
+    def __init__(self, path: Path, first_step: int):
+        self.path, self.file = path, None
+        lines = rows_until(first_step, path) if first_step else []
+        self.text, self.kept = "".join(lines), [json.loads(line) for line in lines]
+        if path.exists():
+            self._open()
+
+    def _open(self) -> None:
+        write_whole(self.path, lambda file: file.write(self.text.encode()))
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+
+    def append(self, rows: list[dict]) -> None:
+        """Append rows. Raises `InputError` if the disk fails."""
+        if not self.file:
+            self._open()
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        try:
+            if self.file.write(lines) < len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self.file.fileno())  # A checkpoint of this step must not outlive its row.
+        except OSError as error:
+            raise unwritable(self.path, error) from None
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+
+
+class MetricsLog:
+    """``metrics.jsonl``, one row per logged step; ``samples.jsonl``; the tracker, the bar and the warnings.
+
+    Only the main rank writes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        settings: TrainSettings,
+        first_step: int,
+        total_steps: int,
+        unit: str,
+    ):
+        self.world, self.unit, self.total_steps = world, unit, total_steps
         self.items, self.since = 0, time.perf_counter()
         self.bar = tqdm(
             total=total_steps, initial=first_step, unit="step", disable=not world.is_main, dynamic_ncols=True
         )
-        self.file = None
         if world.is_main:
-            self.path = path = folder / "metrics.jsonl"
-            kept = rows_until(first_step, path) if first_step else []
-            write_whole(path, lambda file: file.write("".join(kept).encode()))
-            self.file = open(path, "ab", buffering=0)  # noqa: SIM115
+            self.rows, self.samples = (RowFile(folder / name, first_step) for name in (METRICS, SAMPLES))
+            self.tracker = open_tracker(settings, folder, first_step) if settings.track != "none" else None
+            self.watch = Watch()
+            for row in self.rows.kept:  # Their warnings were printed before the run stopped.
+                self.watch.see(row)
+            for _, answers in groupby(self.samples.kept, key=lambda row: row["step"]):
+                self.watch.see_answers(list(answers))
 
     def advance(self, items: int) -> None:
         """Count an optimizer step over `items` pairs or conversations of all ranks."""
@@ -97,7 +146,7 @@ class MetricsLog:
         for name, value in row.items():
             if name.startswith("eval_") and not math.isfinite(value):
                 raise NotFiniteError(step, f"{name} is {value}")
-        if not self.file:
+        if not self.world.is_main:
             return
         if "loss" in row:
             now = time.perf_counter()
@@ -108,18 +157,28 @@ class MetricsLog:
         if "eval_loss" in row:
             figures = ", ".join(f"{name} {value}" for name, value in shown(row, "eval_").items())
             self.bar.write(f"step {step} of {self.total_steps}: held-out {figures}")
-        line = json.dumps({"step": step, **row}).encode() + b"\n"
-        try:
-            if self.file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self.file.fileno())  # A checkpoint of this step must not outlive its row.
-        except OSError as error:
-            raise unwritable(self.path, error) from None
+        self.rows.append([{"step": step, **row}])
+        if self.tracker:
+            self.tracker.log(step, row)
+        self.warn(self.watch.see({"step": step, **row}))
+
+    def write_samples(self, step: int, samples: list[dict]) -> None:
+        """Append the rows of `training.samples` of an evaluation."""
+        if self.world.is_main and samples:
+            self.samples.append(rows := [{"step": step, **sample} for sample in samples])
+            self.warn(self.watch.see_answers(rows))
+
+    def warn(self, lines: list[str]) -> None:
+        for line in lines:
+            self.bar.write(f"warning: {line}")
 
     def close(self) -> None:
         self.bar.close()
-        if self.file:
-            self.file.close()
+        if self.world.is_main:
+            self.rows.close()
+            self.samples.close()
+            if self.tracker:
+                self.tracker.close()
 
 
 def shown(row: dict[str, float], prefix: str) -> dict[str, str]:
@@ -128,12 +187,13 @@ def shown(row: dict[str, float], prefix: str) -> dict[str, str]:
 
 
 def rows_until(step: int, path: Path) -> list[str]:
-    """The lines of a metrics file whose step is at most `step`, without lines that a crash cut off."""
+    """The lines of a file of rows whose step is at most `step`, without lines that a crash cut off."""
     kept = []
-    for line in path.read_text("utf-8", errors="replace").splitlines(keepends=True) if path.exists() else ():
+    # An answer may contain U+2028, at which splitlines() would split it. What follows the last \n is cut off.
+    for line in path.read_text("utf-8", errors="replace").split("\n")[:-1] if path.exists() else ():
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
         except (ValueError, TypeError, KeyError):
             continue
     return kept

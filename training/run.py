@@ -26,6 +26,7 @@ from model.weights import read_json, save_model
 from training import checkpoint, folder, identity
 from training.distributed import World, gather
 from training.settings import TrainSettings
+from training.track import require_tracker
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REPEATS = 10.0  # Seconds in which torchrun's ranks ignore further SIGTERMs.
@@ -37,6 +38,7 @@ class RunFolder:
         require(settings.out.strip(), "--out is empty: name a folder for the run")
         both = settings.resume and settings.overwrite
         require(not both, "--resume continues a run and --overwrite replaces it: choose one of them")
+        require_tracker(settings.track)
         self.settings, self.world = settings, world
         self.folder = Path(settings.out)
         self.checkpoints = self.folder / folder.CHECKPOINTS

@@ -14,6 +14,7 @@ from model.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "dataset" / "sample"
+TRACKERS = ("none", "tensorboard", "wandb", "swanlab")
 LONGEST = 4096  # tokens of a record, where --max-length is 0
 DEVICES, PRECISIONS = ("auto", "cuda", "mps", "cpu"), ("auto", "fp32", "bf16", "fp16")
 DEVICE_WHY = "auto: CUDA, else Apple's MPS, else the CPU"
@@ -89,6 +90,7 @@ class TrainSettings(Flags):
     eval_every: int = flag(100, "optimizer steps between evaluations on --eval-data")
     save_every: int = flag(500, "optimizer steps between checkpoints; 0: only when a signal stops the run")
     keep_checkpoints: int = flag(2, "number of newest checkpoints to keep, in case one is damaged")
+    track: str = flag("none", "tracker that also gets the rows of metrics.jsonl; needs its package", TRACKERS)
     overwrite: bool = flag(False, "replace the run that --out contains, finished or stopped")
     resume: bool = flag(False, "continue from the newest valid checkpoint in --out, or start if it has none")
     override: str = flag("", "settings that --resume may change, by name and separated by commas: lr,data")

@@ -5,6 +5,7 @@ from tests.planted import (
     data,
     experiments,
     folders,
+    log,
     loops,
     objectives,
     resume,
@@ -17,6 +18,6 @@ from tests.planted import (
 
 ROOMS = (
     stream, transformer, objectives, reward, answers, data, loops, folders, resume, shard, speed,
-    experiments,
+    experiments, log,
 )  # fmt: skip
 MUTANTS = [mutant for room in ROOMS for mutant in room.MUTANTS]

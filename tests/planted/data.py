@@ -167,4 +167,16 @@ Rows are balanced instead of tokens, and the micro-batch with the long rows take
 - (total + int(lengths[row]), place)
 + (total + 1, place)
 test_store.py::test_deal_balances_tokens_not_rows
+
+first-pairs-compared in dataset.inspect: Findings.compare
+A file sorted by source is judged by its first source.
+- draw.randrange(self.report.kept)
++ self.report.kept
+test_inspect.py::test_a_large_file_is_sampled_over_its_whole_length
+
+edit-distance-without-insertions in dataset.inspect: edit_distance
+A side that only lacks a word at its start counts as a different text.
+- np.minimum.accumulate(np.concatenate([[i], best]) - places) + places
++ np.concatenate([[i], best])
+test_inspect.py::test_the_edit_distance_is_levenshteins
 """)
