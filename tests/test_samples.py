@@ -1,7 +1,4 @@
-"""Answers to held-out prompts during a run: whose they are, to which prompts, and what a resumed run keeps.
-
-python -m pytest tests/test_samples.py
-"""
+"""Answers to held-out prompts during a run: whose they are, to which prompts, and what a resume keeps."""
 
 import json
 from types import SimpleNamespace
@@ -12,21 +9,17 @@ import torch
 import train_dpo
 from dataset.store import open_store
 from dataset.turns import Message
-from model.weights import load_model, save_model
-from tests.conftest import RAGGED, make_model, plain_ids, plain_logits, turns
+from model.weights import load_model
+from tests.conftest import RAGGED, make_model, plain_ids, plain_logits, save_folder, turns
 from tests.ranks import forked
+from tests.runs import ALONE
 from training import samples
-from training.distributed import World
 from training.metrics import RowFile
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
 def start(tmp_path, tokenizer):
-    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32, hidden_size=32))
-    tokenizer.save(tmp_path / "start")
-    return tmp_path / "start"
+    return save_folder(tmp_path / "start", tokenizer, hidden_size=32)
 
 
 @pytest.fixture

@@ -1,7 +1,4 @@
-"""Trackers: what their own files contain, read back; and a resumed run, which continues there.
-
-python -m pytest tests/test_track.py
-"""
+"""Trackers: what their own files contain, read back; and a resumed run, which continues there."""
 
 import json
 import struct
@@ -10,16 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 
 import train_dpo
 from errors import InputError
-from model.weights import save_model
-from tests.conftest import make_model
 from tests.loops import metrics
 from tests.ranks import forked
-from tests.test_loops import PAIRS, command_line
-from tests.test_resume import stopped
+from tests.runs import run_flags, stopped
 from training import track
 from training.checkpoint import checkpoints
 
@@ -29,21 +22,13 @@ def needs(package: str):
 
 
 @pytest.fixture
-def flags(tmp_path, tokenizer, write_jsonl):
-    """Six steps, a row for each, evaluations at 0, 3 and 6."""
-    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32))
-    tokenizer.save(tmp_path / "start")
-    data = write_jsonl("pairs.jsonl", PAIRS)
-
-    def of(**changes) -> list[str]:
-        settings = {
-            "model": tmp_path / "start", "data": data, "eval_data": data, "batch_size": 4, "epochs": 2,
-            "warmup_steps": 2, "log_every": 1, "eval_every": 3, "device": "cpu", "precision": "fp32",
-            "sample_prompts": 0, **changes,
-        }  # fmt: skip
-        return command_line(**settings)
-
-    return of
+def flags(tmp_path, tokenizer):
+    """Six steps, a row for each, evaluations at 0, 3 and 6, and a checkpoint of each step."""
+    made = run_flags(
+        tmp_path, tokenizer, eval_data=True, epochs=2, warmup_steps=2, log_every=1, eval_every=3,
+        sample_prompts=0, save_every=1, keep_checkpoints=9,
+    )  # fmt: skip
+    return lambda **changes: made(tmp_path / "run", **changes)
 
 
 def wanted(folder: Path) -> dict[str, dict[int, float]]:
@@ -97,7 +82,7 @@ def assert_same_events(folder: Path) -> None:
 @needs("tensorboard")
 def test_tensorboard_reads_back_the_rows(flags, tmp_path):
     folder = tmp_path / "run"
-    train_dpo.main([*flags(track="tensorboard"), "--out", str(folder)])
+    train_dpo.main(flags(track="tensorboard"))
     assert_same_events(folder)
     assert not (folder / "tracker.json").exists()
 
@@ -106,18 +91,18 @@ def test_tensorboard_reads_back_the_rows(flags, tmp_path):
 def test_tensorboard_shows_a_resumed_run_once(flags, tmp_path):
     """The stopped run wrote steps 4 and 5 after the checkpoint that the resumed run continues from."""
     folder, arguments = tmp_path / "run", flags(track="tensorboard")
-    stopped(train_dpo, arguments, folder, after=5)
+    stopped(train_dpo, arguments, after=5)
     for newest in checkpoints(folder / "checkpoints")[:2]:
         newest.unlink()
     assert [step for step, _ in events(folder)["train/loss"]] == [1, 2, 3, 4, 5]
-    train_dpo.main([*arguments, "--out", str(folder), "--resume"])
+    train_dpo.main([*arguments, "--resume"])
     assert_same_events(folder)
 
 
 @needs("tensorboard")
 def test_a_replaced_run_leaves_no_curves(flags, tmp_path):
     """They would be drawn as those of the new run; files of others in that folder stay."""
-    once = [*flags(max_steps=1), "--out", str(tmp_path / "run"), "--overwrite"]
+    once = flags(max_steps=1, overwrite=True)
     train_dpo.main([*once, "--track", "tensorboard"])
     (tmp_path / "run" / "tensorboard" / "notes.txt").write_text("mine")
     train_dpo.main(once)
@@ -126,8 +111,7 @@ def test_a_replaced_run_leaves_no_curves(flags, tmp_path):
 
 @needs("tensorboard")
 def test_one_rank_tracks(flags, tmp_path):
-    arguments = [*flags(track="tensorboard"), "--out", str(tmp_path / "run")]
-    result = forked("train_dpo", *arguments, ranks=2)
+    result = forked("train_dpo", *flags(track="tensorboard"), ranks=2)
     assert result.returncode == 0, result.stderr
     assert len([*(tmp_path / "run" / "tensorboard").iterdir()]) == 1
     assert_same_events(tmp_path / "run")
@@ -171,7 +155,7 @@ def test_an_offline_tracker_keeps_the_rows_and_the_run(name, pattern, read, flag
     monkeypatch.setenv(f"{name.upper()}_MODE", "offline")
     monkeypatch.setenv("HOME", str(tmp_path))
     folder, arguments = tmp_path / "run", flags(track=name)
-    stopped(train_dpo, arguments, folder, after=5)
+    stopped(train_dpo, arguments, after=5)
     if name == "wandb":
         sys.modules["wandb"].finish()
     else:
@@ -180,7 +164,7 @@ def test_an_offline_tracker_keeps_the_rows_and_the_run(name, pattern, read, flag
         newest.unlink()
     (first,) = folder.glob(pattern)
     assert [*read(first)["train/loss"]] == [1, 2, 3, 4, 5]
-    train_dpo.main([*arguments, "--out", str(folder), "--resume"])
+    train_dpo.main([*arguments, "--resume"])
     (second,) = {*folder.glob(pattern)} - {first}
     found, expected = read(second), wanted(folder)
     assert [*found["train/loss"]] == [4, 5, 6]
@@ -199,14 +183,14 @@ def test_a_run_without_a_tracker_imports_none(flags, tmp_path, monkeypatch):
     """An import takes seconds, and its failure would end a run that does not need it."""
     for name in ("tensorboard", "wandb", "swanlab", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
-    train_dpo.main([*flags(), "--out", str(tmp_path / "run")])
+    train_dpo.main(flags())
     assert metrics(tmp_path / "run")[-1]["step"] == 6
 
 
 def test_a_missing_package_is_named_before_anything_is_loaded(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(track, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="--track wandb needs the package wandb: pip install wandb"):
-        train_dpo.main([*flags(track="wandb", model="nowhere"), "--out", str(tmp_path / "run")])
+        train_dpo.main(flags(track="wandb", model="nowhere"))
 
 
 def test_a_tracker_that_cannot_start_is_one_line(flags, tmp_path, monkeypatch):
@@ -217,4 +201,4 @@ def test_a_tracker_that_cannot_start_is_one_line(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(track, "find_spec", lambda name: True)
     monkeypatch.setattr(track, "WeightsAndBiases", Broken)
     with pytest.raises(InputError, match=r"--track wandb: it cannot start \(no login\)"):
-        train_dpo.main([*flags(track="wandb"), "--out", str(tmp_path / "run")])
+        train_dpo.main(flags(track="wandb"))

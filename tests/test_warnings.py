@@ -1,7 +1,4 @@
-"""Warnings: each is provoked by a run that deserves it, and healthy runs give none.
-
-python -m pytest tests/test_warnings.py
-"""
+"""Warnings: each is provoked by a run that deserves it, and healthy runs give none."""
 
 import json
 import math
@@ -15,11 +12,9 @@ import train_sft
 from dataset.tokenizer import ChatTokenizer
 from model.config import ModelConfig
 from model.transformer import Transformer
-from model.weights import save_model
-from tests.conftest import make_model, shared
+from tests.conftest import save_folder, shared
 from tests.loops import metrics
-from tests.test_loops import command_line
-from tests.test_resume import stopped
+from tests.runs import command_line, stopped
 from training.settings import SAMPLE
 from training.warnings import Watch, exploding, falling, longer, repeated, repeating, still
 
@@ -40,8 +35,7 @@ def taught(tmp_path_factory, tokenizer):
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
         return folder / name
 
-    save_model(folder / "new", make_model(tokenizer.vocab_size, torch.float32, hidden_size=32, spread=0.02))
-    tokenizer.save(folder / "new")
+    save_folder(folder / "new", tokenizer, hidden_size=32, spread=0.02)
     answers = SHORT, SHORT, LONG, LOOP
     chats = [{"prompt": prompt, "response": answer} for prompt in PROMPTS for answer in answers]
     for name, chosen in (("long", LONG), ("loop", LOOP)):
@@ -69,7 +63,7 @@ def warned(flags_of, tmp_path, capsys):
 
     def run(**flags) -> list[str]:
         capsys.readouterr()
-        train_dpo.main([*flags_of(**flags), "--out", str(tmp_path / "run")])
+        train_dpo.main(flags_of(out=tmp_path / "run", **flags))
         return warnings_in(capsys.readouterr().out)
 
     return run
@@ -132,13 +126,15 @@ def test_answers_that_repeat_themselves(warned):
     assert any(re.search("of 4 answers to held-out prompts repeat themselves", line) for line in found), found
 
 
-def test_a_resumed_run_repeats_no_warning(flags_of, tmp_path, capsys):
-    """It has the history of the rows that it keeps, and their warnings were printed."""
-    flags = flags_of(lr=2e-3, max_steps=20, eval_every=5)
-    stopped(train_dpo, flags, tmp_path / "run", after=17)
-    assert warnings_in(capsys.readouterr().out)
-    train_dpo.main([*flags, "--out", str(tmp_path / "run"), "--resume"])
-    assert not warnings_in(capsys.readouterr().out)
+def test_a_resumed_run_has_the_history_of_its_rows(flags_of, tmp_path, capsys):
+    """It repeats no warning, and compares its answers with the first ones of the whole run."""
+    flags = flags_of(out=tmp_path / "run", lr=2e-2, max_steps=20, eval_every=10, save_every=1)
+    stopped(train_dpo, flags, after=6)
+    before = warnings_in(capsys.readouterr().out)
+    train_dpo.main([*flags, "--resume"])
+    after = warnings_in(capsys.readouterr().out)
+    assert [len([line for line in lines if "fell from" in line]) for lines in (before, after)] == [1, 0]
+    assert any("answers to held-out prompts grew from 4" in line for line in after)
 
 
 # ---- Healthy runs
@@ -159,10 +155,8 @@ def test_a_healthy_run_gives_no_warning(name, tmp_path, capsys):
     tokenizer = ChatTokenizer(SAMPLE / "tokenizer.json")
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    save_model(
-        tmp_path / "new", Transformer(ModelConfig(tokenizer.vocab_size, **sizes, intermediate_size=128))
-    )
-    tokenizer.save(tmp_path / "new")
+    new = Transformer(ModelConfig(tokenizer.vocab_size, **sizes, intermediate_size=128))
+    save_folder(tmp_path / "new", tokenizer, new)
     common = {**COMMON, "batch_size": 8, "max_length": 300, **more}
     sft = {"model": tmp_path / "new", "data": chats, "out": tmp_path / "sft", "lr": 3e-3, "max_steps": 300}
     train_sft.main(command_line(**sft, **common))

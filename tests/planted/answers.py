@@ -62,22 +62,4 @@ Apple's MPS has no float64: every chat there ends at its first token.
 - at_least_float32(logits)
 + logits.double()
 test_generate.py::test_generation_needs_no_float64[sampling0]
-
-samples-of-the-reference in train_dpo: train
-The answers to held-out prompts never change, and nobody sees what the policy writes.
-- greedy_answers(model, tokenizer, prompts, world, settings.compile)
-+ greedy_answers(reference, tokenizer, prompts, world, settings.compile)
-test_samples.py::test_a_sample_is_the_greedy_answer_of_the_policy_at_that_step
-
-samples-of-the-first-rows in training.samples: held_out_prompts
-The first rows of a sorted file are about one thing.
-- np.linspace(0, len(rows) - 1, min(settings.sample_prompts, len(rows)))
-+ np.arange(min(settings.sample_prompts, len(rows)))
-test_samples.py::test_prompts_are_different_and_spread_over_the_data
-
-old-samples-left-standing in training.folder: remove_run
-A run without samples shows those of the run that it replaced.
-- (*WEIGHTS, "samples.jsonl", "tracker.json")
-+ (*WEIGHTS, "tracker.json")
-test_samples.py::test_a_run_without_samples_leaves_none_of_an_earlier_one
 """)

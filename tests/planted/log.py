@@ -1,8 +1,32 @@
-"""What a run reports: warnings and trackers. See tests/mutants.py."""
+"""What a run reports: samples, warnings, trackers. See tests/mutants.py."""
 
 from tests.planted.mutant import catalogue
 
 MUTANTS = catalogue(r"""
+rows-split-at-line-separators in training.metrics: rows_until
+An answer with U+2028 in it becomes two torn rows, and a resumed run drops them.
+- path.read_text("utf-8", errors="replace").split("\n")[:-1]
++ path.read_text("utf-8", errors="replace").splitlines()
+test_samples.py::test_an_answer_with_a_line_separator_is_one_row
+
+samples-of-the-reference in train_dpo: train
+The answers to held-out prompts never change, and nobody sees what the policy writes.
+- greedy_answers(model, tokenizer, prompts, world, settings.compile)
++ greedy_answers(reference, tokenizer, prompts, world, settings.compile)
+test_samples.py::test_a_sample_is_the_greedy_answer_of_the_policy_at_that_step
+
+samples-of-the-first-rows in training.samples: held_out_prompts
+The first rows of a sorted file are about one thing.
+- np.linspace(0, len(rows) - 1, min(settings.sample_prompts, len(rows)))
++ np.arange(min(settings.sample_prompts, len(rows)))
+test_samples.py::test_prompts_are_different_and_spread_over_the_data
+
+old-samples-left-standing in training.folder: remove_run
+A run without samples shows those of the run that it replaced.
+- (*WEIGHTS, "samples.jsonl", "tracker.json")
++ (*WEIGHTS, "tracker.json")
+test_samples.py::test_a_run_without_samples_leaves_none_of_an_earlier_one
+
 warned-at-every-row in training.warnings: Watch.new
 The same line after every row hides all others.
 - self.given |= lines.keys()
@@ -10,7 +34,7 @@ test_warnings.py::test_a_warning_is_given_once
 
 warned-during-the-warm-up in training.warnings: still
 A slow warm-up looks like a learning rate that is too small.
-- len(rows) < 2 or last['learning_rate'] > rows[-2]['learning_rate']
+- len(rows) < 2 or last["learning_rate"] > rows[-2]["learning_rate"]
 + len(rows) < 2
 test_warnings.py::test_a_slow_warm_up_is_not_a_standstill
 
@@ -26,11 +50,17 @@ SimPO has no reference, and its log-probs look like a collapse.
 + False
 test_warnings.py::test_losses_without_a_reference_give_no_warning
 
-history-lost-at-resume in training.metrics: MetricsLog.__init__
-A resumed run compares its answers with its own first ones and repeats old warnings.
+warned-again-after-a-resume in training.metrics: MetricsLog.__init__
+A resumed run does not know the rows before it, and repeats their warnings.
+- self.watch.see(row)
++ pass
+test_warnings.py::test_a_resumed_run_has_the_history_of_its_rows
+
+first-answers-lost-at-resume in training.metrics: MetricsLog.__init__
+Answers that have grown since the start are compared with those after the resume.
 - self.watch.see_answers(list(answers))
 + pass
-test_warnings.py::test_a_resumed_run_repeats_no_warning
+test_warnings.py::test_a_resumed_run_has_the_history_of_its_rows
 
 steps-tracked-twice in training.track: TensorBoard.__init__
 TensorBoard draws what the stopped run wrote after its checkpoint, and the curve jumps back.
