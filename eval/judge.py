@@ -166,7 +166,7 @@ def details(records: list[dict], replies: dict[str, list[list[Reply]]]) -> dict:
     """
     answers = [
         {
-            "prompt": [asdict(message) for message in record["prompt"]],
+            "prompt": [{"role": turn.role, "content": turn.content} for turn in record["prompt"]],
             "task": record["judge"]["task"],
             "replies": {name: asdict(rows[i][1]) for name, rows in replies.items()},
         }

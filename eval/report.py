@@ -30,10 +30,11 @@ from eval.curves import (
     Panel,
     last_finite,
     read_curves,
+    read_samples,
     shown_panels,
 )
-from eval.pairs import Measured, measure
-from model.weights import require_folder
+from eval.pairs import measure
+from model.weights import read_json, require_folder
 from training.settings import OneLineParser
 
 __all__ = ["BLUE", "ORANGE", "VIOLET"]  # for the pictures of the experiments
@@ -71,21 +72,33 @@ def write_page(runs: list[str], out: str | Path | None = None, **options) -> Pat
         require_folder(Path(run))
     curves = [read_curves(Path(run) / "metrics.jsonl") for run in runs]
     require_panels(curves, runs[0])
-    found = [measured_or_reason(run, options) for run in runs]
-    shown = [page.Shown(*run) for run in zip(runs, curves, *zip(*found, strict=True), strict=True)]
+    shown = [shown_run(run, its, options) for run, its in zip(runs, curves, strict=True)]
     out = Path(out or Path(runs[0]) / "report.html")
     text = page.page(shown).encode("utf-8", "backslashreplace")
     write_file(out, lambda file: file.write(text))
     return out
 
 
-def measured_or_reason(run: str, options: dict) -> tuple[Measured | None, str]:
-    """The measured pairs of a run, or None and the reason."""
+def shown_run(folder: str, curves: dict[str, Curve], options: dict) -> page.Shown:
+    """A run with everything that its page shows: curves, pairs, the judge's file, samples."""
+    measured, reason = None, ""
     try:
-        return measure(run, **options), ""
+        measured = measure(folder, **options)
     except InputError as error:
+        reason = str(error)
         print_note(f"no pairs on the page: {error}")
-        return None, str(error)
+    samples = read_samples(Path(folder) / "samples.jsonl")
+    return page.Shown(folder, curves, measured, reason, judge_of(folder), samples)
+
+
+def judge_of(folder: str) -> dict:
+    """The figures in RUN/judge.json, or in that of a demo, beside the run; {} without such a file."""
+    own, demo = Path(folder) / "judge.json", Path(folder).parent / "judge.json"
+    if own.is_file():
+        return read_json(own)
+    figures = read_json(demo) if demo.is_file() else {}
+    is_about_it = next(iter(figures.get("right_answers", ())), None) == Path(folder).name
+    return figures if is_about_it else {}
 
 
 def require_panels(runs: list[dict[str, Curve]], title: str) -> list[Panel]:

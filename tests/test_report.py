@@ -480,7 +480,7 @@ def test_a_step_that_was_repeated_after_a_resume_counts_once(tmp_path):
 
 @pytest.mark.parametrize(
     "text, reason",
-    [('{"step": 1}\ntorn\n{"step": 2}\n', ":2: not a row"), ("", "no row"), ("torn", "no row")],
+    [('{"step": 1}\ntorn\n{"step": 2}\n', ":2: not a row with a step"), ("", "no row"), ("torn", "no row")],
 )
 def test_damaged_metrics_are_named(text, reason, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(text)

@@ -1,0 +1,248 @@
+"""The lists of the report, whose rows open: pairs token by token, judged answers, samples of a training.
+
+    text, html = pair_section(measured)
+
+A token is an element ``<b data-l=log π,log π_ref>``; its class is the colour of its log-ratio.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from eval.charts import esc
+from eval.explain import SIDES, STEPS, Answer, signed, token_pieces
+from eval.judge import Verdict
+from eval.pairs import Measured, MeasuredPair
+from eval.terminal import text_pieces
+
+TOKENS = 42_000  # on the page, some 45 bytes each; longer answers are cut
+TEXT = 300_000  # bytes of all prompts of a list, and of all its answers; longer ones are cut
+SHOWN_STEPS = 12  # of the samples of one prompt
+
+
+def listing(columns: list[tuple[str, str, str]], order: tuple[str, str], rows: Iterable[str]) -> str:
+    """Rows below the heads that sort them. A column is (key, head, explanation); `order` is (key, order)."""
+    heads = "".join(
+        f'<button type=button data-sort={key} title="Sort by {why}"'
+        f"{f' data-order={order[1]}' if key == order[0] else ''}>{head}</button>"
+        for key, head, why in columns
+    )
+    head = f"<div class=heads><span></span><span>prompt</span>{heads}</div>"
+    return f"{head}<div class=list>{''.join(rows)}</div>"
+
+
+def row(change: float, question: str, values: dict[str, tuple[float, str]], inside: str, opened=False) -> str:
+    """A row that opens, with a mark for the sign of `change`.
+
+    `values` are {key of the column: (number to sort by, text)}; `inside` is HTML.
+    """
+    keys = " ".join(f"data-{key}={number:.6g}" for key, (number, _) in values.items())
+    cells = "".join(f"<span>{text}</span>" for _, text in values.values())
+    css, mark = ("blue", "✓") if change > 0 else ("orange", "✗") if change < 0 else ("pale", "=")
+    return (
+        f"<details {keys}{' open' if opened else ''}><summary><span class='sign {css}'>{mark}</span>"
+        f"<span class=ask>{esc(cut(question, 300))}</span>{cells}</summary><div class=inside>{inside}</div></details>\n"
+    )
+
+
+def prompt_box(turns: Iterable[tuple[str, str]], note: str, limit: int) -> str:
+    """The (role, text) of a prompt, greyed."""
+    text = cut("\n".join(f"{role}: {content}" for role, content in turns), limit)
+    return f"<p class=prompt><small>{note}</small>\n{esc(text)}</p>"
+
+
+def cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]} … {len(text) - most:,} more characters"
+
+
+def limit_of(sizes: list[int], budget: int) -> int:
+    """The largest limit, at least 8, such that the sizes, each cut to it, sum to at most `budget`."""
+    rest = np.sort(sizes)
+    for place, size in enumerate(rest):
+        share = budget // (len(rest) - place)  # of each size that is left
+        if size > share:
+            return max(8, int(share))
+        budget -= size
+    return max(8, int(rest[-1]))
+
+
+def utf8(text: str) -> int:
+    return len(text.encode("utf-8", "backslashreplace"))
+
+
+# ---- Pairs
+
+
+def pair_section(measured: Measured) -> tuple[str, str]:
+    """The list of pairs, the largest change first. The first one is open."""
+    pairs = sorted(measured.pairs, key=lambda pair: -pair.change)
+    lengths = [len(answer.tokens) for pair in pairs for answer in (pair.chosen, pair.rejected)]
+    limit = limit_of(lengths, TOKENS)
+    prompt = limit_of([sum(utf8(turn.content) + 20 for turn in pair.prompt) for pair in pairs], TEXT)
+    few = f"{len(pairs)} of {measured.held_out}" if len(pairs) < measured.held_out else f"All {len(pairs)}"
+    is_cut = f" Answers are cut after {limit} tokens; the sums include all tokens." * (limit < max(lengths))
+    text = (
+        f"{few} held-out pairs of {esc(Path(measured.data).name)}. The colour of a token is "
+        "log π/π<sub>ref</sub>: how much more likely training made it. These log-ratios sum to the log-ratio "
+        "of the answer, and β times that is its reward. A dotted line marks the tokens that both answers "
+        f"start with: they cancel in the margin.{is_cut}"
+    )
+    keys = "Point at a token for its numbers. With the keyboard: Tab to an answer, then the arrow keys."
+    columns = [
+        ("margin", "margin", "log π(chosen) − log π(rejected), after training"),
+        ("change", "change", "margin after − margin before = log-ratio margin"),
+        ("length", "length diff.", "tokens of chosen − tokens of rejected"),
+    ]
+    rows = (pair_row(pair, measured, limit, prompt, number == 0) for number, pair in enumerate(pairs))
+    return text, f"{scale()}<p class=pale>{keys}</p>{listing(columns, ('change', 'falling'), rows)}"
+
+
+def scale() -> str:
+    """The legend of the colours."""
+    less = "".join(f"<span class=less-{i}>−{STEPS[i - 1]:g}</span>" for i in (4, 3, 2, 1))
+    more = "".join(f"<span class=more-{i}>+{STEPS[i - 1]:g}</span>" for i in (1, 2, 3, 4))
+    words = "less likely", f"<span>{less}{more}</span>", "more likely, nats from this value on"
+    return f"<div class=scale>{' '.join(words)}</div>"
+
+
+def pair_row(pair: MeasuredPair, measured: Measured, limit: int, prompt: int, opened: bool) -> str:
+    values = {
+        "margin": (pair.after, signed(pair.after)),
+        "change": (pair.change, signed(pair.change)),
+        "length": (pair.longer, signed(pair.longer, 0)),
+    }
+    turns = [(turn.role, turn.content) for turn in pair.prompt]
+    change = f"{signed(pair.after)} − ({signed(pair.before)}) = {signed(pair.change)}"
+    sides = "".join(answer_column(side, getattr(pair, side), pair.shared, measured, limit) for side in SIDES)
+    inside = (
+        f"{prompt_box(turns, f'Prompt, line {pair.line}, not scored', prompt)}<div class=sides>{sides}</div>"
+        f"<p class=pale>Margin after − before: {change} nats. "
+        f"Reward margin {signed(measured.objective.beta * pair.change)}, loss {pair.loss:.4f}.</p>"
+    )
+    return row(pair.change, turns[-1][1], values, inside, opened)
+
+
+def answer_column(side: str, answer: Answer, shared: int, measured: Measured, limit: int) -> str:
+    """One answer: its sums, and its tokens on their colours."""
+    total, logp, reference = (sum(x) for x in (answer.logratios, answer.logps, answer.reference_logps))
+    sums = (
+        f"log π/π<sub>ref</sub> {signed(total)} = {signed(logp)} − ({signed(reference)}), "
+        f"reward {signed(measured.objective.beta * total)}"
+    )
+    tokens = "".join(token_marks(answer, measured.tokenizer, shared, limit))
+    label = f"{side} answer; the arrow keys move from token to token"
+    return (
+        f"<div><h4>{side}, {len(answer.tokens)} tokens<small>{sums}</small></h4>"
+        f'<p class=answer tabindex=0 role=group aria-label="{label}">{tokens}</p></div>'
+    )
+
+
+def token_marks(answer: Answer, tokenizer, shared: int, limit: int) -> Iterator[str]:
+    """An element for each token of an answer. The first `shared` tokens have a dotted line."""
+    shown = Answer(answer.tokens[:limit], answer.logps[:limit], answer.reference_logps[:limit])
+    # A piece is one character or more. If the answers part within a character, the whole of it differs.
+    same = sum(map(bool, [*text_pieces(tokenizer, shown.tokens[:shared])][:-1]))
+    pieces = list(token_pieces(shown, tokenizer))
+    for number, (text, logp, reference) in enumerate(pieces, start=1):
+        names = colour(logp - reference) + ["shared"] * (number <= same)
+        if number == len(pieces) and shown.tokens[-1] == tokenizer.end_id:
+            names.append("end")
+        css = f" class={names[0]}" if len(names) == 1 else f' class="{" ".join(names)}"' * bool(names)
+        visible = esc(text).replace("\n", "↵\n")
+        yield f'<b{css} data-l={logp:.2f},{reference:.2f}>{visible}</b>'
+    if limit < len(answer.tokens):
+        yield f" … {len(answer.tokens) - limit} more tokens"
+
+
+def colour(logratio: float) -> list[str]:
+    """The class of a token's colour: ``["more-2"]``; [] below the first step."""
+    strength = sum(abs(logratio) >= step for step in STEPS)
+    return [f"{'more' if logratio > 0 else 'less'}-{strength}"] if strength else []
+
+
+# ---- Judged answers
+
+
+def answer_section(figures: dict) -> str:
+    """The first sampled answers of both models side by side, lost cases first, and a table of the tasks."""
+    parts, answers = [task_table(figures["tasks"])] if "tasks" in figures else [], []
+    after, before = figures["right_answers"]
+    for case in figures.get("answers", ()):
+        replies = [case["replies"][name] for name in (before, after)]
+        answers.append((case, replies, [Verdict(**reply["verdict"]) for reply in replies]))
+    if answers:
+        answers.sort(key=lambda answer: answer[2][1].points - answer[2][0].points)
+        limit = limit_of([utf8(reply["text"]) for _, replies, _ in answers for reply in replies], TEXT)
+        turns = [turn for case, *_ in answers for turn in case["prompt"]]
+        prompt = limit_of([utf8(turn["content"]) + 20 for turn in turns], TEXT)
+        columns = [
+            ("before", "before", f"the points of {esc(before)}, 0 to 3"),
+            ("after", "after", f"the points of {esc(after)}, 0 to 3"),
+            ("change", "change", "points after − points before"),
+        ]
+        rows = (judged_row(*answer, (before, after), limit, prompt) for answer in answers)
+        parts.append(
+            f"<h3>Answers side by side</h3><p class=pale>The first sampled answers to {len(answers)} prompts. "
+            "A well-formed answer gets 2 points if it is right, and 1 if it is courteous. The answer with "
+            f"more points wins. The largest losses come first.</p>{listing(columns, ('change', 'rising'), rows)}"
+        )
+    return "".join(parts)
+
+
+def judged_row(
+    case: dict, replies: list[dict], verdicts: list[Verdict], names: tuple, limit: int, prompt: int
+) -> str:
+    """A row for a prompt, the reply of the second model and that of the first."""
+    before, after = (verdict.points for verdict in verdicts)
+    values = {
+        "before": (before, f"{before}"), "after": (after, f"{after}"),
+        "change": (after - before, signed(after - before, 0)),
+    }  # fmt: skip
+    sides = ""
+    for when, name, reply, verdict in zip(("before", "after"), names, replies, verdicts, strict=True):
+        marks = {"right": verdict.right, "courteous": verdict.manner, "well formed": verdict.well_formed}
+        words = ", ".join(mark if holds else f"not {mark}" for mark, holds in marks.items())
+        sides += (
+            f"<div><h4>{when}: {esc(name)}<small>{words}; {esc(reply['tokens'])} tokens</small></h4>"
+            f"<p class=answer>{esc(cut(reply['text'], limit))}</p></div>"
+        )
+    turns = [(turn["role"], turn["content"]) for turn in case["prompt"]]
+    changed = {(True, False): "became wrong: ", (False, True): "became right: "}
+    note = changed.get((verdicts[0].right, verdicts[1].right), "")
+    inside = f"{prompt_box(turns, 'Prompt, task ' + esc(case['task']), prompt)}<div class=sides>{sides}</div>"
+    return row(after - before, note + turns[-1][1], values, inside)
+
+
+def task_table(tasks: dict[str, dict]) -> str:
+    """A table that opens: the judge's figures by task, most answers that became wrong first."""
+    rows = ""
+    for task, f in sorted(tasks.items(), key=lambda item: -item[1].get("only_second_right", 0)):
+        after, before = f["right_answers"].values()
+        cells = [f"{f['prompts']}", *(f"{f[name]}" for name in ("wins", "ties", "losses"))]
+        cells += [f"{before:.0%}", f"{after:.0%}", f"{f.get('only_second_right', '–')}"]
+        rows += f"<tr><th scope=row>{esc(task)}{''.join(f'<td>{esc(cell)}' for cell in cells)}"
+    heads = ["task", "prompts", "wins", "ties", "losses", "right before", "right after", "became wrong"]
+    head = "".join(f"<th scope=col>{head}" for head in heads)
+    table = f"<div class=wide tabindex=0><table><thead><tr>{head}<tbody>{rows}</table></div>"
+    return f"<details class=more><summary>Figures of {len(tasks)} tasks</summary>{table}</details>"
+
+
+# ---- Samples
+
+
+def sample_section(samples: dict[str, dict[int, dict]]) -> tuple[str, str]:
+    """For each prompt the answers that the run gave during training, by step."""
+    sizes = [utf8(str(row.get("answer"))) for rows in samples.values() for row in rows.values()]
+    parts, limit = [], limit_of(sizes, TEXT)
+    for number, (prompt, rows) in enumerate(samples.items()):
+        steps = sorted(rows)
+        few = {steps[i] for i in np.linspace(0, len(steps) - 1, SHOWN_STEPS).round().astype(int)}
+        items = ""
+        for step in sorted(few):
+            words = f"{rows[step].get('tokens')} tokens" + ", not finished" * (not rows[step].get("finished"))
+            answer = esc(cut(str(rows[step].get("answer")), limit))
+            items += f"<li><b>step {step}</b><span>{answer} <small>{esc(words)}</small></span></li>"
+        inside = f"<summary>{esc(cut(prompt, 300))}</summary><ol class=steps>{items}</ol>"
+        parts.append(f"<details class=more{' open' * (number == 0)}>{inside}</details>")
+    return "Greedy answers to held-out prompts, written at each evaluation.", "".join(parts)
