@@ -11,7 +11,7 @@ import math
 from dataset.jsonl import printable
 
 WIDTH, HEIGHT = 300, 180
-LEFT, RIGHT, TOP, BOTTOM = 38, 50, 14, 24  # margins; the labels of the curves' ends are in the right one
+LEFT, RIGHT, TOP, BOTTOM = 42, 50, 14, 24  # margins; the labels of the curves' ends are in the right one
 LINE = 12  # height of a line of text
 MOST = 400  # points of a line
 
@@ -127,10 +127,10 @@ class Bars(Plot):
 
     right = WIDTH - 4
 
-    def __init__(self, names: list[str]):
-        super().__init__((0, len(names)), (0, 1))
+    def __init__(self, names: list[str], top: float = 1.0):
+        super().__init__((0, len(names)), (0, top))
         self.marks.clear()
-        for value in (0, 0.5, 1):
+        for value in (0, top / 2, top):
             self.grid(value, f"{value:.0%}")
         for place, name in enumerate(names):
             self.below(place + 0.5, name)
@@ -142,7 +142,9 @@ class Bars(Plot):
             left = place + 0.1 + i * width
             self.bar(left, left + width, value, css, label)
             self.interval(left + width / 2, low, high)
-            self.text(self.across(left + width / 2), self.down(high) - 3, f"{value:.0%}", "middle", "small")
+            if self.across(width) - LEFT > 20:  # wide enough for its number
+                middle = self.across(left + width / 2)
+                self.text(middle, self.down(high) - 3, f"{value:.0%}", "middle", "small")
 
 
 def widen(low: float, high: float) -> tuple[float, float]:

@@ -86,7 +86,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
-    """The numbers of a metrics file, ``{name: {step: value}}``. Of two rows of a step the later one counts."""
+    """The numbers of a metrics file, ``{name: {step: value}}``. The last row of a step counts."""
     curves: dict[str, Curve] = {}
     for step, row in read_rows(path):
         for name, value in row.items():

@@ -89,14 +89,16 @@ def judge_charts(figures: dict) -> Iterator[str]:
     }
     yield bars("Before and after", f"share of the answers {legend(sides)}", shares)
     if "only_second_right" in figures:
-        right = {"became right": ("only_first_right", "blue"), "became wrong": ("only_second_right", "orange")}
-        shares = {name: [bar(figures[key] / cases, css, name)] for name, (key, css) in right.items()}
+        keys = {"became right": "only_first_right", "became wrong": "only_second_right"}
+        colours = {"became right": "blue", "became wrong": "orange"}
+        shares = {name: [bar(figures[keys[name]] / cases, css, name)] for name, css in colours.items()}
         yield bars("Right answers that changed", f"of {cases:,} answers", shares)
 
 
 def bars(title: str, unit: str, groups: dict[str, list[tuple]]) -> str:
     """A figure of named groups of bars, as `Bars.group` takes them. `unit` is HTML."""
-    plot = Bars(list(groups))
+    highest = max(high for shares in groups.values() for _, _, high, *_ in shares)
+    plot = Bars(list(groups), top=next(top for top in (0.2, 0.5, 1) if highest <= top))
     for place, shares in enumerate(groups.values()):
         plot.group(place, shares)
     words = "; ".join(label for shares in groups.values() for *_, label in shares)
@@ -109,9 +111,9 @@ def bars(title: str, unit: str, groups: dict[str, list[tuple]]) -> str:
 def distributions(runs: list[Run]) -> Iterator[str]:
     """Margins, log-ratios by length, and accuracy by length. Several runs differ by their colours."""
     alone, first = len(runs) == 1, runs[0][2]
-    before = ("before" if alone else f"before {runs[0][0]}", "pale", [pair.before for pair in first.pairs])
     after = [("after" if alone else name, css, [p.after for p in of.pairs]) for name, css, of in runs]
-    yield histogram("Margins before and after", "log π(chosen) − log π(rejected)", [before, *after])
+    starts = {of.reference: ("before", "pale", [p.before for p in of.pairs]) for *_, of in runs}
+    yield histogram("Margins before and after", "log π(chosen) − log π(rejected)", [*starts.values(), *after])
     changes = [("" if alone else name, css, of.changes) for name, css, of in runs]
     yield histogram("Log-ratio margins", "margin after − margin before", changes, "before: all 0")
     yield length_scatter(first, "" if alone else f"{runs[0][0]}: ")

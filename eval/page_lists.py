@@ -42,7 +42,8 @@ def row(change: float, question: str, values: dict[str, tuple[float, str]], insi
     css, mark = ("blue", "✓") if change > 0 else ("orange", "✗") if change < 0 else ("pale", "=")
     return (
         f"<details {keys}{' open' if opened else ''}><summary><span class='sign {css}'>{mark}</span>"
-        f"<span class=ask>{esc(cut(question, 300))}</span>{cells}</summary><div class=inside>{inside}</div></details>\n"
+        f"<span class=ask>{esc(cut(question, 300))}</span>{cells}</summary>"
+        f"<div class=inside>{inside}</div></details>\n"
     )
 
 
@@ -50,6 +51,13 @@ def prompt_box(turns: Iterable[tuple[str, str]], note: str, limit: int) -> str:
     """The (role, text) of a prompt, greyed."""
     text = cut("\n".join(f"{role}: {content}" for role, content in turns), limit)
     return f"<p class=prompt><small>{note}</small>\n{esc(text)}</p>"
+
+
+def table_of(heads: list[str], rows: list[list[str]]) -> str:
+    """A table that scrolls where it is too wide; the first cell of a row, all HTML, is its head."""
+    head = "".join(f"<th scope=col>{head}" for head in heads)
+    body = "".join(f"<tr><th scope=row>{name}<td>{'<td>'.join(cells)}" for name, *cells in rows)
+    return f"<div class=wide tabindex=0><table><thead><tr>{head}<tbody>{body}</table></div>"
 
 
 def cut(text: str, most: int) -> str:
@@ -182,11 +190,12 @@ def answer_section(figures: dict) -> str:
             ("change", "change", "points after − points before"),
         ]
         rows = (judged_row(*answer, (before, after), limit, prompt) for answer in answers)
-        parts.append(
-            f"<h3>Answers side by side</h3><p class=pale>The first sampled answers to {len(answers)} prompts. "
-            "A well-formed answer gets 2 points if it is right, and 1 if it is courteous. The answer with "
-            f"more points wins. The largest losses come first.</p>{listing(columns, ('change', 'rising'), rows)}"
+        text = (
+            f"The first sampled answers to {len(answers)} prompts. A well-formed answer gets 2 points if it "
+            "is right, and 1 if it is courteous. The answer with more points wins."
         )
+        parts.append(f"<h3>Answers side by side</h3><p class=pale>{text}</p>")
+        parts.append(listing(columns, ("change", "rising"), rows))
     return "".join(parts)
 
 
@@ -216,16 +225,15 @@ def judged_row(
 
 def task_table(tasks: dict[str, dict]) -> str:
     """A table that opens: the judge's figures by task, most answers that became wrong first."""
-    rows = ""
+    rows = []
     for task, f in sorted(tasks.items(), key=lambda item: -item[1].get("only_second_right", 0)):
         after, before = f["right_answers"].values()
-        cells = [f"{f['prompts']}", *(f"{f[name]}" for name in ("wins", "ties", "losses"))]
-        cells += [f"{before:.0%}", f"{after:.0%}", f"{f.get('only_second_right', '–')}"]
-        rows += f"<tr><th scope=row>{esc(task)}{''.join(f'<td>{esc(cell)}' for cell in cells)}"
+        counts = [esc(f[name]) for name in ("prompts", "wins", "ties", "losses")]
+        changed = esc(f.get("only_second_right", "–"))
+        rows.append([esc(task), *counts, f"{before:.0%}", f"{after:.0%}", changed])
     heads = ["task", "prompts", "wins", "ties", "losses", "right before", "right after", "became wrong"]
-    head = "".join(f"<th scope=col>{head}" for head in heads)
-    table = f"<div class=wide tabindex=0><table><thead><tr>{head}<tbody>{rows}</table></div>"
-    return f"<details class=more><summary>Figures of {len(tasks)} tasks</summary>{table}</details>"
+    summary = f"<summary>Figures of {len(tasks)} tasks</summary>"
+    return f"<details class=more>{summary}{table_of(heads, rows)}</details>"
 
 
 # ---- Samples

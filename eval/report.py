@@ -11,6 +11,7 @@ steps between two rows of `metrics.jsonl`. Heavy lines with dots are held-out da
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
 from dataset.jsonl import printable
@@ -72,14 +73,16 @@ def write_page(runs: list[str], out: str | Path | None = None, **options) -> Pat
         require_folder(Path(run))
     curves = [read_curves(Path(run) / "metrics.jsonl") for run in runs]
     require_panels(curves, runs[0])
-    shown = [shown_run(run, its, options) for run, its in zip(runs, curves, strict=True)]
+    names = [Path(run).resolve().name for run in runs]
+    names = names if len({*names}) == len(runs) else runs
+    shown = [shown_run(*run, options) for run in zip(runs, names, cycle(page.COLOURS), curves, strict=False)]
     out = Path(out or Path(runs[0]) / "report.html")
     text = page.page(shown).encode("utf-8", "backslashreplace")
     write_file(out, lambda file: file.write(text))
     return out
 
 
-def shown_run(folder: str, curves: dict[str, Curve], options: dict) -> page.Shown:
+def shown_run(folder: str, name: str, colour: str, curves: dict[str, Curve], options: dict) -> page.Shown:
     """A run with everything that its page shows: curves, pairs, the judge's file, samples."""
     measured, reason = None, ""
     try:
@@ -88,7 +91,7 @@ def shown_run(folder: str, curves: dict[str, Curve], options: dict) -> page.Show
         reason = str(error)
         print_note(f"no pairs on the page: {error}")
     samples = read_samples(Path(folder) / "samples.jsonl")
-    return page.Shown(folder, curves, measured, reason, judge_of(folder), samples)
+    return page.Shown(folder, name, colour, curves, measured, reason, judge_of(folder), samples)
 
 
 def judge_of(folder: str) -> dict:
