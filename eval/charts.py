@@ -11,7 +11,7 @@ import math
 from dataset.jsonl import printable
 
 WIDTH, HEIGHT = 300, 180
-LEFT, RIGHT, TOP, BOTTOM = 42, 50, 14, 24  # margins; the labels of the curves' ends are in the right one
+LEFT, RIGHT, TOP, BOTTOM = 42, 58, 14, 24  # margins; the labels of the curves' ends are in the right one
 LINE = 12  # height of a line of text
 MOST = 400  # points of a line
 

@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     with stage("1. Supervised fine-tuning: learn to answer", "sft", seconds):
         train_sft.main(["--out", sft, *same])
     with stage("2. DPO: learn which answers are preferred", "dpo", seconds):
-        train_dpo.main(["--model", sft, "--out", dpo, "--eval-every", "40", *same])
+        train_dpo.main(["--model", sft, "--out", dpo, "--eval-every", "20", *same])
     with stage("3. Preference accuracy on held-out pairs", "preference", seconds):
         asked = preference.Settings(model=dpo, reference=sft, data=HELD_OUT)
         preferred = preference.measure(asked, World(0, 1, pick_device(asked.device)))

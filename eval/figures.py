@@ -132,7 +132,7 @@ def histogram(title: str, unit: str, series: list[tuple], mark: str = "") -> str
     plot.upright(0, mark)
     for (_, css, _), heights in zip(series, counts, strict=True):
         steps = zip(np.repeat(edges, 2), [0, *np.repeat(heights, 2), 0], strict=True)
-        plot.line([(float(x), float(y)) for x, y in steps], f"{css} area")
+        plot.line([(float(x), float(y)) for x, y in steps], css + " area" * (len(series) < 3))
     ranges = (f"{name} {signed(min(values))} to {signed(max(values))}" for name, _, values in series)
     return figure(title, f"{unit}; pairs {legend(series)}", plot.svg(f"{title}: {'; '.join(ranges)} nats"))
 

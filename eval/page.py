@@ -183,7 +183,7 @@ def comparison(runs: list[Shown]) -> str:
         "accuracy": lambda run: percent(run.measured.accuracy),
         "win rate": lambda run: percent(run.win_rate) if run.win_rate else "–",
         "log-ratio margin, nats": lambda run: nats(run.measured.margin),
-        "chosen": lambda run: signed(run.measured.logratio("chosen").value),
+        "log-ratio chosen": lambda run: signed(run.measured.logratio("chosen").value),
         "rejected": lambda run: signed(run.measured.logratio("rejected").value),
         "KL per token": lambda run: f"{run.measured.kl:.3f}",
     }
@@ -212,10 +212,10 @@ def best(runs: list[Shown]) -> str:
         return ""
     first, accuracy = measured[0], measured[0].measured.accuracy
     near = [run.name for run in measured[1:] if run.measured.accuracy.high >= accuracy.low]
-    overlap = f"with that of {', '.join(near)}" if near else "with no other"
+    chance = f" The interval overlaps with that of {' and '.join(near)}: the difference may be chance."
     return (
         f"<p class=verdict><b>{esc(first.name)} has the highest accuracy,</b> {percent(accuracy)} of "
-        f"{len(first.measured.pairs)} held-out pairs. Its interval overlaps {esc(overlap)}.</p>"
+        f"{len(first.measured.pairs)} held-out pairs.{esc(chance) if near else ''}</p>"
     )
 
 
@@ -239,10 +239,11 @@ def distribution_section(runs: list[Shown]) -> tuple[str, str]:
         f"{sum(getattr(pair, name) > 0 for pair in first.pairs) / len(first.pairs):.0%}"
         for name in ("longer", "before", "after")
     )
-    text = (
-        f"{f'{esc(name)}: ' if len(runs) > 1 else ''}The chosen answer is longer in {longer} of the pairs. It is "
-        f"the more likely one in {before} before training and in {after} after it. Length difference and "
-        f"log-ratio margin correlate with r = {signed(first.length_correlation)}. {INTERVALS}"
+    text = f"{esc(name)}: " if len(runs) > 1 else ""
+    text += (
+        f"The chosen answer is longer in {longer} of the pairs. It is the more likely one in "
+        f"{before} before training and in {after} after it. Length difference and log-ratio margin correlate "
+        f"with r = {signed(first.length_correlation)}. {INTERVALS}"
     )
     return text, f"<div class=charts>{''.join(distributions(measured))}</div>"
 

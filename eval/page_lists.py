@@ -17,7 +17,7 @@ from eval.pairs import Measured, MeasuredPair
 from eval.terminal import text_pieces
 
 TOKENS = 42_000  # on the page, some 45 bytes each; longer answers are cut
-TEXT = 300_000  # bytes of all prompts of a list, and of all its answers; longer ones are cut
+TEXT = 200_000  # bytes of all prompts of a list, and of all its answers; longer ones are cut
 SHOWN_STEPS = 12  # of the samples of one prompt
 
 
@@ -61,7 +61,9 @@ def table_of(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[:most]} … {len(text) - most:,} more characters"
+    """The text, or as much of it as fits into `most` bytes."""
+    kept = text.encode("utf-8", "replace")[:most].decode("utf-8", "ignore")
+    return text if utf8(text) <= most else f"{kept} … {len(text) - len(kept):,} more characters"
 
 
 def limit_of(sizes: list[int], budget: int) -> int:
@@ -76,7 +78,8 @@ def limit_of(sizes: list[int], budget: int) -> int:
 
 
 def utf8(text: str) -> int:
-    return len(text.encode("utf-8", "backslashreplace"))
+    """Bytes of a text."""
+    return len(text.encode("utf-8", "replace"))
 
 
 # ---- Pairs
@@ -219,8 +222,8 @@ def judged_row(
     turns = [(turn["role"], turn["content"]) for turn in case["prompt"]]
     changed = {(True, False): "became wrong: ", (False, True): "became right: "}
     note = changed.get((verdicts[0].right, verdicts[1].right), "")
-    inside = f"{prompt_box(turns, 'Prompt, task ' + esc(case['task']), prompt)}<div class=sides>{sides}</div>"
-    return row(after - before, note + turns[-1][1], values, inside)
+    box = prompt_box(turns, f"Prompt, task {esc(cut(case['task'], 100))}", prompt)
+    return row(after - before, note + turns[-1][1], values, f"{box}<div class=sides>{sides}</div>")
 
 
 def task_table(tasks: dict[str, dict]) -> str:
@@ -230,7 +233,7 @@ def task_table(tasks: dict[str, dict]) -> str:
         after, before = f["right_answers"].values()
         counts = [esc(f[name]) for name in ("prompts", "wins", "ties", "losses")]
         changed = esc(f.get("only_second_right", "–"))
-        rows.append([esc(task), *counts, f"{before:.0%}", f"{after:.0%}", changed])
+        rows.append([esc(cut(task, 100)), *counts, f"{before:.0%}", f"{after:.0%}", changed])
     heads = ["task", "prompts", "wins", "ties", "losses", "right before", "right after", "became wrong"]
     summary = f"<summary>Figures of {len(tasks)} tasks</summary>"
     return f"<details class=more>{summary}{table_of(heads, rows)}</details>"

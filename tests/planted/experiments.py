@@ -74,7 +74,7 @@ MUTANTS = [
     Mutant(
         "report-lets-markup-of-the-data-through",
         "A prompt with an image tag draws an image; only the policy of the page stops its script.",
-        "eval.page_pairs",
+        "eval.charts",
         "esc",
         "html.escape(printable(str(text)))",
         "printable(str(text))",
