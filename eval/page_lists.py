@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
+from dataset.records import Message
 from eval.charts import esc
 from eval.explain import SIDES, STEPS, Answer, signed, token_pieces
 from eval.judge import Verdict
 from eval.pairs import Measured, MeasuredPair
 from eval.terminal import text_pieces
 
-TOKENS = 42_000  # on the page, some 45 bytes each; longer answers are cut
-TEXT = 200_000  # bytes of all prompts of a list, and of all its answers; longer ones are cut
+TOKENS = 38_000  # of all answers of pairs, some 45 bytes each; longer answers are cut
+PROMPT, REPLY = 1_500, 1_000  # bytes of a prompt and of a judged answer or a sample; longer ones are cut
 SHOWN_STEPS = 12  # of the samples of one prompt
 
 
@@ -47,10 +48,10 @@ def row(change: float, question: str, values: dict[str, tuple[float, str]], insi
     )
 
 
-def prompt_box(turns: Iterable[tuple[str, str]], note: str, limit: int) -> str:
-    """The (role, text) of a prompt, greyed."""
-    text = cut("\n".join(f"{role}: {content}" for role, content in turns), limit)
-    return f"<p class=prompt><small>{note}</small>\n{esc(text)}</p>"
+def prompt_box(turns: Iterable[Message], note: str) -> str:
+    """A prompt, greyed."""
+    text = "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
+    return f"<p class=prompt><small>{note}</small>\n{esc(cut(text, PROMPT))}</p>"
 
 
 def table_of(heads: list[str], rows: list[list[str]]) -> str:
@@ -63,23 +64,7 @@ def table_of(heads: list[str], rows: list[list[str]]) -> str:
 def cut(text: str, most: int) -> str:
     """The text, or as much of it as fits into `most` bytes."""
     kept = text.encode("utf-8", "replace")[:most].decode("utf-8", "ignore")
-    return text if utf8(text) <= most else f"{kept} … {len(text) - len(kept):,} more characters"
-
-
-def limit_of(sizes: list[int], budget: int) -> int:
-    """The largest limit, at least 8, such that the sizes, each cut to it, sum to at most `budget`."""
-    rest = np.sort(sizes)
-    for place, size in enumerate(rest):
-        share = budget // (len(rest) - place)  # of each size that is left
-        if size > share:
-            return max(8, int(share))
-        budget -= size
-    return max(8, int(rest[-1]))
-
-
-def utf8(text: str) -> int:
-    """Bytes of a text."""
-    return len(text.encode("utf-8", "replace"))
+    return text if len(kept) == len(text) else f"{kept} … {len(text) - len(kept):,} more characters"
 
 
 # ---- Pairs
@@ -88,16 +73,14 @@ def utf8(text: str) -> int:
 def pair_section(measured: Measured) -> tuple[str, str]:
     """The list of pairs, the largest change first. The first one is open."""
     pairs = sorted(measured.pairs, key=lambda pair: -pair.change)
-    lengths = [len(answer.tokens) for pair in pairs for answer in (pair.chosen, pair.rejected)]
-    limit = limit_of(lengths, TOKENS)
-    prompt = limit_of([sum(utf8(turn.content) + 20 for turn in pair.prompt) for pair in pairs], TEXT)
+    limit, is_cut = token_limit(pairs)
     few = f"{len(pairs)} of {measured.held_out}" if len(pairs) < measured.held_out else f"All {len(pairs)}"
-    is_cut = f" Answers are cut after {limit} tokens; the sums include all tokens." * (limit < max(lengths))
+    more = f" Answers are cut after {limit} tokens; the sums include all tokens." if is_cut else ""
     text = (
         f"{few} held-out pairs of {esc(Path(measured.data).name)}. The colour of a token is "
         "log π/π<sub>ref</sub>: how much more likely training made it. These log-ratios sum to the log-ratio "
         "of the answer, and β times that is its reward. A dotted line marks the tokens that both answers "
-        f"start with: they cancel in the margin.{is_cut}"
+        f"start with: they cancel in the margin.{more}"
     )
     keys = "Point at a token for its numbers. With the keyboard: Tab to an answer, then the arrow keys."
     columns = [
@@ -105,8 +88,16 @@ def pair_section(measured: Measured) -> tuple[str, str]:
         ("change", "change", "margin after − margin before = log-ratio margin"),
         ("length", "length diff.", "tokens of chosen − tokens of rejected"),
     ]
-    rows = (pair_row(pair, measured, limit, prompt, number == 0) for number, pair in enumerate(pairs))
+    rows = (pair_row(pair, measured, limit, number == 0) for number, pair in enumerate(pairs))
     return text, f"{scale()}<p class=pale>{keys}</p>{listing(columns, ('change', 'falling'), rows)}"
+
+
+def token_limit(pairs: list[MeasuredPair]) -> tuple[int, bool]:
+    """The most tokens of an answer on the page, at least 8, and whether an answer is longer."""
+    lengths = np.array([len(answer.tokens) for pair in pairs for answer in (pair.chosen, pair.rejected)])
+    limits = range(lengths.max(), 8, -1)
+    limit = next((n for n in limits if np.minimum(lengths, n).sum() <= TOKENS), 8)
+    return limit, limit < lengths.max()
 
 
 def scale() -> str:
@@ -117,21 +108,20 @@ def scale() -> str:
     return f"<div class=scale>{' '.join(words)}</div>"
 
 
-def pair_row(pair: MeasuredPair, measured: Measured, limit: int, prompt: int, opened: bool) -> str:
+def pair_row(pair: MeasuredPair, measured: Measured, limit: int, opened: bool) -> str:
     values = {
         "margin": (pair.after, signed(pair.after)),
         "change": (pair.change, signed(pair.change)),
         "length": (pair.longer, signed(pair.longer, 0)),
     }
-    turns = [(turn.role, turn.content) for turn in pair.prompt]
     change = f"{signed(pair.after)} − ({signed(pair.before)}) = {signed(pair.change)}"
     sides = "".join(answer_column(side, getattr(pair, side), pair.shared, measured, limit) for side in SIDES)
     inside = (
-        f"{prompt_box(turns, f'Prompt, line {pair.line}, not scored', prompt)}<div class=sides>{sides}</div>"
+        f"{prompt_box(pair.prompt, f'Prompt, line {pair.line}, not scored')}<div class=sides>{sides}</div>"
         f"<p class=pale>Margin after − before: {change} nats. "
         f"Reward margin {signed(measured.objective.beta * pair.change)}, loss {pair.loss:.4f}.</p>"
     )
-    return row(pair.change, turns[-1][1], values, inside, opened)
+    return row(pair.change, pair.prompt[-1].content, values, inside, opened)
 
 
 def answer_column(side: str, answer: Answer, shared: int, measured: Measured, limit: int) -> str:
@@ -176,54 +166,50 @@ def colour(logratio: float) -> list[str]:
 
 
 def answer_section(figures: dict) -> str:
-    """The first sampled answers of both models side by side, lost cases first, and a table of the tasks."""
-    parts, answers = [task_table(figures["tasks"])] if "tasks" in figures else [], []
+    """A table of the tasks, and the first sampled answers of both models side by side, lost cases first."""
     after, before = figures["right_answers"]
-    for case in figures.get("answers", ()):
-        replies = [case["replies"][name] for name in (before, after)]
-        answers.append((case, replies, [Verdict(**reply["verdict"]) for reply in replies]))
-    if answers:
-        answers.sort(key=lambda answer: answer[2][1].points - answer[2][0].points)
-        limit = limit_of([utf8(reply["text"]) for _, replies, _ in answers for reply in replies], TEXT)
-        turns = [turn for case, *_ in answers for turn in case["prompt"]]
-        prompt = limit_of([utf8(turn["content"]) + 20 for turn in turns], TEXT)
-        columns = [
-            ("before", "before", f"the points of {esc(before)}, 0 to 3"),
-            ("after", "after", f"the points of {esc(after)}, 0 to 3"),
-            ("change", "change", "points after − points before"),
-        ]
-        rows = (judged_row(*answer, (before, after), limit, prompt) for answer in answers)
-        text = (
-            f"The first sampled answers to {len(answers)} prompts. A well-formed answer gets 2 points if it "
-            "is right, and 1 if it is courteous. The answer with more points wins."
-        )
-        parts.append(f"<h3>Answers side by side</h3><p class=pale>{text}</p>")
-        parts.append(listing(columns, ("change", "rising"), rows))
-    return "".join(parts)
+    cases = [
+        (case, [Verdict(**case["replies"][name]["verdict"]) for name in (before, after)])
+        for case in figures.get("answers", ())
+    ]
+    tasks = task_table(figures["tasks"]) if "tasks" in figures else ""
+    if not cases:
+        return tasks
+    cases.sort(key=lambda case: case[1][1].points - case[1][0].points)
+    columns = [
+        ("before", "before", f"the points of {esc(before)}, 0 to 3"),
+        ("after", "after", f"the points of {esc(after)}, 0 to 3"),
+        ("change", "change", "points after − points before"),
+    ]
+    text = (
+        f"The first sampled answers to {len(cases)} prompts. A well-formed answer gets 2 points if it is "
+        "right, and 1 if it is courteous. The answer with more points wins."
+    )
+    rows = (judged_row(case, (before, after), verdicts) for case, verdicts in cases)
+    head = f"{tasks}<h3>Answers side by side</h3><p class=pale>{text}</p>"
+    return head + listing(columns, ("change", "rising"), rows)
 
 
-def judged_row(
-    case: dict, replies: list[dict], verdicts: list[Verdict], names: tuple, limit: int, prompt: int
-) -> str:
-    """A row for a prompt, the reply of the second model and that of the first."""
-    before, after = (verdict.points for verdict in verdicts)
-    values = {
-        "before": (before, f"{before}"), "after": (after, f"{after}"),
-        "change": (after - before, signed(after - before, 0)),
-    }  # fmt: skip
+def judged_row(case: dict, names: tuple[str, str], verdicts: list[Verdict]) -> str:
+    """A row for a prompt and the replies to it, before and after."""
     sides = ""
-    for when, name, reply, verdict in zip(("before", "after"), names, replies, verdicts, strict=True):
+    for when, name, verdict in zip(("before", "after"), names, verdicts, strict=True):
         marks = {"right": verdict.right, "courteous": verdict.manner, "well formed": verdict.well_formed}
         words = ", ".join(mark if holds else f"not {mark}" for mark, holds in marks.items())
+        reply = case["replies"][name]
         sides += (
             f"<div><h4>{when}: {esc(name)}<small>{words}; {esc(reply['tokens'])} tokens</small></h4>"
-            f"<p class=answer>{esc(cut(reply['text'], limit))}</p></div>"
+            f"<p class=answer>{esc(cut(reply['text'], REPLY))}</p></div>"
         )
-    turns = [(turn["role"], turn["content"]) for turn in case["prompt"]]
-    changed = {(True, False): "became wrong: ", (False, True): "became right: "}
-    note = changed.get((verdicts[0].right, verdicts[1].right), "")
-    box = prompt_box(turns, f"Prompt, task {esc(cut(case['task'], 100))}", prompt)
-    return row(after - before, note + turns[-1][1], values, f"{box}<div class=sides>{sides}</div>")
+    before, after = verdicts
+    points = {"before": before.points, "after": after.points}
+    values = {when: (number, f"{number}") for when, number in points.items()}
+    change = after.points - before.points
+    values["change"] = change, signed(change, 0)
+    note = {1: "became right: ", -1: "became wrong: "}.get(after.right - before.right, "")
+    turns = [Message(**turn) for turn in case["prompt"]]
+    box = prompt_box(turns, f"Prompt, task {esc(cut(case['task'], 100))}")
+    return row(change, note + turns[-1].content, values, f"{box}<div class=sides>{sides}</div>")
 
 
 def task_table(tasks: dict[str, dict]) -> str:
@@ -244,15 +230,14 @@ def task_table(tasks: dict[str, dict]) -> str:
 
 def sample_section(samples: dict[str, dict[int, dict]]) -> tuple[str, str]:
     """For each prompt the answers that the run gave during training, by step."""
-    sizes = [utf8(str(row.get("answer"))) for rows in samples.values() for row in rows.values()]
-    parts, limit = [], limit_of(sizes, TEXT)
+    parts = []
     for number, (prompt, rows) in enumerate(samples.items()):
         steps = sorted(rows)
         few = {steps[i] for i in np.linspace(0, len(steps) - 1, SHOWN_STEPS).round().astype(int)}
         items = ""
         for step in sorted(few):
             words = f"{rows[step].get('tokens')} tokens" + ", not finished" * (not rows[step].get("finished"))
-            answer = esc(cut(str(rows[step].get("answer")), limit))
+            answer = esc(cut(str(rows[step].get("answer")), REPLY))
             items += f"<li><b>step {step}</b><span>{answer} <small>{esc(words)}</small></span></li>"
         inside = f"<summary>{esc(cut(prompt, 300))}</summary><ol class=steps>{items}</ol>"
         parts.append(f"<details class=more{' open' * (number == 0)}>{inside}</details>")
