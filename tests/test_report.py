@@ -134,6 +134,7 @@ def test_headline_figures_are_those_of_the_evaluation(folders, ragged):
     assert found.margin.value == pytest.approx(logged["logratios/margins"], abs=1e-3)
     assert found.logratio("rejected").value == pytest.approx(logged["logratios/rejected"], abs=1e-3)
     assert np.mean([pair.loss for pair in found.pairs]) == pytest.approx(logged["loss"], abs=1e-4)
+    assert found.kl == pytest.approx(logged["kl_per_token"], rel=1e-4)
     assert found.accuracy.low < found.accuracy.value < found.accuracy.high
 
 
