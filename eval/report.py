@@ -4,8 +4,9 @@
     python -m eval.report runs/dpo runs/ipo --out compare.html
     python -m eval.report runs/dpo --png              # the curves only, as runs/dpo/report.png
 
-The page needs no network and no other file. `--png` needs matplotlib. Thin lines are means over the training
-steps between two rows of `metrics.jsonl`. Heavy lines with dots are held-out data.
+The page needs no network and no other file. It also shows RUN/samples.jsonl, which training writes, and
+RUN/judge.json (of `eval.judge --json`) or the demo's, if they exist. Thin lines are means over the training steps
+between two rows of `metrics.jsonl`. Heavy lines with dots are held-out data. `--png` needs matplotlib.
 """
 
 import math

@@ -3,7 +3,7 @@
 with Browser(tmp_path) as browser:
     browser.open(path, width=360, dark=True)
     browser.run("document.title")              # the value of an expression
-    browser.errors                             # texts of the console, exceptions, refused requests
+    browser.errors, browser.requests           # what the page has caused
 """
 
 import base64
@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,10 @@ FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --hide-scrollbars "
     "--disable-background-networking --disable-component-update --remote-debugging-pipe"
 )
+KEYS = {name: {"windowsVirtualKeyCode": code} for name, code in
+        {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}.items()}  # fmt: skip
+KEYS["Enter"]["text"] = "\r"  # Without it, Enter does not click.
+SECONDS = 60  # the longest wait for a message
 
 
 def chromium() -> str | None:
@@ -30,7 +35,9 @@ class Browser:
     """Chromium with one tab. Requests and answers are JSON, each with a NUL byte behind it, on two pipes."""
 
     def __init__(self, folder: Path):
-        self.folder, self.number, self.errors, self.requests, self.rest = folder, 0, [], [], b""
+        self.folder, self.number, self.session, self.rest = folder, 0, None, b""
+        self.errors: list[str] = []  # texts of the console, exceptions, dialogs
+        self.requests: list[str] = []  # addresses
 
     def __enter__(self) -> "Browser":
         ours = [os.pipe(), os.pipe()]
@@ -61,8 +68,6 @@ class Browser:
         os.close(self.input)
         os.close(self.output)
 
-    session = None
-
     def call(self, method: str, **parameters) -> dict:
         """Send a command and return its result; events that come before it are noted."""
         self.number += 1
@@ -77,6 +82,8 @@ class Browser:
     def read(self) -> dict:
         """The next message of the browser; an event is noted before it is returned."""
         while b"\0" not in self.rest:
+            ready, *_ = select.select([self.output], [], [], SECONDS)
+            assert ready, f"Chromium has sent nothing for {SECONDS} seconds"
             block = os.read(self.output, 1 << 20)
             assert block, "Chromium has ended"
             self.rest += block
@@ -89,6 +96,8 @@ class Browser:
             self.errors.append(found["entry"]["text"])
         elif method == "Runtime.consoleAPICalled":
             self.errors.append(str(found["args"]))
+        elif method == "Page.javascriptDialogOpening":
+            self.errors.append(found["message"])
         elif method == "Network.requestWillBeSent":
             self.requests.append(found["request"]["url"])
         return message
@@ -124,8 +133,3 @@ class Browser:
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
         found = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
         path.write_bytes(base64.b64decode(found["data"]))
-
-
-KEYS = {name: {"windowsVirtualKeyCode": code} for name, code in
-        {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}.items()}  # fmt: skip
-KEYS["Enter"]["text"] = "\r"
