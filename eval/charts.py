@@ -102,7 +102,7 @@ class Plot:
         """A dashed vertical line with a label."""
         place = self.across(x)
         self.marks.append(f'<path class=mark d="M{place:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
-        self.text(place + 4, TOP + 8, label)
+        self.text(place + 4, TOP - 3, label)
 
     def svg(self, label: str) -> str:
         """The chart; `label` describes it to readers who do not see it."""

@@ -45,8 +45,7 @@ class Shown:
 
     @property
     def worries(self) -> list[str]:
-        found = worries(self.measured, self.curves, self.judged)
-        return found + [f"The page is without its pairs: {self.reason}."] * bool(self.reason)
+        return worries(self.measured, self.curves, self.judged)
 
     @property
     def win_rate(self) -> Estimate | None:
@@ -105,7 +104,8 @@ def digest(text: str) -> str:
 
 def headline(run: Shown) -> str:
     """What was trained on what, whether it worked, and what to worry about."""
-    text = f"<p class=verdict>{verdict(run)}</p>{cards(run)}" if run.measured else ""
+    text = f"<p class=pale>Without pairs: {esc(run.reason)}.</p>" if run.reason else ""
+    text = f"<p class=verdict>{verdict(run)}</p>{cards(run)}" if run.measured else text
     head = f"<h1>{esc(run.folder)}</h1><p>{' '.join(described(run))}</p>"
     return head + text + worry_box(run.worries, CHECKED if run.measured else "")
 
@@ -196,6 +196,7 @@ def comparison(runs: list[Shown]) -> str:
         for run in runs
     ]
     found = [f"{run.name}: {sentence}" for run in runs for sentence in run.worries]
+    found += [f"{run.name}, without pairs: {run.reason}." for run in runs if run.reason]
     data: dict[str, list[str]] = {}  # what a sentence describes: runs of the same data share it
     for run in runs:
         what, options = described(run)

@@ -5,8 +5,8 @@
     python -m eval.report runs/dpo --png              # the curves only, as runs/dpo/report.png
 
 The page needs no network and no other file. It also shows RUN/samples.jsonl, which training writes, and
-RUN/judge.json (of `eval.judge --json`) or the demo's, if they exist. Thin lines are means over the training steps
-between two rows of `metrics.jsonl`. Heavy lines with dots are held-out data. `--png` needs matplotlib.
+RUN/judge.json (of `eval.judge --json`) or the demo's, if they exist. Thin lines are means over the training
+steps between two rows of `metrics.jsonl`. Heavy lines with dots are held-out data. `--png` needs matplotlib.
 """
 
 import math

@@ -201,7 +201,7 @@ def test_runs_are_compared(written, folders, tmp_path, ragged):
     assert len(parsed.all("details")) == len(RAGGED)  # of one run
     for colour in page.COLOURS[:3]:
         assert any(colour in e.attributes["class"].split() for e in parsed.all("polyline"))
-    assert any(f"{unfinished}: The page is without its pairs: " in e.text for e in parsed.all("ul"))
+    assert any(f"{unfinished}, without pairs: " in e.text for e in parsed.all("ul"))
 
 
 def test_sft_has_curves_only_and_is_not_compared_with_dpo(written, folders, tmp_path):
@@ -209,7 +209,7 @@ def test_sft_has_curves_only_and_is_not_compared_with_dpo(written, folders, tmp_
     sft = write_run(tmp_path / "sft", rows)
     shutil.copy(f"{folders[1]}/config.json", sft)
     parsed = Parsed(written(sft))
-    assert len(parsed.all("svg")) == 3 and not parsed.all("details")
+    assert len(parsed.all("svg")) == 3 and not parsed.all("details") and not parsed.all("div", "worries")
     with pytest.raises(InputError, match="different losses: compare SFT with SFT"):
         written(sft, folders[0])
 
