@@ -58,7 +58,8 @@ def table_of(heads: list[str], rows: list[list[str]]) -> str:
     """A table that scrolls where it is too wide; the first cell of a row, all HTML, is its head."""
     head = "".join(f"<th scope=col>{head}" for head in heads)
     body = "".join(f"<tr><th scope=row>{name}<td>{'<td>'.join(cells)}" for name, *cells in rows)
-    return f"<div class=wide tabindex=0 role=region aria-label={heads[0]}s><table><thead><tr>{head}<tbody>{body}</table></div>"
+    box = f"<div class=wide tabindex=0 role=region aria-label={heads[0]}s>"
+    return f"{box}<table><thead><tr>{head}<tbody>{body}</table></div>"
 
 
 def cut(text: str, most: int) -> str:
