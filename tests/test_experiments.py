@@ -10,8 +10,7 @@ from dataset.records import read_preferences
 from errors import InputError
 from eval.experiments import edit_distance, label_noise
 from eval.preference import Settings, measure
-from model.weights import save_model
-from tests.conftest import make_model
+from tests.conftest import save_folder
 from tests.loops import metrics
 from training.distributed import World, pick_device
 
@@ -19,9 +18,7 @@ from training.distributed import World, pick_device
 @pytest.fixture
 def start(tmp_path, tokenizer) -> str:
     """A folder with a tiny random language model."""
-    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, hidden_size=32).float())
-    tokenizer.save(tmp_path / "start")
-    return str(tmp_path / "start")
+    return str(save_folder(tmp_path / "start", tokenizer, hidden_size=32))
 
 
 def test_edit_distance(start, ragged, tmp_path):
@@ -49,13 +46,9 @@ def test_label_noise(start, ragged, tmp_path, capsys):
     flags = ["--model", start, "--data", str(ragged), "--eval-data", str(ragged), "--out", str(out)]
     label_noise.main([*flags, "--seeds", "1", "--pairs", "5", "--eval-pairs", "3", "--lr", "3e-3"])
     accuracies = json.loads((out / "results.json").read_text())["accuracies"]
-    assert {name: list(of_share) for name, of_share in accuracies.items()} == {
-        "DPO": ["0%", "20%", "40%"],
-        "reward model": ["20%", "40%"],
-        "soft": ["20%", "40%"],
-        "cDPO": ["20%", "40%"],
-        "robust": ["20%", "40%"],
-    }
+    noisy = {name: ["20%", "40%"] for name in ("reward model", "soft", "cDPO", "robust")}
+    expected = {"DPO": ["0%", "20%", "40%"], **noisy}
+    assert {name: list(of_share) for name, of_share in accuracies.items()} == expected
     assert (out / "label_noise.png").read_bytes().startswith(b"\x89PNG")
 
     # The figure is the accuracy on pairs with true labels, of the model trained on flipped ones.
