@@ -7,44 +7,58 @@
 
 import html
 import math
-from collections.abc import Iterable
+
+from dataset.jsonl import printable
 
 WIDTH, HEIGHT = 300, 180
-LEFT, RIGHT, TOP, BOTTOM = 38, 50, 10, 24  # margins; the labels of the curves' ends are in the right one
+LEFT, RIGHT, TOP, BOTTOM = 42, 58, 14, 24  # margins; the labels of the curves' ends are in the right one
 LINE = 12  # height of a line of text
 MOST = 400  # points of a line
 
 Point = tuple[float, float]
 
 
+def esc(text: str) -> str:
+    """Text for HTML, in an element or in an attribute; control characters are visible."""
+    return html.escape(printable(str(text)))
+
+
 class Plot:
     """A chart of 300 × 180 units. Marks are drawn in the order of the calls, in data coordinates."""
 
-    def __init__(self, x: tuple[float, float], y: tuple[float, float], x_label: str = "", percent=False):
+    right = WIDTH - RIGHT  # where the plot ends
+
+    def __init__(self, x: tuple[float, float], y: tuple[float, float], x_label: str = ""):
         self.x, self.y = widen(*x), widen(*y)
         self.ends: list[tuple[float, str, str]] = []  # (height, text, class) of each line's end
-        self.marks = [tick for value in ticks(*self.y) for tick in self.y_tick(value, percent)]
+        self.marks: list[str] = []
+        for value in ticks(*self.y):
+            self.grid(value, number(value))
         for value in ticks(*self.x):
-            self.text(self.across(value), HEIGHT - BOTTOM + 14, number(value), "middle")
-        if x_label:
-            self.text(WIDTH - 2, HEIGHT - BOTTOM + 14, x_label, "end")
+            self.below(value, number(value))
+        self.text(WIDTH - 2, HEIGHT - BOTTOM + 14, x_label, "end")
 
     def across(self, x: float) -> float:
         low, high = self.x
-        return LEFT + (x - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (x - low) / (high - low) * (self.right - LEFT)
 
     def down(self, y: float) -> float:
         low, high = self.y
         return HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    def y_tick(self, value: float, percent: bool) -> Iterable[str]:
-        height, shown = self.down(value), f"{value:.0%}" if percent else number(value)
-        yield f'<path class=grid d="M{LEFT} {height:.1f}H{WIDTH - RIGHT}"/>'
-        yield f"<text x={LEFT - 6} y={height + 3.5:.1f} text-anchor=end>{shown}</text>"
+    def grid(self, y: float, label: str) -> None:
+        """A faint horizontal line with a label left of the plot."""
+        height = self.down(y)
+        self.marks.append(f'<path class=grid d="M{LEFT} {height:.1f}H{self.right}"/>')
+        self.text(LEFT - 6, height + 3.5, label, "end")
+
+    def below(self, x: float, label: str) -> None:
+        """A label below the plot."""
+        self.text(self.across(x), HEIGHT - BOTTOM + 14, label, "middle")
 
     def text(self, x: float, y: float, text: str, anchor: str = "start", css: str = "") -> None:
-        shown = f'<text x={x:.1f} y={y:.1f} text-anchor={anchor} class="{css}">{html.escape(text)}</text>'
-        self.marks.append(shown)
+        place = f'x={x:.1f} y={y:.1f} text-anchor={anchor} class="{css}"'
+        self.marks.append(f"<text {place}>{esc(text)}</text>" * bool(text))
 
     def line(self, points: list[Point], css: str, end: str = "") -> None:
         """A line through the finite points; `heavy` in `css` adds dots. `end` is written at its end."""
@@ -63,13 +77,13 @@ class Plot:
     def dot(self, x: float, y: float, css: str, label: str) -> None:
         """A dot; a pointer that rests on it shows the label."""
         place = f"cx={self.across(x):.1f} cy={self.down(y):.1f} r=2.6"
-        self.marks.append(f'<circle class="{css}" {place}><title>{html.escape(label)}</title></circle>')
+        self.marks.append(f'<circle class="{css}" {place}><title>{esc(label)}</title></circle>')
 
     def bar(self, left: float, right: float, height: float, css: str, label: str) -> None:
         """A bar from the bottom to `height`."""
         x, y = self.across(left), self.down(height)
         size = f"width={max(self.across(right) - x - 1, 0.5):.1f} height={HEIGHT - BOTTOM - y:.1f}"
-        title = f"<title>{html.escape(label)}</title>"
+        title = f"<title>{esc(label)}</title>"
         self.marks.append(f'<rect class="{css}" x={x:.1f} y={y:.1f} {size}>{title}</rect>')
 
     def interval(self, x: float, low: float, high: float) -> None:
@@ -81,20 +95,20 @@ class Plot:
         """A dashed horizontal line with a label, if `y` is in the range of the axis."""
         if self.y[0] <= y <= self.y[1]:
             height = self.down(y)
-            self.marks.append(f'<path class=mark d="M{LEFT} {height:.1f}H{WIDTH - RIGHT}"/>')
-            self.text(WIDTH - RIGHT, height - 4, label, "end")
+            self.marks.append(f'<path class=mark d="M{LEFT} {height:.1f}H{self.right}"/>')
+            self.text(self.right, height - 4, label, "end")
 
     def upright(self, x: float, label: str) -> None:
         """A dashed vertical line with a label."""
         place = self.across(x)
         self.marks.append(f'<path class=mark d="M{place:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
-        self.text(place + 4, TOP + 8, label)
+        self.text(place + 4, TOP - 3, label)
 
     def svg(self, label: str) -> str:
         """The chart; `label` describes it to readers who do not see it."""
         self.name_ends()
         size = f'viewBox="0 0 {WIDTH} {HEIGHT}" role=img'
-        return f'<svg {size} aria-label="{html.escape(label)}">{"".join(self.marks)}</svg>'
+        return f'<svg {size} aria-label="{esc(label)}">{"".join(self.marks)}</svg>'
 
     def name_ends(self) -> None:
         """Write the labels of the lines right of their ends, from below, without overlaps."""
@@ -105,7 +119,32 @@ class Plot:
             bottom = min(free, height + len(lines) * LINE / 2)
             free = max(bottom, above + len(lines) * LINE) - len(lines) * LINE
             for j, line in enumerate(lines, start=1):
-                self.text(WIDTH - RIGHT + 6, free + j * LINE - 2.5, line, css=f"end {css}")
+                self.text(self.right + 6, free + j * LINE - 2.5, line, css=f"end {css}")
+
+
+class Bars(Plot):
+    """A chart of shares for named groups: bars side by side, each with its value and its 95 % interval."""
+
+    right = WIDTH - 4
+
+    def __init__(self, names: list[str], top: float = 1.0):
+        super().__init__((0, len(names)), (0, top))
+        self.marks.clear()
+        for value in (0, top / 2, top):
+            self.grid(value, f"{value:.0%}")
+        for place, name in enumerate(names):
+            self.below(place + 0.5, name)
+
+    def group(self, place: int, shares: list[tuple[float, float, float, str, str]]) -> None:
+        """Draw (value, low, high, class, label) of each bar of the group with this number."""
+        width = 0.8 / len(shares)
+        for i, (value, low, high, css, label) in enumerate(shares):
+            left = place + 0.1 + i * width
+            self.bar(left, left + width, value, css, label)
+            self.interval(left + width / 2, low, high)
+            if self.across(width) - LEFT > 20:  # wide enough for its number
+                middle = self.across(left + width / 2)
+                self.text(middle, self.down(high) - 3, f"{value:.0%}", "middle", "small")
 
 
 def widen(low: float, high: float) -> tuple[float, float]:

@@ -6,6 +6,7 @@ shown_panels([curves])                                # the panels of which the 
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,31 +66,43 @@ PARTS = ("", "eval_")  # prefixes of the metrics: training, held-out
 Curve = dict[int, float]  # step: value
 
 
-def read_curves(path: Path) -> dict[str, Curve]:
-    """The numbers of a metrics file: ``{name: {step: value}}``. Of two rows of a step the later one counts.
+def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """(step, row) of each line of a run's log.
 
     The last line is skipped if it is incomplete, because a killed run may leave half of it. Another line that
-    is not a row of numbers raises `InputError`.
+    is not a row with a step raises `InputError`.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); is this a run folder?") from None
-    curves: dict[str, Curve] = {}
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            step = int(row["step"])
+            yield int(row["step"]), row
         except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines):
-                break
-            raise InputError(f"{path}:{number}: not a row of metrics ({error})") from None
+            if number < len(lines):
+                raise InputError(f"{path}:{number}: not a row with a step ({error})") from None
+
+
+def read_curves(path: Path) -> dict[str, Curve]:
+    """The numbers of a metrics file, ``{name: {step: value}}``. The last row of a step counts."""
+    curves: dict[str, Curve] = {}
+    for step, row in read_rows(path):
         for name, value in row.items():
             if name != "step" and isinstance(value, (int, float)):
                 curves.setdefault(name, {})[step] = value
     if not curves:
         raise InputError(f"{path}: contains no row of metrics yet")
     return {name: dict(sorted(curve.items())) for name, curve in curves.items()}
+
+
+def read_samples(path: Path) -> dict[str, dict[int, dict]]:
+    """The answers that a run wrote during training: ``{prompt: {step: row}}``; {} without the file."""
+    samples: dict[str, dict[int, dict]] = {}
+    for step, row in read_rows(path) if path.is_file() else ():
+        samples.setdefault(str(row.get("prompt", "")), {})[step] = row
+    return {prompt: dict(sorted(rows.items())) for prompt, rows in samples.items()}
 
 
 def shown_panels(runs: list[dict[str, Curve]]) -> list[Panel]:

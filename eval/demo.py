@@ -20,7 +20,7 @@ from errors import run_script
 from eval import preference, report, turns
 from eval.chat import column_width, side_by_side
 from eval.common import load_model_and_tokenizer
-from eval.judge import Reply, answer, compare, compare_tasks, read_judged, summary
+from eval.judge import Reply, answer, compare, details, read_judged, summary
 from files import write_json
 from training.distributed import World, pick_device
 from training.settings import SAMPLE, Flags, flag, parse
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     with stage("1. Supervised fine-tuning: learn to answer", "sft", seconds):
         train_sft.main(["--out", sft, *same])
     with stage("2. DPO: learn which answers are preferred", "dpo", seconds):
-        train_dpo.main(["--model", sft, "--out", dpo, "--eval-every", "40", *same])
+        train_dpo.main(["--model", sft, "--out", dpo, "--eval-every", "20", *same])
     with stage("3. Preference accuracy on held-out pairs", "preference", seconds):
         asked = preference.Settings(model=dpo, reference=sft, data=HELD_OUT)
         preferred = preference.measure(asked, World(0, 1, pick_device(asked.device)))
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
         records = read_judged(HELD_OUT)[: settings.prompts or None]
         replies = ask_both({"dpo": dpo, "sft": sft}, records, settings)
         judged = compare(records, replies)
-        write_json(out / "judge.json", judged | {"tasks": compare_tasks(records, replies)})
+        write_json(out / "judge.json", judged | details(records, replies))
     with stage("5. DPO answers unrelated questions in one conversation", "turns", seconds):
         model, tokenizer = load_model_and_tokenizer(dpo, pick_device("auto"))
         few = 40 if not settings.prompts else 2

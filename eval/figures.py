@@ -1,23 +1,30 @@
-"""The charts of the report: curves of runs, and the distributions of a run's held-out pairs."""
+"""The charts of the report: curves of runs, the judge's figures, and the distributions of held-out pairs."""
 
-import html
 from collections.abc import Iterator
-from itertools import pairwise
 
 import numpy as np
 
-from eval.charts import HEIGHT, RIGHT, WIDTH, Plot, around, number
+from eval.charts import Bars, Plot, around, esc, number
 from eval.curves import BLUE, ORANGE, PARTS, Curve, Panel, last_finite
 from eval.explain import signed
+from eval.judge import wilson
 from eval.pairs import Measured, MeasuredPair, accuracy
 
 NAMES = {BLUE: "blue", ORANGE: "orange"}  # other colours are violet
 BINS, BUCKETS = 24, 5
-INTERVALS = "Thin upright lines are 95 % intervals."
+SIDES = [("chosen", "blue"), ("rejected", "orange")]
+
+Run = tuple[str, str, Measured]  # a run's name, the class of its colour, its pairs
 
 
 def figure(title: str, unit: str, svg: str) -> str:
-    return f"<figure><figcaption><b>{html.escape(title)}</b>{unit}</figcaption>{svg}</figure>"
+    return f"<figure><figcaption><b>{esc(title)}</b>{unit}</figcaption>{svg}</figure>"
+
+
+def legend(series: list[tuple]) -> str:
+    """The names of (name, class, …), each behind a spot of its colour, as HTML; "" without a name."""
+    spots = (f"<span><i class='swatch {css}'></i>{esc(name)}</span>" for name, css, *_ in series if name)
+    return f"<span class=legend>{''.join(spots)}</span>"
 
 
 # ---- Curves
@@ -40,7 +47,7 @@ def curve_charts(panels: list[Panel], runs: list[tuple[str, str, dict[str, Curve
         for points, css, end, _ in lines:
             plot.line(list(points.items()), css, end)
         ends = "; ".join(f"{name} ends at {end.replace(chr(10), ' ')}" for _, _, end, name in lines if end)
-        yield figure(panel.title, html.escape(panel.unit), plot.svg(f"{panel.title}: {ends}"))
+        yield figure(panel.title, esc(panel.unit), plot.svg(f"{panel.title}: {ends}"))
 
 
 def panel_lines(panel: Panel, runs) -> Iterator[tuple[Curve, str, str, str]]:
@@ -56,39 +63,81 @@ def panel_lines(panel: Panel, runs) -> Iterator[tuple[Curve, str, str, str]]:
             yield held_out, css + " heavy", text if held_out else "", name
 
 
+# ---- The judge's figures
+
+
+def judge_charts(figures: dict) -> Iterator[str]:
+    """Wins, ties and losses; answers before and after; right answers that changed.
+
+    Samples of one prompt are correlated, so the intervals count each prompt once. They are rather too wide.
+    """
+    after, before = figures["right_answers"]
+    cases = figures["prompts"] * figures["samples"]
+
+    def bar(value: float, css: str, words: str) -> tuple:
+        return value, *wilson(value, figures["prompts"]), css, f"{words}: {value:.1%}"
+
+    counts = {"wins": "blue", "ties": "pale", "losses": "orange"}
+    shares = {name: [bar(figures[name] / cases, css, name)] for name, css in counts.items()}
+    yield bars("Wins, ties and losses", f"of {esc(after)} against {esc(before)}, {cases:,} answers", shares)
+    rates = {"right": "right_answers", "right, greedy": "right_answers_greedy", "courteous": "wanted_manner",
+             "well formed": "well_formed"}  # fmt: skip
+    sides = [(f"before: {before}", "pale", before), (f"after: {after}", "blue", after)]
+    shares = {
+        name: [bar(figures[rate][model], css, f"{name}, {side}") for side, css, model in sides]
+        for name, rate in rates.items()
+    }
+    yield bars("Before and after", f"share of the answers {legend(sides)}", shares)
+    if "only_second_right" in figures:
+        keys = {"became right": "only_first_right", "became wrong": "only_second_right"}
+        colours = {"became right": "blue", "became wrong": "orange"}
+        shares = {name: [bar(figures[keys[name]] / cases, css, name)] for name, css in colours.items()}
+        yield bars("Right answers that changed", f"of {cases:,} answers", shares)
+
+
+def bars(title: str, unit: str, groups: dict[str, list[tuple]]) -> str:
+    """A figure of named groups of bars, as `Bars.group` takes them. `unit` is HTML."""
+    highest = max(high for shares in groups.values() for _, _, high, *_ in shares)
+    plot = Bars(list(groups), top=next(top for top in (0.2, 0.5, 1) if highest <= top))
+    for place, shares in enumerate(groups.values()):
+        plot.group(place, shares)
+    words = "; ".join(label for shares in groups.values() for *_, label in shares)
+    return figure(title, unit, plot.svg(f"{title}: {words}"))
+
+
 # ---- Distributions
 
 
-def distributions(measured: Measured) -> Iterator[str]:
-    yield margin_histogram(measured)
-    yield length_scatter(measured)
-    yield accuracy_bars(
-        measured, "Accuracy by length difference", "tokens of chosen − rejected", lambda pair: pair.longer
-    )
-    yield accuracy_bars(
-        measured, "Accuracy by length", "tokens of both answers",
-        lambda pair: len(pair.chosen.tokens) + len(pair.rejected.tokens),
-    )  # fmt: skip
+def distributions(runs: list[Run]) -> Iterator[str]:
+    """Margins, log-ratios by length, and accuracy by length. Several runs differ by their colours."""
+    alone, first = len(runs) == 1, runs[0][2]
+    after = [("after" if alone else name, css, [p.after for p in of.pairs]) for name, css, of in runs]
+    starts = {of.reference: ("before", "pale", [p.before for p in of.pairs]) for *_, of in runs}
+    yield histogram("Margins before and after", "log π(chosen) − log π(rejected)", [*starts.values(), *after])
+    changes = [("" if alone else name, css, of.changes) for name, css, of in runs]
+    yield histogram("Log-ratio margins", "margin after − margin before", changes, "before: all 0")
+    yield length_scatter(first, "" if alone else f"{runs[0][0]}: ")
+    unit = "tokens of chosen − rejected"
+    yield accuracy_bars(runs, "Accuracy by length difference", unit, lambda pair: pair.longer)
+    yield accuracy_bars(runs, "Accuracy by length", "tokens of both answers", lambda pair: pair.tokens)
 
 
-def margin_histogram(measured: Measured) -> str:
-    """The log-ratio margins of the pairs; before training all are 0."""
-    low, high = around([0.0, *measured.changes], 0.02)
+def histogram(title: str, unit: str, series: list[tuple], mark: str = "") -> str:
+    """Outlines of the distributions of (name, class, values in nats). A border between bins is at 0."""
+    low, high = around([0.0, *(value for *_, values in series for value in values)], 0.02)
     size = (high - low) / BINS
-    first = np.floor(low / size)  # A border of the bins is at 0: no bin mixes right and wrong pairs.
-    edges = np.arange(first, np.ceil(high / size) + 1) * size
-    counts, _ = np.histogram(measured.changes, edges)
-    plot = Plot((edges[0], edges[-1]), (0, max(counts) * 1.12), "nats")
-    for count, (left, right) in zip(counts, pairwise(edges), strict=True):
-        if count:
-            css = "blue" if left >= -size / 2 else "orange"
-            plot.bar(left, right, count, css, f"{signed(left, 1)} to {signed(right, 1)} nats: {count} pairs")
-    plot.upright(0, "before: all 0")
-    about = f"margins from {signed(measured.changes.min())} to {signed(measured.changes.max())} nats"
-    return figure("Log-ratio margins", "pairs; chosen − rejected", plot.svg(f"Histogram: {about}"))
+    edges = np.arange(np.floor(low / size), np.ceil(high / size) + 1) * size
+    counts = [np.histogram(values, edges)[0] for *_, values in series]
+    plot = Plot((edges[0], edges[-1]), (0, 1.12 * max(map(max, counts))), "nats")
+    plot.upright(0, mark)
+    for (_, css, _), heights in zip(series, counts, strict=True):
+        steps = zip(np.repeat(edges, 2), [0, *np.repeat(heights, 2), 0], strict=True)
+        plot.line([(float(x), float(y)) for x, y in steps], css + " area" * (len(series) < 3))
+    ranges = (f"{name} {signed(min(values))} to {signed(max(values))}" for name, _, values in series)
+    return figure(title, f"{unit}; pairs {legend(series)}", plot.svg(f"{title}: {'; '.join(ranges)} nats"))
 
 
-def length_scatter(measured: Measured) -> str:
+def length_scatter(measured: Measured, of: str) -> str:
     """The log-ratio of each answer against its length."""
     points = [
         (len(answer.tokens), sum(answer.logratios), css)
@@ -100,33 +149,32 @@ def length_scatter(measured: Measured) -> str:
     plot.level(0.0, "")
     for length, logratio, css in points:
         plot.dot(length, logratio, f"{css} faint", f"{length} tokens, {signed(logratio)} nats")
-    legend = "<span class=blue>● chosen</span> <span class=orange>● rejected</span>, log π/π_ref in nats"
-    return figure("Log-ratio against length", legend, plot.svg("Log-ratio of each answer against its length"))
+    title = "Log-ratio against length"
+    return figure(title, f"{esc(of)}log π/π_ref of an answer, nats {legend(SIDES)}", plot.svg(title))
 
 
-def accuracy_bars(measured: Measured, title: str, unit: str, key) -> str:
-    """Accuracy of five groups of pairs of about the same size, by a number of each pair."""
-    groups = buckets(measured.pairs, key)
-    plot = Plot((0, len(groups)), (0, 1), percent=True)
-    plot.marks = [mark for mark in plot.marks if "text-anchor=middle" not in mark]  # groups, not numbers
-    words = []
-    for place, group in enumerate(groups):
-        values, found = [key(pair) for pair in group], accuracy(group)
-        low, high = (f"{value}".replace("-", "−") for value in (min(values), max(values)))
-        name = low if low == high else f"{low}…{high}"
-        words.append(f"{name}: {found.value:.0%} of {len(group)}")
-        plot.bar(place + 0.12, place + 0.88, found.value, "blue faint", words[-1])
-        plot.interval(place + 0.5, found.low, found.high)
-        plot.text(plot.across(place + 0.5), HEIGHT - 10, name, "middle", "small")
-    plot.level(0.5, "")
-    plot.text(WIDTH - RIGHT + 6, plot.down(0.5) + 3.5, "chance")
-    return figure(title, html.escape(unit), plot.svg(f"{title}: {', '.join(words)}"))
+def accuracy_bars(runs: list[Run], title: str, unit: str, key) -> str:
+    """Accuracy of groups of pairs of about the same size, by a number of each pair, for each run."""
+    edges = borders([key(pair) for pair in runs[0][2].pairs])
+    groups = {}
+    for of_runs in zip(*(buckets(measured.pairs, key, edges) for *_, measured in runs), strict=True):
+        if values := [key(pair) for pairs in of_runs for pair in pairs]:
+            low, high = (str(value).replace("-", "−") for value in (min(values), max(values)))
+            name = low if low == high else f"{low}…{high}"
+            groups[name] = [
+                (share.value, share.low, share.high, css, f"{run} {name}: {share.value:.0%} of {len(pairs)}")
+                for (run, css, _), pairs in zip(runs, of_runs, strict=True) if pairs
+                for share in [accuracy(pairs)]
+            ]  # fmt: skip
+    return bars(title, esc(unit), groups)
 
 
-def buckets(pairs: list[MeasuredPair], key) -> list[list[MeasuredPair]]:
-    """The pairs in at most five groups by rising `key`; pairs with equal keys are in one group."""
-    values = np.array([key(pair) for pair in pairs])
-    edges = np.quantile(values, np.linspace(0, 1, BUCKETS + 1)[1:-1], method="lower")
-    numbers = np.searchsorted(edges, values)  # values equal to an edge are below it
-    groups = ([pairs[i] for i in np.flatnonzero(numbers == number)] for number in range(len(edges) + 1))
-    return [group for group in groups if group]
+def borders(values: list[float]) -> np.ndarray:
+    """Numbers that part the values into at most five groups of about the same size."""
+    return np.unique(np.quantile(values, np.linspace(0, 1, BUCKETS + 1)[1:-1], method="lower"))
+
+
+def buckets(pairs: list[MeasuredPair], key, edges: np.ndarray) -> list[list[MeasuredPair]]:
+    """The pairs by rising `key`. A pair whose key equals a border is below it; a group may be empty."""
+    numbers = np.searchsorted(edges, [key(pair) for pair in pairs])
+    return [[pairs[i] for i in np.flatnonzero(numbers == number)] for number in range(len(edges) + 1)]

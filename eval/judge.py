@@ -6,7 +6,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from dataset.jsonl import DataError, printable, read_values, show
 from dataset.records import read_preferences
@@ -21,6 +21,7 @@ from training.distributed import pick_device
 from training.settings import DEVICE_WHY, DEVICES, SAMPLE, Flags, flag, parse
 
 Z95 = 1.959964  # A normal variable lies within ± this many standard deviations 95 times in 100.
+KEPT = 200  # prompts whose replies are written beside the figures
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Settings(Flags):
     max_new_tokens: int = flag(64, "maximum tokens of an answer; a longer one is not well formed")
     batch_size: int = flag(200, "answers generated at once; changes the speed, not the answers")
     seed: int = flag(0, "seed of the sampling, the same for both models")
-    json: str = flag("", "also write the figures to this file")
+    json: str = flag("", "file for the figures and some answers; eval.report shows RUN/judge.json")
     device: str = flag("auto", DEVICE_WHY, DEVICES)
 
     def __post_init__(self) -> None:
@@ -107,10 +108,11 @@ def compare(records: list[dict], replies: dict[str, list[list[Reply]]]) -> dict:
     sampled answers, except `right_answers_greedy`. A right answer may still be badly formed.
     """
     first, second = replies.values()
-    outcomes = [
-        [ours.verdict.points - theirs.verdict.points for ours, theirs in zip(a[1:], b[1:], strict=True)]
+    cases = [
+        [(ours.verdict, theirs.verdict) for ours, theirs in zip(a[1:], b[1:], strict=True)]
         for a, b in zip(first, second, strict=True)
     ]
+    outcomes = [[ours.points - theirs.points for ours, theirs in row] for row in cases]
     wins = [sum(difference > 0 for difference in row) for row in outcomes]
     losses = [sum(difference < 0 for difference in row) for row in outcomes]
 
@@ -127,6 +129,8 @@ def compare(records: list[dict], replies: dict[str, list[list[Reply]]]) -> dict:
         "win_rate": sum(wins) / (sum(wins) + sum(losses)) if any(wins + losses) else None,
         "win_rate_ci95": win_interval(wins, losses),
         "right_answers": means(lambda reply: reply.verdict.right),
+        "only_first_right": sum(ours.right > theirs.right for row in cases for ours, theirs in row),
+        "only_second_right": sum(ours.right < theirs.right for row in cases for ours, theirs in row),
         "right_answers_greedy": means(lambda reply: reply.verdict.right, slice(1)),
         "well_formed": means(lambda reply: reply.verdict.well_formed),
         "wanted_manner": means(lambda reply: reply.verdict.manner),
@@ -146,6 +150,22 @@ def compare_tasks(records: list[dict], replies: dict[str, list[list[Reply]]]) ->
     }
 
 
+def details(records: list[dict], replies: dict[str, list[list[Reply]]]) -> dict:
+    """What a judge's file contains in addition to `compare`: the figures of each task, and answers to read.
+
+    The latter are the first sampled replies of both models to the first `KEPT` prompts.
+    """
+    answers = [
+        {
+            "prompt": [{"role": turn.role, "content": turn.content} for turn in record["prompt"]],
+            "task": record["judge"]["task"],
+            "replies": {name: asdict(rows[i][1]) for name, rows in replies.items()},
+        }
+        for i, record in enumerate(records[:KEPT])
+    ]
+    return {"tasks": compare_tasks(records, replies), "answers": answers}
+
+
 def win_interval(wins: list[int], losses: list[int]) -> list[float] | None:
     """95 % interval [low, high] of the win rate, from wins and losses per prompt; None if all cases tie.
 
@@ -157,8 +177,11 @@ def win_interval(wins: list[int], losses: list[int]) -> list[float] | None:
     decided = [won + lost for won, lost in zip(wins, losses, strict=True)]
     if not any(decided):
         return None
-    rate = sum(wins) / sum(decided)
-    n = sum(decided) ** 2 / sum(m * m for m in decided)
+    return wilson(sum(wins) / sum(decided), sum(decided) ** 2 / sum(m * m for m in decided))
+
+
+def wilson(rate: float, n: float) -> list[float]:
+    """Wilson's 95 % interval [low, high] of a share that was observed in `n` independent cases."""
     centre = (rate + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(rate * (1 - rate) / n + Z95**2 / (4 * n * n))
     return [max(0.0, centre - half), min(1.0, centre + half)]
@@ -213,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = {name: getattr(settings, name) for name in names}
     both = zip(("model", "versus"), loaded, strict=True)
     replies = {name: answer(model, tokenizer, records, **options) for name, (model, tokenizer) in both}
-    figures = compare(records, replies) | {"tasks": compare_tasks(records, replies)}
+    figures = compare(records, replies) | details(records, replies)
     if settings.json:
         write_json(settings.json, figures)
     print(f"{summary(figures)}\n\n{task_table(figures['tasks'])}")

@@ -1,14 +1,11 @@
-// Sort the pairs. Show the log-probs of the token under the pointer or the focus.
+// Sort the lists. Show the log-probs of the token under the pointer or the focus.
 "use strict";
 
-const list = document.querySelector("#list");
-const buttons = [...document.querySelectorAll("button[data-sort]")];
-
-for (const button of buttons) {
+for (const button of document.querySelectorAll("button[data-sort]")) {
   button.addEventListener("click", () => {
-    const key = button.dataset.sort;
+    const key = button.dataset.sort, heads = button.parentElement, list = heads.nextElementSibling;
     const sign = button.dataset.order === "falling" ? 1 : -1; // first click: the largest on top
-    for (const other of buttons) delete other.dataset.order;
+    for (const other of heads.querySelectorAll("button")) delete other.dataset.order;
     button.dataset.order = sign < 0 ? "falling" : "rising";
     list.append(...[...list.children].sort((a, b) => sign * (a.dataset[key] - b.dataset[key])));
   });

@@ -12,16 +12,17 @@ from itertools import takewhile
 
 import numpy as np
 
-from dataset.packing import fill
+from dataset.packing import build_stream, fill
 from dataset.records import Message, Preference, read_preferences
 from dataset.store import open_store
 from dataset.tokenizer import ChatTokenizer
 from eval.common import length_limit, load_policy_and_reference, print_start, run_settings, starting_model
 from eval.curves import Curve, last_finite
 from eval.explain import Answer, explain_rows, signed
-from eval.judge import Z95, win_interval
+from eval.judge import Z95, wilson, win_interval
 from eval.preference import Settings, choose_objective, held_out_pairs
 from training.distributed import pick_device
+from training.evaluate import next_token_kl
 from training.options import ObjectiveSettings
 
 MAX_TOKENS = 8192  # tokens in a forward
@@ -67,6 +68,10 @@ class MeasuredPair:
         return len(self.chosen.tokens) - len(self.rejected.tokens)
 
     @property
+    def tokens(self) -> int:
+        return len(self.chosen.tokens) + len(self.rejected.tokens)
+
+    @property
     def shared(self) -> int:
         """The number of equal tokens at the start of both answers. Their log-ratios cancel in the margin."""
         both = zip(self.chosen.tokens, self.rejected.tokens, strict=False)
@@ -83,6 +88,7 @@ class Measured:
     held_out: int  # pairs of the data, measured or not
     objective: ObjectiveSettings
     tokenizer: ChatTokenizer
+    kl: float  # KL(π ‖ π_ref) of the next token, in nats: mean over the answers' tokens
     pairs: list[MeasuredPair] = field(repr=False)
 
     @cached_property
@@ -145,13 +151,16 @@ def measure(
     objective = choose_objective(Settings(model=folder), run, store, path)
     rows = np.unique(np.linspace(0, len(store) - 1, min(pairs, len(store))).round().astype(int))
     prompts = read_prompts(path, shape, store.records[rows])
-    measured = []
+    measured, divergences = [], []
     for batch in fill(range(len(rows)), store.lengths[rows], MAX_TOKENS):
         explained = explain_rows(policy, reference_model, store, rows[list(batch)], objective)
         for number, ((chosen, rejected), loss) in zip(batch, explained, strict=True):
             line = int(store.lines[rows[number]])
             measured.append(MeasuredPair(line, prompts[number], chosen, rejected, loss))
-    return Measured(folder, reference, path, len(store), objective.settings, tokenizer, measured)
+        stream = build_stream(store, rows[list(batch)]).to(place)
+        divergences += next_token_kl(policy, reference_model, stream).tolist()
+    kl = sum(divergences) / len(divergences)
+    return Measured(folder, reference, path, len(store), objective.settings, tokenizer, kl, measured)
 
 
 def read_prompts(path: str, shape: str, places: np.ndarray) -> list[tuple[Message, ...]]:
@@ -165,9 +174,9 @@ def read_prompts(path: str, shape: str, places: np.ndarray) -> list[tuple[Messag
     return [prompts[place] for place in places.tolist()]
 
 
-def worries(measured: Measured | None, curves: dict[str, Curve]) -> list[str]:
+def worries(measured: Measured | None, curves: dict[str, Curve], judged: dict) -> list[str]:
     """One sentence for each visible problem of a run, with what to do about it."""
-    found = []
+    found = judge_worries(judged) if judged else []
     losses, held_out = curves.get("loss", {}), curves.get("eval_loss", {})
     bad = [step for curve in curves.values() for step, value in curve.items() if not math.isfinite(value)]
     if bad:
@@ -200,5 +209,28 @@ def worries(measured: Measured | None, curves: dict[str, Curve]) -> list[str]:
         found.append(
             f"The margin follows the length difference (r = {signed(r)}): the policy may have learned to "
             f"prefer {'longer' if r > 0 else 'shorter'} answers. See accuracy by length below."
+        )
+    return found
+
+
+def judge_worries(figures: dict) -> list[str]:
+    """The same for the judge's figures. The first model is the run, the second one its start."""
+    found = []
+    interval = figures["win_rate_ci95"]
+    if interval and interval[0] <= 0.5:
+        shares = f"{interval[0]:.0%} to {interval[1]:.0%} of the decided cases"
+        found.append(f"The judge's verdicts do not show a win: {shares}.")
+    for name, label in (("right_answers", "right"), ("well_formed", "well-formed")):
+        after, before = figures[name].values()
+        if before > wilson(after, figures["prompts"])[1]:
+            found.append(
+                f"Fewer answers are {label}: {after:.0%}, before {before:.0%}. "
+                "A larger --beta or --loss sigmoid,sft keeps the policy closer to its start."
+            )
+    after, before = figures["mean_tokens"].values()
+    if after > 1.5 * before:
+        found.append(
+            f"Answers became longer: {after:.0f} tokens, before {before:.0f}. "
+            "--ld-alpha lowers the weight of the tokens beyond the shorter answer."
         )
     return found

@@ -4,13 +4,15 @@
     python -m eval.report runs/dpo runs/ipo --out compare.html
     python -m eval.report runs/dpo --png              # the curves only, as runs/dpo/report.png
 
-The page needs no network and no other file. `--png` needs matplotlib. Thin lines are means over the training
-steps between two rows of `metrics.jsonl`. Heavy lines with dots are held-out data.
+The page needs no network and no other file. It also shows RUN/samples.jsonl, which training writes, and
+RUN/judge.json (of `eval.judge --json`) or the demo's, if they exist. Thin lines are means over the training
+steps between two rows of `metrics.jsonl`. Heavy lines with dots are held-out data. `--png` needs matplotlib.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
 from dataset.jsonl import printable
@@ -30,11 +32,12 @@ from eval.curves import (
     Panel,
     last_finite,
     read_curves,
+    read_samples,
     shown_panels,
 )
-from eval.pairs import Measured, measure
+from eval.pairs import measure
 from files import write_whole
-from model.weights import require_folder
+from model.weights import read_json, require_folder
 from training.settings import DEVICE_WHY, DEVICES, OneLineParser
 
 __all__ = ["BLUE", "ORANGE", "VIOLET"]  # for the pictures of the experiments
@@ -74,21 +77,35 @@ def write_page(runs: list[str], out: str | Path | None = None, **options) -> Pat
         require_folder(Path(run))
     curves = [read_curves(Path(run) / "metrics.jsonl") for run in runs]
     require_panels(curves, runs[0])
-    found = [measured_or_reason(run, options) for run in runs]
-    shown = [page.Shown(*run) for run in zip(runs, curves, *zip(*found, strict=True), strict=True)]
+    names = [Path(run).resolve().name for run in runs]
+    names = names if len({*names}) == len(runs) else runs
+    shown = [shown_run(*run, options) for run in zip(runs, names, cycle(page.COLOURS), curves, strict=False)]
     out = Path(out or Path(runs[0]) / "report.html")
     text = page.page(shown).encode("utf-8", "backslashreplace")
     write_whole(out, lambda file: file.write(text))
     return out
 
 
-def measured_or_reason(run: str, options: dict) -> tuple[Measured | None, str]:
-    """The measured pairs of a run, or None and the reason."""
+def shown_run(folder: str, name: str, colour: str, curves: dict[str, Curve], options: dict) -> page.Shown:
+    """A run with everything that its page shows: curves, pairs, the judge's file, samples."""
+    measured, reason = None, ""
     try:
-        return measure(run, **options), ""
+        measured = measure(folder, **options)
     except InputError as error:
+        reason = str(error)
         print_note(f"no pairs on the page: {error}")
-        return None, str(error)
+    samples = read_samples(Path(folder) / "samples.jsonl")
+    return page.Shown(folder, name, colour, curves, measured, reason, judge_of(folder), samples)
+
+
+def judge_of(folder: str) -> dict:
+    """The figures in RUN/judge.json, or in that of a demo, beside the run; {} without such a file."""
+    own, demo = Path(folder) / "judge.json", Path(folder).parent / "judge.json"
+    if own.is_file():
+        return read_json(own)
+    figures = read_json(demo) if demo.is_file() else {}
+    is_about_it = next(iter(figures.get("right_answers", ())), None) == Path(folder).name
+    return figures if is_about_it else {}
 
 
 def require_panels(runs: list[dict[str, Curve]], title: str) -> list[Panel]:

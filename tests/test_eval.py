@@ -370,6 +370,7 @@ def test_compare_counts_verdicts():
     assert figures["mean_characters"] == {"dpo": 8, "sft": 8}
     swapped = compare(records, dict(reversed(both.items())))
     assert (swapped["wins"], swapped["ties"], swapped["losses"]) == (0, 3, 3)
+    assert [(f["only_first_right"], f["only_second_right"]) for f in (figures, swapped)] == [(2, 0), (0, 2)]
     tasks = judge.compare_tasks(records, both)
     counts = {task: [f[key] for key in ("prompts", "wins", "ties", "losses")] for task, f in tasks.items()}
     assert counts == {"day": [1, 0, 2, 0], "sum": [2, 3, 1, 0]}

@@ -45,7 +45,7 @@ The rejected answer is shown as the one that became more likely.
 + answers[2 * i : 2 * i + 2][::-1]
 test_explain.py::test_every_token_has_the_log_probs_of_a_plain_loop[1]
 
-report-lets-markup-of-the-data-through in eval.page_pairs: esc
+report-lets-markup-of-the-data-through in eval.charts: esc
 A prompt with an image tag draws an image; only the policy of the page stops its script.
 - html.escape(printable(str(text)))
 + printable(str(text))
