@@ -3,6 +3,7 @@
 from tests.planted.mutant import Mutant
 
 EXPERIMENTS = "tests/test_experiments.py::"
+FIGURES = "tests/test_experiment_figures.py::"
 EVAL = "tests/test_eval.py::"
 CHAT = "tests/test_chat.py::"
 REPORT = "tests/test_report.py::"
@@ -13,8 +14,8 @@ MUTANTS = [
         "A reward is beta times a log-ratio: the fall of the chosen answers looks ten times smaller.",
         "eval.experiments.edit_distance",
         "run",
-        'mean(row[f"rewards/{side}"] for row in epoch) / settings.beta',
-        'mean(row[f"rewards/{side}"] for row in epoch)',
+        'row[f"logratios/{side}"]',
+        'row[f"rewards/{side}"]',
         EXPERIMENTS + "test_edit_distance",
     ),
     Mutant(
@@ -34,6 +35,51 @@ MUTANTS = [
         "train_reward.main([*common, *data, ...])",
         'train_reward.main([*common, *data, f"--data={settings.data}", ...])',
         EXPERIMENTS + "test_label_noise",
+    ),
+    Mutant(
+        "kl-from-the-references-answers",
+        "From answers of the reference the mean log-ratio is −KL(π_ref ‖ π): a frontier at a wrong place.",
+        "eval.experiments.frontier",
+        "measure",
+        "generate(policy, task.prompts, **...)",
+        "generate(reference, task.prompts, **...)",
+        FIGURES + "test_the_mean_log_ratio_of_the_policys_own_answers_estimates_kl",
+    ),
+    Mutant(
+        "interval-over-runs-with-n",
+        "With three runs the interval is a fifth too narrow, and chance looks like a difference.",
+        "eval.experiments.common",
+        "over_runs",
+        "stdev(values)",
+        "stdev(values) * math.sqrt((len(values) - 1) / len(values))",
+        FIGURES + "test_the_interval_over_runs_is_students_with_n_minus_1",
+    ),
+    Mutant(
+        "answers-encoded-again",
+        "An answer that did not end gets an end token: its log-ratio contains a token that was not drawn.",
+        "eval.experiments.common",
+        "Generated.__init__",
+        "[end_id] * a.finished",
+        "[end_id]",
+        FIGURES + "test_log_ratios_of_generated_answers",
+    ),
+    Mutant(
+        "weight-of-the-won-pairs",
+        "σ of the margin, not of its negative: easy pairs seem to weigh the most.",
+        "eval.experiments.weights",
+        "weight",
+        "-beta * step.margins",
+        "beta * step.margins",
+        FIGURES + "test_the_weight_is_the_derivative_of_the_loss",
+    ),
+    Mutant(
+        "held-out-starts-in-training",
+        "The policy has seen the sentences that it is measured on.",
+        "eval.experiments.sentiment",
+        "read_sentences",
+        "[words for words in sentences if ...]",
+        "sentences",
+        FIGURES + "test_no_start_of_a_held_out_sentence_is_trained_on",
     ),
     Mutant(
         "every-run-measured-with-default-beta",
