@@ -18,11 +18,10 @@ from statistics import mean
 
 from torch import Tensor
 
-from dataset.store import open_store
 from errors import run_script
 from eval.common import load_model_and_tokenizer, write_json
 from eval.experiments import common
-from eval.experiments.common import dpo_steps, draw_curve, pair_logps, shown, table
+from eval.experiments.common import dpo_steps, draw_curve, open_first, pair_logps, shown, table
 from eval.experiments.overoptimisation import implicit, true
 from eval.judge import read_judged
 from eval.report import BLUE, INK, ORANGE, PALE, canvas, need_matplotlib, plain
@@ -45,7 +44,6 @@ class Settings(common.Settings):
     epochs: int = flag(2, "passes over the pairs")
     batch_size: int = flag(16, "pairs per optimizer step")
     lr: float = flag(2e-4, "peak learning rate")
-    max_length: int = flag(512, "maximum tokens of prompt and response; longer pairs are dropped")
     beta: float = flag(0.1, "KL strength: a larger beta keeps the policy closer to the reference")
 
 
@@ -119,10 +117,8 @@ def run(settings: Settings, variant: Variant, seed: int) -> dict[str, list[float
     policy, tokenizer = load_model_and_tokenizer(settings.model, pick_device("auto"))
     frozen = copy.deepcopy(policy)
     out = Path(settings.out)
-    train = common.copy_lines(settings.data, out / "train.jsonl", settings.pairs)
-    held_out = common.copy_lines(settings.held_out, out / "heldout.jsonl", settings.prompts)
-    training = open_store(str(train), "preferences", tokenizer, settings.max_length)
-    pairs = open_store(str(held_out), "preferences", tokenizer, settings.max_length)
+    training = open_first(settings.data, out / "train.jsonl", settings.pairs, tokenizer)
+    pairs = open_first(settings.held_out, out / "heldout.jsonl", settings.prompts, tokenizer)
 
     reference = policy if variant.aliased else frozen
     flags = {key: getattr(settings, key) for key in ("epochs", "batch_size", "beta")}
@@ -140,7 +136,7 @@ def run(settings: Settings, variant: Variant, seed: int) -> dict[str, list[float
             figures.append({"step": step.number, "logged": mean(losses), **found})
             losses = []
     curves = {name: [each[name] for each in figures] for name in figures[0]}
-    return curves | true(policy, frozen, tokenizer, read_judged(str(held_out)), seed)
+    return curves | true(policy, frozen, tokenizer, read_judged(str(out / "heldout.jsonl")), seed)
 
 
 # ---- Figures

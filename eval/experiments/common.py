@@ -19,7 +19,8 @@ import train_dpo
 from dataset.jsonl import read_values
 from dataset.packing import Windows, build_stream, fill
 from dataset.records import DataError, read_records
-from dataset.store import TokenStore
+from dataset.store import TokenStore, open_store
+from dataset.tokenizer import ChatTokenizer
 from errors import InputError
 from eval.pairs import Estimate
 from losses import sigmoid
@@ -73,6 +74,13 @@ def write_lines(path: Path, records: Iterable[dict]) -> Path:
 def copy_lines(source: str | Path, target: Path, count: int) -> Path:
     """Write the first `count` lines of a file of JSON lines to `target`; return `target`."""
     return write_lines(target, [record for _, record in read_values(source)][:count])
+
+
+def open_first(
+    source: str | Path, target: Path, count: int, tokenizer: ChatTokenizer, max_length: int = 512
+) -> TokenStore:
+    """The first `count` pairs of a file, copied to `target` and tokenised; longer pairs are dropped."""
+    return open_store(str(copy_lines(source, target, count)), "preferences", tokenizer, max_length)
 
 
 # ---- Training
@@ -231,3 +239,15 @@ def draw_curve(axes, steps: Sequence[float], runs: Sequence[Sequence[float]], co
         end, (steps[-1], middle[-1]), (4, 0), textcoords="offset points", color=colour, va="center",
         weight="bold", size=8.5, annotation_clip=False,
     )  # fmt: skip
+
+
+def draw_interval(axes, estimate: Estimate, y: float, **line) -> None:
+    """Draw an interval as a horizontal line at `y`; nothing for one run, whose interval is infinite."""
+    if math.isfinite(estimate.low):
+        axes.plot([estimate.low, estimate.high], [y, y], **line)
+
+
+def draw_upright(axes, x: float, estimate: Estimate, **line) -> None:
+    """Draw an interval as a vertical line at `x`."""
+    if math.isfinite(estimate.low):
+        axes.plot([x, x], [estimate.low, estimate.high], **line)

@@ -23,7 +23,7 @@ from errors import run_script
 from eval.common import load_model_and_tokenizer, write_json
 from eval.experiments import common
 from eval.experiments.close_pairs import REGIONS, by_region, edit_distance, sides_of, with_other
-from eval.experiments.common import draw_curve, over_runs, shown, table
+from eval.experiments.common import draw_curve, draw_upright, over_runs, shown, table
 from eval.report import BLUE, INK, ORANGE, PALE, canvas, need_matplotlib, plain
 from training.distributed import pick_device
 from training.settings import SAMPLE, flag, parse
@@ -149,11 +149,11 @@ def draw(found: dict[str, dict], out: Path) -> None:
                 xs, [end.value for end in ends], color=colour, marker="o", linewidth=2, label=label
             )
             for x, end in zip(xs, ends, strict=True):
-                distances.plot([x, x], [end.low, end.high], color=colour, alpha=0.4)
+                draw_upright(distances, x, end, color=colour, alpha=0.4)
             for place, region in enumerate(REGIONS):
                 value = over_runs([run[region]["logratio"] for run in found["value"][f"{loss} by region"]])
                 regions.bar(place + shift, value.value, 0.36, color=colour)
-                regions.plot([place + shift] * 2, [value.low, value.high], color=INK)
+                draw_upright(regions, place + shift, value, color=INK)
         curves.set_xticks(range(1, len(runs) + 1))
         curves.set_xlabel("epoch", color=PALE)
         distances.set_xlabel("edit distance of the sides, tokens", color=PALE)

@@ -24,7 +24,7 @@ from dataset.records import Message
 from errors import run_script
 from eval.common import load_model_and_tokenizer, write_json
 from eval.experiments import common, sentiment
-from eval.experiments.common import answer_logratios, over_runs, shown, table
+from eval.experiments.common import answer_logratios, draw_interval, draw_upright, over_runs, shown, table
 from eval.judge import Z95, read_judged
 from eval.report import BLUE, INK, ORANGE, PALE, VIOLET, canvas, need_matplotlib, plain
 from eval.verdict import score
@@ -43,7 +43,7 @@ OBJECTIVES = DPO | {
     "SFT on chosen": dict(loss="sft"),
 }
 WITHOUT_REFERENCE = ("simpo", "sft")
-BEST_OF = (1, 2, 4, 8, 16)
+BEST_OF = (1, 2, 4, 8)
 MARKS = ((VIOLET, "s"), (VIOLET, "^"), (ORANGE, "s"), (ORANGE, "^"), (INK, "D"))  # of the others
 
 
@@ -52,8 +52,8 @@ class Settings(common.Settings):
     out: str = flag("runs/frontier", "folder for the runs, the figures and the picture")
     sentiment: str = flag("", f"folder of {sentiment.SENTENCES} and {sentiment.LEXICON}; empty: bundled data")
     sft_epochs: int = flag(5, "with --sentiment: passes over the sentences")
-    pairs: int = flag(600, "starts that pairs are made of (--sentiment), or pairs to train on")
-    prompts: int = flag(300, "held-out prompts, each answered once by every policy")
+    pairs: int = flag(500, "starts that pairs are made of (--sentiment), or pairs to train on")
+    prompts: int = flag(200, "held-out prompts, each answered once by every policy")
     epochs: int = flag(2, "passes over the pairs")
     batch_size: int = flag(8, "pairs per optimizer step")
     lr: float = flag(3e-4, "peak learning rate of every objective")
@@ -202,9 +202,8 @@ def draw_kind(axes, group: dict[str, list[dict]], colour: str, marker: str = "o"
     for name, runs in group.items():
         kl, reward = (over_runs([run[key] for run in runs]) for key in ("kl", "reward"))
         points.append((kl.value, reward.value))
-        if len(runs) > 1:
-            axes.plot([max(kl.low, 0), kl.high], [reward.value] * 2, color=colour, alpha=0.35)
-            axes.plot([kl.value] * 2, [reward.low, reward.high], color=colour, alpha=0.35)
+        draw_interval(axes, kl, reward.value, color=colour, alpha=0.35)
+        draw_upright(axes, kl.value, reward, color=colour, alpha=0.35)
         axes.annotate(name, points[-1], (0, 6), textcoords="offset points", size=8, color=colour, ha="center")
     xs, ys = zip(*points, strict=True)
     axes.plot(xs, ys, color=colour, marker=marker, markersize=6, linewidth=1.4, label=label)

@@ -22,7 +22,7 @@ from errors import run_script
 from eval.common import load_model_and_tokenizer, write_json
 from eval.curves import FAINT
 from eval.experiments import common
-from eval.experiments.common import over_runs, shown, table
+from eval.experiments.common import draw_interval, over_runs, shown, table
 from eval.judge import read_judged
 from eval.report import BLUE, INK, PALE, canvas, need_matplotlib, plain
 from eval.verdict import normal, refusal_is_right
@@ -149,8 +149,7 @@ def draw(refusals: dict, out: Path) -> None:
                 estimate = over_runs(refusals[when][kind])
                 label = when if place == 0 else None
                 axes.barh(place + shift, estimate.value, 0.36, color=colour, label=label)
-                ends = [max(0, estimate.low), min(1, estimate.high)]
-                axes.plot(ends, [place + shift] * 2, color=INK, linewidth=1.5)
+                draw_interval(axes, estimate, place + shift, color=INK, linewidth=1.5)
                 axes.text(
                     1.02, place + shift, f"{estimate.value:.0%}", color=colour, va="center", weight="bold"
                 )

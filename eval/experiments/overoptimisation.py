@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
-from dataset.store import TokenStore, open_store
+from dataset.store import TokenStore
 from errors import run_script
 from eval.common import load_model_and_tokenizer, write_json
 from eval.experiments import common
-from eval.experiments.common import answer_logratios, dpo_steps, draw_curve, shown, table
+from eval.experiments.common import answer_logratios, dpo_steps, draw_curve, open_first, shown, table
 from eval.judge import read_judged
 from eval.report import BLUE, ORANGE, PALE, VIOLET, canvas, need_matplotlib, plain
 from eval.verdict import score
@@ -52,7 +52,6 @@ class Settings(common.Settings):
     epochs: int = flag(8, "passes over the pairs")
     batch_size: int = flag(16, "pairs per optimizer step")
     lr: float = flag(5e-4, "peak learning rate")
-    max_length: int = flag(512, "maximum tokens of prompt and response; longer pairs are dropped")
     beta: float = flag(0.1, "KL strength: a larger beta keeps the policy closer to the reference")
 
 
@@ -72,11 +71,9 @@ def run(settings: Settings, seed: int) -> dict[str, list[float]]:
     policy, tokenizer = load_model_and_tokenizer(settings.model, pick_device("auto"))
     reference = copy.deepcopy(policy)
     out = Path(settings.out)
-    train = common.copy_lines(settings.data, out / "train.jsonl", settings.pairs)
-    held_out = common.copy_lines(settings.held_out, out / "heldout.jsonl", settings.prompts)
-    training = open_store(str(train), "preferences", tokenizer, settings.max_length)
-    pairs = open_store(str(held_out), "preferences", tokenizer, settings.max_length)
-    records = read_judged(str(held_out))
+    training = open_first(settings.data, out / "train.jsonl", settings.pairs, tokenizer)
+    pairs = open_first(settings.held_out, out / "heldout.jsonl", settings.prompts, tokenizer)
+    records = read_judged(str(out / "heldout.jsonl"))
 
     def measured() -> dict[str, float]:
         return implicit(policy, reference, pairs, settings.beta) | true(

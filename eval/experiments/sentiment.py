@@ -77,7 +77,7 @@ def start_of(words: list[str]) -> str:
     return " ".join(words[:START])
 
 
-def train_start(folder: Path, sentences: list[list[str]], epochs: int, vocab_size: int = 4096) -> Path:
+def train_start(folder: Path, sentences: list[list[str]], epochs: int, vocab_size: int = 2048) -> Path:
     """A language model that continues sentences: a tokenizer and SFT. Returns the model's folder."""
     roles = ("user", "assistant")
     parts = [(start_of(words), " ".join(words[START:])) for words in sentences]
