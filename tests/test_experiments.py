@@ -79,7 +79,14 @@ def tiny_preset(monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", dict(hidden_size=16, num_hidden_layers=1, intermediate_size=24))
 
 
-def test_frontier(start, tmp_path, capsys):
+@pytest.fixture
+def one_beta(monkeypatch):
+    """The frontier with one beta of DPO in place of four."""
+    left = {name: flags for name, flags in frontier.OBJECTIVES.items() if name not in list(frontier.DPO)[1:]}
+    monkeypatch.setattr(frontier, "OBJECTIVES", left)
+
+
+def test_frontier(start, one_beta, tmp_path, capsys):
     found = quick(frontier, start, tmp_path / "out")["runs"]
     assert all(len(runs) == 2 for runs in found.values())
     assert {*frontier.OBJECTIVES} < {*found} and found["SFT"][0]["kl"] == 0
@@ -90,7 +97,7 @@ def test_frontier(start, tmp_path, capsys):
     assert "| DPO β 0.03 |" in capsys.readouterr().out
 
 
-def test_frontier_of_sentiment(tiny_preset, tmp_path):
+def test_frontier_of_sentiment(tiny_preset, one_beta, tmp_path):
     """Both seeds start from one model; each has pairs of its own."""
     flags = "--sentiment", str(write_reviews(tmp_path))
     found = quick(frontier, "unused", tmp_path / "out", *flags)["runs"]
