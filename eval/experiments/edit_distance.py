@@ -24,6 +24,7 @@ from eval.common import load_model_and_tokenizer, write_json
 from eval.experiments import common
 from eval.experiments.close_pairs import REGIONS, by_region, edit_distance, sides_of, with_other
 from eval.experiments.common import draw_curve, draw_upright, over_runs, shown, table
+from eval.explain import signed
 from eval.report import BLUE, INK, ORANGE, PALE, canvas, need_matplotlib, plain
 from training.distributed import pick_device
 from training.settings import SAMPLE, flag, parse
@@ -127,7 +128,7 @@ def regions_table(value: dict) -> str:
     for region in REGIONS:
         gradient = value["sigmoid by region"][0][region]["gradient"]
         changes = ([run[region]["logratio"] for run in value[f"{loss} by region"]] for loss in LOSSES)
-        rows.append([region, f"{gradient:+.3f}".replace("-", "−"), *map(shown, changes)])
+        rows.append([region, signed(gradient, 3), *map(shown, changes)])
     return table(
         ["chosen tokens", "gradient before training", "DPO, nats a token", "DPOP, nats a token"], rows
     )
@@ -154,7 +155,7 @@ def draw(found: dict[str, dict], out: Path) -> None:
                 value = over_runs([run[region]["logratio"] for run in found["value"][f"{loss} by region"]])
                 regions.bar(place + shift, value.value, 0.36, color=colour)
                 draw_upright(regions, place + shift, value, color=INK)
-        curves.set_xticks(range(1, len(runs) + 1))
+        curves.set_xticks(range(1, len(found["value"]["dpop"][0]["chosen"]) + 1))
         curves.set_xlabel("epoch", color=PALE)
         distances.set_xlabel("edit distance of the sides, tokens", color=PALE)
         distances.legend(frameon=False, labelcolor="linecolor")
