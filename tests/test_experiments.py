@@ -127,6 +127,8 @@ def test_margins(tiny_preset, tmp_path, write_jsonl):
             assert run["step"] == [0, 1, 2]
             assert run["margins"] == [row["eval_rewards/margins"] for row in rows]
             assert run["chosen"][0] == run["rejected"][0] == 0
+            rows = [row for row in metrics(tmp_path / "out" / f"{name}-{seed}") if "loss" in row]
+            assert run["training"] == [0, *(row["rewards/margins"] for row in rows)] and len(rows) == 2
     with pytest.raises(InputError, match="--shared names a folder of public preference data"):
         margins.main(["--shared", str(tmp_path / "none"), "--out", str(tmp_path / "other")])
 

@@ -79,32 +79,37 @@ def prepare(settings: Settings, out: Path) -> Path:
 
 
 def run(settings: Settings, start: Path, name: str, seed: int) -> dict[str, list[float]]:
-    """Train once. Returns the steps of the evaluations and, for each metric, its held-out values."""
+    """Train once. Returns the steps of the evaluations, held-out metrics there, and the training margin."""
     folder, files = Path(settings.out) / f"{name}-{seed}", Path(settings.out) / name
     flags = {key: getattr(settings, key) for key in ("batch_size", "max_length", "lr", "beta", "eval_every")}
     data = dict(data=f"{files}.train.jsonl", eval_data=f"{files}.heldout.jsonl", reference="cached")
-    common.train(folder, seed, model=start, max_steps=settings.steps, **data, **flags)
-    rows = [row for row in common.metrics(folder) if "eval_loss" in row]
-    curves = {metric: [row[f"eval_rewards/{metric}"] for row in rows] for metric in COLUMNS}
-    return {"step": [row["step"] for row in rows], **curves}
+    flags |= dict(max_steps=settings.steps, log_every=settings.eval_every)
+    common.train(folder, seed, model=start, **data, **flags)
+    rows = common.metrics(folder)
+    held_out = [row for row in rows if "eval_loss" in row]
+    curves = {metric: [row[f"eval_rewards/{metric}"] for row in held_out] for metric in COLUMNS}
+    # The training margin of a row is the mean since the row before; it is 0 before the first step.
+    training = [0.0, *(row["rewards/margins"] for row in rows if "loss" in row)]
+    return {"step": [row["step"] for row in held_out], "training": training, **curves}
 
 
 def summary(runs: dict[str, list[dict]]) -> str:
     rows = [
-        [label, *(shown([run[metric][-1] for run in runs[name]], 3) for metric in COLUMNS)]
+        [label, *(shown([run[key][-1] for run in runs[name]], 3) for key in (*COLUMNS, "training"))]
         for name, label in DATA.items()
     ]
-    return table(["", *COLUMNS.values()], rows)
+    return table(["", *COLUMNS.values(), "training margin"], rows)
 
 
 def draw(runs: dict[str, list[dict]], out: Path) -> None:
-    """For each data set the margin, and the two rewards whose difference it is, on held-out pairs."""
+    """For each data set the margin in training and on held-out pairs, and the two held-out rewards."""
     with canvas(9, 6.4, out) as figure:
         for row, (name, label) in zip(figure.subplots(2, 2, sharex=True), DATA.items(), strict=True):
             steps = runs[name][0]["step"]
             plain(row[0], label, "reward margin, chosen − rejected")
-            draw_curve(row[0], steps, [run["margins"] for run in runs[name]], INK, "margin")
-            plain(row[1], "", "rewards, β log π / π_ref")
+            for key, colour, end in (("training", PALE, "training"), ("margins", INK, "held out")):
+                draw_curve(row[0], steps, [run[key] for run in runs[name]], colour, end)
+            plain(row[1], "", "held-out rewards, β log π / π_ref")
             for side, colour in (("chosen", BLUE), ("rejected", ORANGE)):
                 draw_curve(row[1], steps, [run[side] for run in runs[name]], colour, side)
             for axes in row:
