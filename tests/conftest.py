@@ -9,6 +9,8 @@ import gzip
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset.records import Message
 from dataset.tokenizer import END, START, ChatTokenizer, train
 from model.config import ModelConfig
 from model.transformer import Transformer
+from model.weights import save_model
 from tests import ranks
 from tests.planted.mutant import force_bf16
 
@@ -69,6 +73,19 @@ def local_only(connect):
     return checked
 
 
+MEASURED = """
+import resource, sys
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+"""
+
+
+def run_python(code: str, *arguments, seconds=60) -> str:
+    """The output of a script in a new interpreter, in which `peak()` is its largest memory so far in MiB."""
+    command = [sys.executable, "-c", MEASURED + code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=seconds)
+    return done.stdout
+
+
 def shared(name: str) -> Path:
     """A file of real data, or a skip that says why."""
     path = SHARED / name
@@ -102,10 +119,7 @@ def real_tokenizer(tmp_path_factory) -> ChatTokenizer:
 
 
 def make_model(vocab_size: int, dtype=torch.float64, seed=0, spread=0.15, **options) -> Transformer:
-    """Two layers, four query heads on two key heads; weights so large that every token matters to the next.
-
-    A fresh model (`spread` 0) says nearly the same of every text, so that many bugs would hide in rounding.
-    """
+    """Two layers, four query and two key heads; weights so large that every token matters to the next."""
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(seed)
     model = Transformer(ModelConfig(vocab_size, **{**shape, "intermediate_size": 24, **options}))
@@ -138,6 +152,33 @@ MODEL_OPTIONS = {
         "rope_theta": 100.0,
     },
 }
+
+
+def save_folder(path: Path, tokenizer: ChatTokenizer, model=None, settings=None, **options) -> Path:
+    """A model folder with its tokenizer: of this model, or of `make_model` with these options in float32."""
+    model = model or make_model(tokenizer.vocab_size, **{"dtype": torch.float32, **options})
+    save_model(path, model, settings=settings)
+    tokenizer.save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory, tokenizer) -> tuple[str, str]:
+    """Two model folders that differ in their weights only; not to be written to."""
+    parent = tmp_path_factory.mktemp("models")
+    return tuple(str(save_folder(parent / str(seed), tokenizer, seed=seed)) for seed in (1, 2))
+
+
+class NoFloat64(TorchDispatchMode):
+    """Within, an operation that returns float64 raises TypeError, as on Apple's MPS."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            from_numpy = function is torch.ops.aten.lift_fresh.default  # on the CPU, before it is converted
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64 and not from_numpy:
+                raise TypeError(f"{function} returns float64")
+        return result
 
 
 # ---- Data

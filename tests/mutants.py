@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tests.planted import MUTANTS
-from tests.planted.mutant import ROOT, Mutant, plant_on_import
+from tests.planted.mutant import ROOT, Mutant, catalogue, plant_on_import
 
 SECONDS = 120  # A test that takes longer with a mutant counts as broken.
 PRELOADED = ("jinja2", "numpy", "pytest", "safetensors.torch", "tokenizers", "torch._dynamo", "tqdm")
@@ -35,26 +35,19 @@ PRELOADED += ("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.n
 
 
 # Not bugs: a change that no test can see, and one that breaks an import.
-CHECKS = [
-    Mutant(
-        "a-change-without-effect",
-        "No test can see it, so it must be reported as a survivor.",
-        "losses",
-        "reward_metrics",
-        "chosen_rewards - rejected_rewards",
-        "-(rejected_rewards - chosen_rewards)",
-        "tests/test_losses.py::test_metrics_are_sums_and_a_tie_is_half",
-    ),
-    Mutant(
-        "a-module-that-does-not-load",
-        "A test that cannot start shows nothing about the test.",
-        "losses",
-        "",
-        "import math",
-        "import maths",
-        "tests/test_losses.py::test_metrics_are_sums_and_a_tie_is_half",
-    ),
-]
+CHECKS = catalogue("""
+a-change-without-effect in losses: reward_metrics
+No test can see it, so it must be reported as a survivor.
+- chosen_rewards - rejected_rewards
++ -(rejected_rewards - chosen_rewards)
+test_losses.py::test_metrics_are_sums_and_a_tie_is_half
+
+a-module-that-does-not-load in losses:
+A test that cannot start shows nothing about the test.
+- import math
++ import maths
+test_losses.py::test_metrics_are_sums_and_a_tie_is_half
+""")
 
 
 # ---- The runner

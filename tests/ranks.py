@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -65,6 +66,13 @@ def forked(
     if status is None:
         raise subprocess.TimeoutExpired([module, *arguments], seconds, stdout, stderr)
     return subprocess.CompletedProcess([module, *arguments], status, stdout, stderr)
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
 
 
 def run_job(module, arguments, ranks, environment, folder, cwd, seconds) -> int | None:

@@ -226,16 +226,13 @@ def test_a_gpu_has_cases_of_its_own_in_bf16():
     assert list(cpu.cases) == list(work.CASES) and list(cuda.cases) == list(work.CUDA_CASES)
 
 
-@pytest.mark.parametrize(
-    "device, precision, native, timed",
-    [
-        ("cpu", "fp32", True, True),
-        ("cpu", "fp32", False, False),
-        ("cpu", "bf16", True, False),
-        ("cuda", "fp32", False, True),
-        ("cuda", "bf16", False, False),
-    ],
-)
+@pytest.mark.parametrize("device, precision, native, timed", [
+    ("cpu", "fp32", True, True),
+    ("cpu", "fp32", False, False),
+    ("cpu", "bf16", True, False),
+    ("cuda", "fp32", False, True),
+    ("cuda", "bf16", False, False),
+])  # fmt: skip
 def test_trl_as_shipped_is_timed_once_and_not_for_hours(device, precision, native, timed, monkeypatch):
     """In bf16 its defaults are that. Emulated bf16 is a hundred times slower, and only waited for by name."""
     monkeypatch.setattr(run, "cpu_multiplies_bf16", lambda: native)

@@ -1,7 +1,4 @@
-"""Talking to models: eval/chat.py, and text on a terminal: eval/terminal.py.
-
-    python -m pytest tests/test_chat.py
-"""
+"""Talking to models: eval/chat.py, and text on a terminal: eval/terminal.py."""
 
 import io
 import os
@@ -20,21 +17,11 @@ from errors import InputError
 from eval import chat, common, terminal
 from eval.common import load_model_and_tokenizer
 from model.weights import save_model
-from tests.conftest import make_model
+from tests.conftest import make_model, save_folder
 from tests.loops import ROOT
 from training.settings import SAMPLE
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, tokenizer) -> tuple[str, str]:
-    """Two model folders that differ in their weights only."""
-    folders = tuple(tmp_path_factory.mktemp("model") for _ in range(2))
-    for seed, folder in enumerate(folders):
-        save_model(folder, make_model(tokenizer.vocab_size, torch.float32, seed))
-        tokenizer.save(folder)
-    return tuple(map(str, folders))
 
 
 @pytest.fixture
@@ -173,8 +160,7 @@ def test_a_chat_begins_with_what_the_model_was_taught(folders, piped, tokenizer,
     """From the run's settings: file, records, and the tasks of the bundled data. Other folders: no line."""
     lines = (SAMPLE / "preferences.jsonl").read_text("utf-8").count("\n")
     run = {"data": str(SAMPLE / "preferences.jsonl"), "model": "runs/sft"}
-    save_model(tmp_path / "dpo", make_model(tokenizer.vocab_size).float(), settings=run)
-    tokenizer.save(tmp_path / "dpo")
+    save_folder(tmp_path / "dpo", tokenizer, settings=run)
     _, notes = piped("", "--model", str(tmp_path / "dpo"), "--versus", folders[0])
     (line,) = [line for line in notes.splitlines() if "trained on" in line]
     assert f"dpo: trained on preferences.jsonl ({lines:,} records): sum, " in line
@@ -192,8 +178,7 @@ def test_a_chat_begins_with_what_the_model_was_taught(folders, piped, tokenizer,
 
 def test_names_from_a_config_cannot_steer_the_terminal(piped, tokenizer, tmp_path):
     settings = {"data": "evil\x1b[2J.jsonl", "model": "\x1b]0;owned\x07"}
-    save_model(tmp_path / "hostile", make_model(tokenizer.vocab_size).float(), settings=settings)
-    tokenizer.save(tmp_path / "hostile")
+    save_folder(tmp_path / "hostile", tokenizer, settings=settings)
     _, notes = piped("/help\n", "--model", str(tmp_path / "hostile"))
     assert "\\x1b[2J" in notes and "\\x1b]0;owned\\x07" in notes and "\x1b" not in notes
 
@@ -228,17 +213,14 @@ def test_a_character_is_shown_when_it_is_complete(tokenizer):
 # ---- Text on a terminal
 
 
-@pytest.mark.parametrize(
-    "text, shown",
-    [
-        ("\x1b[2J\x1b]0;owned\x07", "\\x1b[2J\\x1b]0;owned\\x07"),
-        ("a\rb\x00\x7f\x9b", "a\\rb\\x00\\x7f\\x9b"),
-        ("safe \u202egnp.exe", "safe \\u202egnp.exe"),
-        ("\u2028\ud800", "\\u2028\\ud800"),
-        ("one\ntwo\tthree", "one\ntwo    three"),
-        ("苹果 é 👩\u200d🚀", "苹果 é 👩\u200d🚀"),
-    ],
-)
+@pytest.mark.parametrize("text, shown", [
+    ("\x1b[2J\x1b]0;owned\x07", "\\x1b[2J\\x1b]0;owned\\x07"),
+    ("a\rb\x00\x7f\x9b", "a\\rb\\x00\\x7f\\x9b"),
+    ("safe \u202egnp.exe", "safe \\u202egnp.exe"),
+    ("\u2028\ud800", "\\u2028\\ud800"),
+    ("one\ntwo\tthree", "one\ntwo    three"),
+    ("苹果 é 👩\u200d🚀", "苹果 é 👩\u200d🚀"),
+])  # fmt: skip
 def test_no_answer_can_steer_the_terminal(text, shown):
     assert printable(text) == shown
     shown.encode()

@@ -24,17 +24,14 @@ SCRIPTS = {"train_sft.py": train_sft, "train_dpo.py": train_dpo, "train_reward.p
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize(
-    "arguments, reason",
-    [
-        (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
-        (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
-        (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
-        (["--seed", "-1"], "--seed must be from 0 to 2^63 - 1, not -1"),
-        (["--precision", "int4"], "argument --precision: invalid choice"),
-        (["--model", "/nowhere"], "/nowhere"),
-    ],
-)
+@pytest.mark.parametrize("arguments, reason", [
+    (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
+    (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+    (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
+    (["--seed", "-1"], "--seed must be from 0 to 2^63 - 1, not -1"),
+    (["--precision", "int4"], "argument --precision: invalid choice"),
+    (["--model", "/nowhere"], "/nowhere"),
+])  # fmt: skip
 def test_bad_usage_is_one_line_and_status_2(script, arguments, reason, tmp_path):
     """A traceback tells a user nothing, and status 1 or 0 lets a shell script go on."""
     result = forked(script.removesuffix(".py"), *arguments, cwd=tmp_path)
@@ -71,19 +68,16 @@ def test_every_flag_says_why_and_bools_go_both_ways(script):
         parse(settings_class, "", ["--skip-bad", "False"])
 
 
-@pytest.mark.parametrize(
-    "arguments, reason",
-    [
-        (["--seed", str(2**70)], f"--seed must be from 0 to 2^63 - 1, not {2**70}"),
-        (["--lr", "nan"], "--lr must be 0 or more, not nan"),
-        (["--lr", "inf"], "--lr must be 0 or more, not inf"),
-        (["--max-length", "-1"], "--max-length must be 0 or more, not -1"),
-        (["--micro-batch-tokens", "0"], "--micro-batch-tokens must be auto, or a number from 1, not 0"),
-        (["--micro-batch-tokens", "many"], "--micro-batch-tokens must be auto, or a number from 1, not many"),
-        (["--micro-batch-size", "4"], "--micro-batch-size was replaced by --micro-batch-tokens"),
-        (["--micro-batch-size=4"], "--micro-batch-size was replaced by --micro-batch-tokens"),
-    ],
-)
+@pytest.mark.parametrize("arguments, reason", [
+    (["--seed", str(2**70)], f"--seed must be from 0 to 2^63 - 1, not {2**70}"),
+    (["--lr", "nan"], "--lr must be 0 or more, not nan"),
+    (["--lr", "inf"], "--lr must be 0 or more, not inf"),
+    (["--max-length", "-1"], "--max-length must be 0 or more, not -1"),
+    (["--micro-batch-tokens", "0"], "--micro-batch-tokens must be auto, or a number from 1, not 0"),
+    (["--micro-batch-tokens", "many"], "--micro-batch-tokens must be auto, or a number from 1, not many"),
+    (["--micro-batch-size", "4"], "--micro-batch-size was replaced by --micro-batch-tokens"),
+    (["--micro-batch-size=4"], "--micro-batch-size was replaced by --micro-batch-tokens"),
+])  # fmt: skip
 def test_values_out_of_range_are_refused_by_name(arguments, reason):
     with pytest.raises(InputError) as refusal:
         parse(train_dpo.Settings, "", arguments)

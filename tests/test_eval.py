@@ -1,17 +1,12 @@
-"""Preference figures, the judge, pictures and the start of every command: eval/.
-
-    python -m pytest tests/test_eval.py
-"""
+"""Preference figures, the judge, and the start of every command: eval/."""
 
 import io
 import json
-import math
 import sys
 from dataclasses import fields
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_dpo
 from dataset.records import DataError
@@ -24,36 +19,29 @@ from eval.verdict import Verdict
 from model import transformer
 from model.reward import RewardModel
 from model.weights import save_model
-from tests.conftest import RAGGED, TEXTS, as_record, make_model, plain_ids, plain_logits
+from tests.conftest import (
+    RAGGED,
+    TEXTS,
+    NoFloat64,
+    as_record,
+    make_model,
+    plain_ids,
+    plain_logits,
+    save_folder,
+)
 from tests.loops import metrics
 from tests.ranks import forked
+from tests.runs import ALONE, FP32
 from training import precision as precision_module
-from training.distributed import World
 from training.evaluate import evaluate, evaluate_kl
 from training.objective import Objective, ObjectiveSettings
-from training.precision import Precision
 from training.settings import SAMPLE
 
 CPU = torch.device("cpu")
 HELD_OUT = str(SAMPLE / "heldout.jsonl")
-ALONE = World(0, 1, CPU)
-FP32 = Precision("fp32", CPU)
 DPO = Objective(ObjectiveSettings(beta=0.1))
+PATHS = ["--data", "x.jsonl", "--out", "y.jsonl"]  # of eval.score
 JUDGE = {"task": "sum", "language": "en", "check": "number", "accept": ["3"], "given": ["1", "2"]}
-
-
-def save(folder, tokenizer, **options):
-    """A model folder; returns its name and the model."""
-    model = make_model(tokenizer.vocab_size, torch.float32, **options)
-    save_model(folder, model)
-    tokenizer.save(folder)
-    return str(folder), model
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, tokenizer) -> tuple[str, str]:
-    """Two model folders that differ in their weights only."""
-    return tuple(save(tmp_path_factory.mktemp("model"), tokenizer, seed=seed)[0] for seed in (1, 2))
 
 
 @pytest.fixture
@@ -73,9 +61,7 @@ def pairs(write_jsonl, tokenizer):
 def reward_folder(tmp_path, tokenizer) -> str:
     """A folder with a reward model."""
     model = RewardModel.from_language_model(make_model(tokenizer.vocab_size, torch.float32))
-    save_model(tmp_path / "reward", model)
-    tokenizer.save(tmp_path / "reward")
-    return str(tmp_path / "reward")
+    return str(save_folder(tmp_path / "reward", tokenizer, model))
 
 
 @pytest.fixture
@@ -87,56 +73,11 @@ def judged(write_jsonl):
 # ---- preference figures
 
 
-def on_ranks(ranks: int, measure) -> tuple[dict[str, float], float]:
-    """The result of `measure(world)` on several ranks: each rank runs alone, and the test adds their sums."""
-    sums = []
-
-    class Rank(World):
-        def sum(self, values):
-            sums.append(values)
-            return torch.ones_like(values)  # The rank's own mean is not used.
-
-    names = [list(measure(Rank(rank, ranks, CPU))) for rank in range(ranks)]
-    assert all(name == names[0] for name in names)
-    *totals, weight = torch.stack(sums).sum(0).tolist()
-    return {name: total / weight for name, total in zip(names[0], totals, strict=True)}, weight
-
-
-@pytest.mark.parametrize("n", [1, 5, 7, 10])
-def test_each_pair_counts_once_on_any_number_of_ranks(pairs, tokenizer, n):
-    """A sampler that pads to equal parts counts some pairs twice. A mean of means gives a short batch too
-    much weight. A rank without pairs must still take part in the sum."""
-    store = pairs(n)
-    policy, reference = (make_model(tokenizer.vocab_size, torch.float32, seed=s) for s in (1, 2))
-    for measure in (evaluate, evaluate_kl):
-        options = {"precision": FP32, "objective": DPO} if measure is evaluate else {}
-
-        def call(world, size=4096, measure=measure, options=options):
-            return measure(policy, reference, store, world, **options, max_tokens=size)
-
-        expected = call(ALONE)
-        items = n if options else sum(store.target_counts.tolist())
-        for ranks in (1, 2, 3):
-            found, weight = on_ranks(ranks, call)
-            assert weight == items
-            assert found == pytest.approx(expected, rel=1e-5)
-        for size in (1, 60, 130):
-            assert call(ALONE, size) == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_policy_that_is_its_reference_has_loss_ln_2_and_accuracy_a_half(pairs, tokenizer):
-    """Counting ties as right or wrong would give 1 or 0."""
-    model = make_model(tokenizer.vocab_size, torch.float32)
-    figures = evaluate(model, model, pairs(7), ALONE, FP32, DPO)
-    assert figures["loss"] == pytest.approx(math.log(2), abs=1e-7)
-    assert figures["rewards/accuracies"] == 0.5
-    assert figures["rewards/margins"] == figures["rewards/chosen"] == figures["rewards/rejected"] == 0
-    assert evaluate_kl(model, model, pairs(7), ALONE) == {"kl_per_token": 0}
-
-
+@pytest.mark.parametrize("scores_at_once", [2**25, 1600], ids=["whole", "in-chunks"])
 @pytest.mark.parametrize("layout", ["forked", "twin"])
-def test_kl_is_that_of_a_plain_loop(pairs, tokenizer, layout):
+def test_kl_is_that_of_a_plain_loop(pairs, tokenizer, layout, scores_at_once, monkeypatch):
     """KL(reference || policy), a sampled estimate, or a mean over prompt tokens would all look plausible."""
+    monkeypatch.setattr(transformer, "MAX_LOGITS", scores_at_once)
     policy, reference = (make_model(tokenizer.vocab_size, seed=seed) for seed in (1, 2))
     total = count = 0
     for prompt, *sides in RAGGED:
@@ -145,20 +86,11 @@ def test_kl_is_that_of_a_plain_loop(pairs, tokenizer, layout):
             p, q = (plain_logits(model, x + y).log_softmax(-1) for model in (policy, reference))
             for t in range(len(y)):
                 at = len(x) + t - 1
-                total += sum(
-                    math.exp(a) * (a - b) for a, b in zip(p[at].tolist(), q[at].tolist(), strict=True)
-                )
+                total += (p[at].exp() * (p[at] - q[at])).sum().item()
                 count += 1
     found = evaluate_kl(policy, reference, pairs(7), ALONE, layout, max_tokens=130)
     assert found["kl_per_token"] == pytest.approx(total / count, rel=1e-6)
     assert total / count > 0.1
-
-
-def test_kl_does_not_depend_on_the_chunks_of_the_vocabulary(pairs, tokenizer, monkeypatch):
-    policy, reference = (make_model(tokenizer.vocab_size, seed=seed) for seed in (1, 2))
-    whole = evaluate_kl(policy, reference, pairs(7), ALONE)
-    monkeypatch.setattr(transformer, "MAX_LOGITS", 5 * tokenizer.vocab_size)
-    assert evaluate_kl(policy, reference, pairs(7), ALONE) == pytest.approx(whole, rel=1e-6)
 
 
 def test_two_ranks_print_the_figures_of_one(folders, ragged, tmp_path, capsys):
@@ -167,9 +99,7 @@ def test_two_ranks_print_the_figures_of_one(folders, ragged, tmp_path, capsys):
     assert "rewards/accuracies" in capsys.readouterr().out
     result = forked("eval.preference", *command, "--json", tmp_path / "two.json", ranks=2)
     assert result.returncode == 0, result.stderr
-    one, two = (
-        json.loads(path.read_text()) for path in (tmp_path / "new" / "one.json", tmp_path / "two.json")
-    )
+    one, two = (json.loads((tmp_path / path).read_text()) for path in ("new/one.json", "two.json"))
     assert two == pytest.approx(one, rel=1e-5)
     assert one["pairs"] == len(RAGGED) and result.stdout.count("kl_per_token") == 1
 
@@ -177,9 +107,9 @@ def test_two_ranks_print_the_figures_of_one(folders, ragged, tmp_path, capsys):
 def test_models_of_different_tokenizers_are_refused(folders, tmp_path, ragged):
     """Log-probs of one text under two tokenizers are of different events, and nothing would crash."""
     train(TEXTS[::-1], vocab_size=300).save(str(tmp_path / "tokenizer.json"))
-    other, _ = save(tmp_path / "model", ChatTokenizer(tmp_path / "tokenizer.json"))
+    other = save_folder(tmp_path / "model", ChatTokenizer(tmp_path / "tokenizer.json"))
     with pytest.raises(InputError, match="different tokenizers"):
-        preference.main(["--model", folders[0], "--reference", other, "--data", str(ragged)])
+        preference.main(["--model", folders[0], "--reference", str(other), "--data", str(ragged)])
 
 
 # ---- the run's own objective, reference and data
@@ -272,8 +202,7 @@ def test_held_out_pairs_are_the_runs_own(trained, tmp_path, folders, ragged, cap
 def test_a_share_of_the_training_data_is_measured_as_it_was_held_out(folders, tmp_path, ragged, tokenizer):
     """Figures on all pairs of the file would contain the pairs that the model was trained on."""
     run = {"model": folders[1], "data": str(ragged), "eval_data": "auto", "eval_share": 0.5, "beta": 0.1}
-    save_model(tmp_path / "run", make_model(tokenizer.vocab_size, torch.float32, 1), settings=run)
-    tokenizer.save(tmp_path / "run")
+    save_folder(tmp_path / "run", tokenizer, settings=run, seed=1)
     held_out = open_store(ragged, "preferences", tokenizer, 4096).split(0.5)[1]
     assert 0 < len(held_out) < 7
     expected = evaluate(*map(common.load_model, (folders[0], folders[1])), held_out, ALONE, FP32, DPO)
@@ -313,8 +242,7 @@ def test_a_relative_starting_model_is_found_from_the_same_folder(folders, tmp_pa
 @pytest.mark.parametrize("damage", [{"beta": "x"}, {"loss": 5}, {"loss": "none"}, {"f_divergence": "x"}])
 def test_damaged_settings_are_an_error_not_a_traceback(damage, folders, tmp_path, ragged, tokenizer):
     run = {"model": folders[0], "beta": 0.1, "loss": "sigmoid", "eval_data": str(ragged), **damage}
-    save_model(tmp_path / "run", make_model(tokenizer.vocab_size).float(), settings=run)
-    tokenizer.save(tmp_path / "run")
+    save_folder(tmp_path / "run", tokenizer, settings=run)
     with pytest.raises(InputError, match=r"damaged|there is no such loss"):
         measured(str(tmp_path / "run"), tmp_path)
 
@@ -322,27 +250,29 @@ def test_damaged_settings_are_an_error_not_a_traceback(damage, folders, tmp_path
 # ---- the start of every command
 
 
-@pytest.mark.parametrize(
-    "main, arguments, reason",
-    [
-        (preference.main, ["--model", "/nowhere"], "/nowhere: there is no such model folder"),
-        (preference.main, ["--beta", "0"], "--beta must be positive, not 0.0"),
-        (preference.main, ["--micro-batch-tokens", "0"], "--micro-batch-tokens must be at least 1, not 0"),
-        (preference.main, ["--max-length", "-1"], "--max-length must not be negative, not -1"),
-        (judge.main, ["--model", "/nowhere"], "/nowhere: there is no such model folder"),
-        (judge.main, ["--samples", "0"], "--samples must be at least 1, not 0"),
-        (judge.main, ["--temperature", "nan"], "--temperature must be positive, not nan"),
-        (chat.main, ["--model", "/nowhere"], "/nowhere: there is no such model folder"),
-        (chat.main, ["--top-p", "0"], "--top-p must be above 0 and at most 1, not 0.0"),
-        (report.main, ["/nowhere"], "/nowhere: there is no such model folder"),
-        (report.main, [], "the following arguments are required: run"),
-        (report.main, [".", "--pairs", "0"], "--pairs must be at least 1, not 0"),
-        (report.main, [".", "--data", "/nowhere.jsonl"], "/nowhere.jsonl: "),
-        (report.main, [".", "--reference", "/nowhere"], "/nowhere: there is no such model folder"),
-        (report.main, ["a", "b", "--png"], "--png takes one run, not a b"),
-        (demo.main, ["--samples", "-1"], "--samples must be at least 1, not -1"),
-    ],
-)
+@pytest.mark.parametrize("main, arguments, reason", [
+    (preference.main, ["--model", "/nowhere"], "/nowhere: there is no such model folder"),
+    (preference.main, ["--beta", "0"], "--beta must be positive, not 0.0"),
+    (preference.main, ["--micro-batch-tokens", "0"], "--micro-batch-tokens must be at least 1, not 0"),
+    (preference.main, ["--max-length", "-1"], "--max-length must not be negative, not -1"),
+    (judge.main, ["--model", "/nowhere"], "/nowhere: there is no such model folder"),
+    (judge.main, ["--samples", "0"], "--samples must be at least 1, not 0"),
+    (judge.main, ["--temperature", "nan"], "--temperature must be positive, not nan"),
+    (chat.main, ["--model", "/nowhere"], "/nowhere: there is no such model folder"),
+    (chat.main, ["--top-p", "0"], "--top-p must be above 0 and at most 1, not 0.0"),
+    (report.main, ["/nowhere"], "/nowhere: there is no such model folder"),
+    (report.main, [], "the following arguments are required: run"),
+    (report.main, [".", "--pairs", "0"], "--pairs must be at least 1, not 0"),
+    (report.main, [".", "--data", "/nowhere.jsonl"], "/nowhere.jsonl: "),
+    (report.main, [".", "--reference", "/nowhere"], "/nowhere: there is no such model folder"),
+    (report.main, ["a", "b", "--png"], "--png takes one run, not a b"),
+    (demo.main, ["--samples", "-1"], "--samples must be at least 1, not -1"),
+    (score.main, ["--model", "/nowhere", *PATHS], "/nowhere: there is no such model folder"),
+    (score.main, ["--data", "x.jsonl"], "give --data, the pairs to score, and --out"),
+    (score.main, ["--out", "x.jsonl"], "give --data, the pairs to score, and --out"),
+    (score.main, ["--data", "x.jsonl", "--out", "x.json"], "--out x.json: the name must end in .jsonl"),
+    (score.main, [*PATHS, "--micro-batch-tokens", "0"], "--micro-batch-tokens must"),
+])  # fmt: skip
 def test_bad_usage_is_one_line_and_status_2(main, arguments, reason, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_script(lambda: main(arguments))
@@ -353,7 +283,7 @@ def test_bad_usage_is_one_line_and_status_2(main, arguments, reason, capsys):
 
 @pytest.mark.parametrize("main, arguments", [
     (preference.main, []), (judge.main, []), (chat.main, []), (explain.main, []), (report.main, ["runs/dpo"]),
-    (score.main, ["--model", "runs/dpo", "--data", "x.jsonl", "--out", "y.jsonl"]),
+    (score.main, ["--model", "runs/dpo", *PATHS]),
 ])  # fmt: skip
 def test_a_default_that_is_missing_names_the_folder_of_the_demo(main, arguments, tmp_path, monkeypatch):
     """After `make demo` the models are in runs/demo, and the default, runs/dpo, does not exist."""
@@ -364,8 +294,7 @@ def test_a_default_that_is_missing_names_the_folder_of_the_demo(main, arguments,
 
 
 @pytest.mark.parametrize("main, arguments", [
-    (preference.main, []), (judge.main, []), (chat.main, []), (explain.main, []),
-    (score.main, ["--data", "x.jsonl", "--out", "y.jsonl"]),
+    (preference.main, []), (judge.main, []), (chat.main, []), (explain.main, []), (score.main, PATHS),
 ])  # fmt: skip
 def test_a_model_file_in_place_of_its_folder_is_named(main, arguments, folders):
     with pytest.raises(InputError, match=r"model\.pt is a file, not a model folder: give the folder"):
@@ -394,24 +323,9 @@ def test_one_line_names_models_device_and_precision(multiplies_bf16, folders, ra
     parameters = sum(p.numel() for p in common.load_model(folders[0]).parameters())
     for folder in folders:
         assert f"{folder} ({parameters:,} parameters)" in first
-    assert first.endswith(
-        "on cpu, bf16 (this CPU multiplies it)"
-        if multiplies_bf16
-        else "on cpu, fp32 (this CPU does not multiply bf16)"
-    )
+    reason = "bf16 (this CPU multiplies it)" if multiplies_bf16 else "fp32 (this CPU does not multiply bf16)"
+    assert first.endswith(f"on cpu, {reason}")
     assert second.endswith("on cpu, fp32 (--precision)")
-
-
-class NoFloat64(TorchDispatchMode):
-    """Raises on every operation with a float64 result, as Apple's GPUs do."""
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        result = function(*arguments, **(options or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            from_numpy = function is torch.ops.aten.lift_fresh.default  # on the CPU, before it is converted
-            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64 and not from_numpy:
-                raise TypeError(f"{function}: no float64 on this device")
-        return result
 
 
 def test_no_command_needs_float64(folders, ragged, judged, tmp_path, monkeypatch, reward_folder):
@@ -435,11 +349,8 @@ def test_no_command_needs_float64(folders, ragged, judged, tmp_path, monkeypatch
 
 def replies(*points: str) -> list[list[Reply]]:
     """One string per prompt, the greedy reply first: 0 or 3 points, or r for right but rude."""
-    verdicts = {
-        "0": Verdict(False, False, False),
-        "3": Verdict(True, True, True),
-        "r": Verdict(True, True, False),
-    }
+    flags = {"0": (False, False, False), "3": (True, True, True), "r": (True, True, False)}
+    verdicts = {mark: Verdict(*each) for mark, each in flags.items()}
     return [[Reply("x" * 8, 4, verdicts[mark]) for mark in row] for row in points]
 
 
@@ -460,17 +371,14 @@ def test_compare_counts_verdicts():
     swapped = compare(records, dict(reversed(both.items())))
     assert (swapped["wins"], swapped["ties"], swapped["losses"]) == (0, 3, 3)
     tasks = judge.compare_tasks(records, both)
-    assert {task: (f["prompts"], f["wins"], f["ties"], f["losses"]) for task, f in tasks.items()} == {
-        "day": (1, 0, 2, 0),
-        "sum": (2, 3, 1, 0),
-    }
+    counts = {task: [f[key] for key in ("prompts", "wins", "ties", "losses")] for task, f in tasks.items()}
+    assert counts == {"day": [1, 0, 2, 0], "sum": [2, 3, 1, 0]}
     assert "3 wins, 3 ties, 0 losses" in judge.summary(figures)
     assert "day" in judge.task_table(tasks)
 
 
 def test_the_interval_is_wilsons_over_prompts():
-    """Ten prompts with four equal answers each are ten observations, not forty. The values for 9 of 10 and
-    10 of 10 are from the textbook."""
+    """Ten prompts with four equal answers each are ten observations, not forty. Textbook values."""
     once = win_interval([1] * 9 + [0], [0] * 9 + [1])
     assert once == pytest.approx([0.5958, 0.9821], abs=1e-4)
     assert win_interval([4] * 9 + [0], [0] * 9 + [4]) == pytest.approx(once)
@@ -482,8 +390,7 @@ def test_the_interval_is_wilsons_over_prompts():
 
 
 def test_the_interval_covers_the_true_rate():
-    """Each prompt has its own chance to win, so its samples are correlated. In at least 95 % of the trials
-    the true rate must lie inside. An interval over all samples reaches only 78 %."""
+    """Samples of a prompt are correlated: an interval over all samples covers the rate in 78 %, not 95."""
     generator = torch.Generator().manual_seed(0)
     chances = torch.tensor([0.02, 0.5, 0.98])
     inside = 0
@@ -505,9 +412,8 @@ def test_identical_models_tie_everywhere(folders, judged, tmp_path, capsys):
     assert figures["win_rate"] is None and figures["win_rate_ci95"] is None
     assert figures["tasks"]["sum"]["ties"] == 6
     assert "0 wins, 6 ties, 0 losses" in capsys.readouterr().out
-    judge.main(
-        ["--model", folders[0], "--versus", folders[1], "--prompts", "2", *arguments, "--json", str(out)]
-    )
+    other = ["--versus", folders[1], "--prompts", "2"]
+    judge.main(["--model", folders[0], *other, *arguments, "--json", str(out)])
     assert json.loads(out.read_text())["prompts"] == 2
 
 
@@ -529,14 +435,11 @@ def test_sampled_replies_belong_to_their_prompts(tokenizer, judged, monkeypatch)
         assert [reply.text for reply in row] == [prompt, *[prompt + "!"] * 3]
 
 
-@pytest.mark.parametrize(
-    "rule, reason",
-    [
-        (None, "no `judge` field"),
-        ({"task": "sum", "language": "en", "given": []}, "lacks accept, check"),
-        ({**JUDGE, "check": "vibes"}, "unknown check 'vibes'"),
-    ],
-)
+@pytest.mark.parametrize("rule, reason", [
+    (None, "no `judge` field"),
+    ({"task": "sum", "language": "en", "given": []}, "lacks accept, check"),
+    ({**JUDGE, "check": "vibes"}, "unknown check 'vibes'"),
+])  # fmt: skip
 def test_records_that_cannot_be_judged_are_named(write_jsonl, rule, reason):
     rows = [{**as_record(RAGGED[0]), "judge": JUDGE}, {**as_record(RAGGED[1]), "judge": rule}]
     with pytest.raises(DataError, match=reason) as error:

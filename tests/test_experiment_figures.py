@@ -17,8 +17,7 @@ from eval.experiments import bugs, close_pairs, common, frontier, harm, sentimen
 from eval.experiments.common import answer_logratios, dpo_steps, over_runs, shown, table
 from losses import sigmoid
 from model.generate import Answer, generate
-from model.weights import save_model
-from tests.conftest import RAGGED, make_model, plain_ids, plain_logits, plain_logp
+from tests.conftest import RAGGED, make_model, plain_ids, plain_logits, plain_logp, save_folder
 from tests.loops import metrics
 from training import precision
 
@@ -59,8 +58,7 @@ def test_the_short_loop_is_the_loop_of_train_dpo(tmp_path, ragged, tokenizer, pa
     """A second loop that drifts from the first would explain another algorithm."""
     monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: False)
     model = make_model(tokenizer.vocab_size, torch.float32)
-    save_model(tmp_path / "start", model)
-    tokenizer.save(tmp_path / "start")
+    save_folder(tmp_path / "start", tokenizer, model)
     flags = dict(epochs=3, batch_size=4, lr=3e-3, beta=0.3)
     folder = common.train(tmp_path / "run", 5, model=tmp_path / "start", data=ragged, log_every=1, **flags)
     steps = list(dpo_steps(model, copy.deepcopy(model), pairs, 5, **flags))

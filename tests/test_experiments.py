@@ -23,8 +23,7 @@ from eval.experiments import (
 )
 from eval.preference import Settings, measure
 from model.config import PRESETS
-from model.weights import save_model
-from tests.conftest import make_model
+from tests.conftest import save_folder
 from tests.loops import metrics
 from tests.test_experiment_figures import write_reviews
 from training.distributed import World, pick_device
@@ -36,9 +35,7 @@ EXPERIMENTS = [bugs, edit_distance, frontier, harm, label_noise, margins, overop
 @pytest.fixture
 def start(tmp_path, tokenizer) -> str:
     """A folder with a tiny random language model."""
-    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, hidden_size=32).float())
-    tokenizer.save(tmp_path / "start")
-    return str(tmp_path / "start")
+    return str(save_folder(tmp_path / "start", tokenizer, hidden_size=32))
 
 
 def quick(experiment, start, out, *flags) -> dict:
@@ -185,13 +182,9 @@ def test_label_noise(start, ragged, tmp_path, capsys):
     flags = ["--model", start, "--data", str(ragged), "--eval-data", str(ragged), "--out", str(out)]
     label_noise.main([*flags, "--seeds", "1", "--pairs", "5", "--eval-pairs", "3", "--lr", "3e-3"])
     accuracies = json.loads((out / "results.json").read_text())["accuracies"]
-    assert {name: list(of_share) for name, of_share in accuracies.items()} == {
-        "DPO": ["0%", "20%", "40%"],
-        "reward model": ["20%", "40%"],
-        "soft": ["20%", "40%"],
-        "cDPO": ["20%", "40%"],
-        "robust": ["20%", "40%"],
-    }
+    noisy = {name: ["20%", "40%"] for name in ("reward model", "soft", "cDPO", "robust")}
+    expected = {"DPO": ["0%", "20%", "40%"], **noisy}
+    assert {name: list(of_share) for name, of_share in accuracies.items()} == expected
     assert (out / "label_noise.png").read_bytes().startswith(b"\x89PNG")
 
     # The figure is the accuracy on pairs with true labels, of the model trained on flipped ones.

@@ -1,7 +1,4 @@
-"""One pair, token by token: eval/explain.py.
-
-    python -m pytest tests/test_explain.py
-"""
+"""One pair, token by token: eval/explain.py."""
 
 import io
 import json
@@ -14,20 +11,16 @@ import torch
 from errors import InputError
 from eval import explain, preference, terminal
 from eval.common import load_model
-from model.weights import save_model
-from tests.conftest import RAGGED, as_record, make_model, plain_ids, plain_logits, plain_logp
+from tests.conftest import RAGGED, as_record, plain_ids, plain_logits, plain_logp, save_folder
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, tokenizer) -> tuple[str, str]:
     """A policy and its reference; the policy's settings name the reference and beta 0.5."""
-    policy, reference = (tmp_path_factory.mktemp(name) for name in ("policy", "reference"))
-    save_model(reference, make_model(tokenizer.vocab_size, torch.float32, 1))
-    run = {"model": str(reference), "beta": 0.5, "loss": "sigmoid"}
-    save_model(policy, make_model(tokenizer.vocab_size, torch.float32, 2), settings=run)
-    for folder in (policy, reference):
-        tokenizer.save(folder)
-    return str(policy), str(reference)
+    parent = tmp_path_factory.mktemp("models")
+    reference = str(save_folder(parent / "reference", tokenizer, seed=1))
+    run = {"model": reference, "beta": 0.5, "loss": "sigmoid"}
+    return str(save_folder(parent / "policy", tokenizer, settings=run, seed=2)), reference
 
 
 def explained(folders, tokenizer, path, row):
@@ -158,7 +151,6 @@ def test_rows_are_counted_from_one_and_missing_ones_named(run, folders, ragged, 
 
 def test_the_runs_held_out_pairs_are_the_default(run, folders, ragged, tokenizer, tmp_path):
     settings = {"model": folders[1], "beta": 0.5, "loss": "sigmoid", "eval_data": str(ragged)}
-    save_model(tmp_path / "run", make_model(tokenizer.vocab_size, torch.float32, 2), settings=settings)
-    tokenizer.save(tmp_path / "run")
+    save_folder(tmp_path / "run", tokenizer, settings=settings, seed=2)
     assert run("--model", str(tmp_path / "run")) == run("--model", folders[0], "--data", str(ragged))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"] == settings

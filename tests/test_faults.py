@@ -1,10 +1,6 @@
-"""Faults: signals, killed ranks, numbers that are not finite, full disks. No saved work is lost.
-
-python -m pytest tests/test_faults.py -m ""
-"""
+"""Faults: signals, killed ranks, numbers that are not finite, full disks. No saved work is lost."""
 
 import errno
-import json
 import os
 import random
 import re
@@ -22,38 +18,21 @@ import train_dpo
 import train_sft
 import training.run
 from errors import InputError, NotFiniteError, run_script
-from model.weights import save_model
-from tests.conftest import make_model
 from tests.faults import plant, states, timeless, train
 from tests.loops import ROOT, metrics, torchrun, weights
 from tests.ranks import forked
-from tests.test_loops import CHATS, PAIRS, command_line
-from training import setup
+from tests.runs import ALONE, run_flags, same_model, stopped
 from training.distributed import World
 from training.folder import take_lock
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory, tokenizer):
     """Flags of six short steps with a checkpoint after each; all tests of this module use the same files."""
-    folder = tmp_path_factory.mktemp("faults")
-    save_model(folder / "start", make_model(tokenizer.vocab_size, torch.float32))
-    tokenizer.save(folder / "start")
-    for name, rows in (("pairs", PAIRS), ("chats", CHATS)):
-        (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-
-    def of(out, data="pairs", **changes) -> list[str]:
-        settings = {
-            "model": folder / "start", "data": folder / data, "eval_data": folder / data, "batch_size": 4,
-            "micro_batch_tokens": 1, "epochs": 2, "lr": 1e-3, "warmup_steps": 2, "log_every": 2,
-            "eval_every": 3, "save_every": 1, "keep_checkpoints": 9, "device": "cpu", "precision": "fp32",
-            **changes,
-        }  # fmt: skip
-        return command_line(out=out, **settings)
-
-    return of
+    return run_flags(
+        tmp_path_factory.mktemp("faults"), tokenizer, eval_data=True, micro_batch_tokens=1, epochs=2,
+        warmup_steps=2, log_every=2, eval_every=3, save_every=1, keep_checkpoints=9,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +58,7 @@ def faulty(fault: str, rank: int, step: int, script: str = "train_dpo") -> list[
 
 def assert_same_run(folder, other) -> None:
     """Assert the same model, the same state in every checkpoint that both have, and the same log rows."""
-    assert (folder / "model.pt").read_bytes() == (other / "model.pt").read_bytes()
+    assert same_model(folder, other)
     found, wanted = states(folder), states(other)
     assert found and found.items() <= wanted.items()
     assert timeless(metrics(folder)) == timeless(metrics(other))
@@ -138,23 +117,13 @@ def test_a_signal_while_evaluating_or_saving(place, flags, whole, tmp_path, monk
     assert_same_run(tmp_path, whole)
 
 
-def test_a_signal_before_the_first_step_leaves_at_once(flags, tmp_path, monkeypatch):
-    """While the data is read there is nothing to save, so the process stops without waiting."""
-    open_store = setup.open_store
-
-    def interrupted(*arguments):
-        os.kill(os.getpid(), signal.SIGINT)
-        return open_store(*arguments)
-
-    monkeypatch.setattr(setup, "open_store", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(train_dpo, flags(tmp_path), ALONE)
-
-
-def test_a_second_signal_stops_at_once(flags, tmp_path):
-    """A second signal does not wait for the step, which may hang."""
-    result = forked(*faulty("SIGTERM+SIGTERM", 0, 2), *flags(tmp_path, save_every=0))
-    assert result.returncode == -signal.SIGTERM
+@pytest.mark.parametrize("under_torchrun, second", [(False, "SIGTERM"), (True, "SIGINT")])
+def test_a_second_signal_stops_at_once(under_torchrun, second, flags, tmp_path, monkeypatch):
+    """It does not wait for the step, which may hang. torchrun forwards SIGTERM twice, but never Ctrl-C."""
+    if under_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    result = forked(*faulty(f"SIGTERM+{second}", 0, 2), *flags(tmp_path, save_every=0))
+    assert result.returncode == -signal.Signals[second]
     assert not states(tmp_path) and not (tmp_path / "model.pt").exists()
 
 
@@ -236,7 +205,7 @@ def test_the_kept_checkpoint_is_older_than_ruined_weights(keep, flags, whole, tm
     assert "00000004" in capsys.readouterr().out
     assert max(states(tmp_path)) == 3 and len(list(tmp_path.glob("checkpoints/00000004-*.damaged"))) == 1
     train(train_dpo, [*flags(tmp_path, keep_checkpoints=keep), "--resume"], ALONE)
-    assert (tmp_path / "model.pt").read_bytes() == (whole / "model.pt").read_bytes()
+    assert same_model(tmp_path, whole)
 
 
 def test_an_error_is_one_line_on_standard_error(capsys):
@@ -370,29 +339,13 @@ def test_resuming_needs_no_room_for_the_checkpoints_that_exist(flags, whole, tmp
     """A disk that had room for a run has room for its resumption: old checkpoints are replaced."""
     room = 10 * sum(value.nbytes for value in weights(whole).values())  # three checkpoints and the model
     full = flags(tmp_path, keep_checkpoints=2, save_every=1)
-    monkeypatch.setattr(train_dpo, "clip_gradients", stop_after(3, train_dpo.clip_gradients))
-    free_space(monkeypatch, room)
-    with pytest.raises(KeyboardInterrupt):
-        train(train_dpo, full, ALONE)
+    with monkeypatch.context() as patch:
+        free_space(patch, room)
+        stopped(train_dpo, full, after=3)
     used = sum(path.stat().st_size for path in (tmp_path / "checkpoints").iterdir())
-    monkeypatch.undo()
-    torch.set_num_threads(1)
     free_space(monkeypatch, room - used)
     train(train_dpo, [*full, "--resume"], ALONE)
-    assert (tmp_path / "model.pt").read_bytes() == (whole / "model.pt").read_bytes()
-
-
-def stop_after(steps: int, clip):
-    """`clip_gradients` that stops the process as kill -9 would, after so many steps."""
-    calls = []
-
-    def stopping(*arguments):
-        calls.append(arguments)
-        if len(calls) > steps:
-            raise KeyboardInterrupt
-        return clip(*arguments)
-
-    return stopping
+    assert same_model(tmp_path, whole)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(flags, tmp_path):
@@ -404,19 +357,15 @@ def test_a_folder_that_cannot_be_written_is_refused(flags, tmp_path):
 # ---- ranks that die
 
 
-def test_a_killed_rank_comes_back_to_the_same_bits(flags, whole_of_two, tmp_path):
+ANYWHERE = [pytest.param(*at, marks=pytest.mark.slow) for at in ((0, 0), (0, 2), (0, 5), (1, 0), (1, 5))]
+
+
+@pytest.mark.parametrize("rank, step", [(1, 3), *ANYWHERE])
+def test_a_killed_rank_comes_back_to_the_same_bits(rank, step, flags, whole_of_two, tmp_path):
     """kill -9 within a step; torchrun starts all ranks again, and the same command continues."""
-    result = torchrun(2, "-m", *faulty("SIGKILL", 1, 3), *flags(tmp_path), "--resume", restarts=1)
-    assert result.returncode == 0, result.stderr
-    assert "continuing after step 3" in result.stdout
-    assert_same_run(tmp_path, whole_of_two)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rank, step", [(0, 0), (0, 2), (0, 5), (1, 0), (1, 5)])
-def test_a_rank_killed_anywhere_comes_back_to_the_same_bits(rank, step, flags, whole_of_two, tmp_path):
     result = torchrun(2, "-m", *faulty("SIGKILL", rank, step), *flags(tmp_path), "--resume", restarts=1)
     assert result.returncode == 0, result.stderr
+    assert step == 0 or f"continuing after step {step}" in result.stdout
     assert_same_run(tmp_path, whole_of_two)
 
 
@@ -444,8 +393,8 @@ def test_a_signal_to_torchrun_reaches_the_ranks(to_all, flags, tmp_path):
     for folder, resume in (("run", ["--resume"]), ("whole", [])):
         result = forked(*faulty("none", 0, 0), *flags(tmp_path / folder, **longer), *resume, ranks=2)
         assert result.returncode == 0, result.stderr
-    same = [(tmp_path / folder / "model.pt").read_bytes() for folder in ("run", "whole")]
-    assert same[0] == same[1] and timeless(metrics(tmp_path / "run")) == timeless(metrics(tmp_path / "whole"))
+    assert same_model(tmp_path / "run", tmp_path / "whole")
+    assert timeless(metrics(tmp_path / "run")) == timeless(metrics(tmp_path / "whole"))
 
 
 @pytest.mark.slow

@@ -1,7 +1,4 @@
-"""Run folders: what a run may remove, when a run counts as finished, and what a user reads when a run stops.
-
-python -m pytest tests/test_folder.py
-"""
+"""Run folders: what a run may remove, when it counts as finished, what a user reads when it stops."""
 
 import errno
 import importlib
@@ -13,7 +10,6 @@ import signal
 import sys
 
 import pytest
-import torch
 
 import files
 import train_dpo
@@ -24,50 +20,25 @@ import training.metrics
 import training.run
 import training.setup
 from errors import InputError, run_script
-from model.weights import save_model
-from tests.conftest import make_model
 from tests.faults import plant, states, train
 from tests.loops import metrics
-from tests.ranks import forked
-from tests.test_loops import CHATS, PAIRS, command_line
+from tests.runs import ALONE, run_flags, same_model, stopped
 from training.checkpoint import checkpoints
-from training.distributed import World
 from training.settings import parse
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory, tokenizer):
     """Flags of three short steps with a checkpoint after each; the files are shared by this module."""
-    folder = tmp_path_factory.mktemp("folder")
-    save_model(folder / "start", make_model(tokenizer.vocab_size, torch.float32))
-    tokenizer.save(folder / "start")
-    for name, rows in (("pairs", PAIRS), ("chats", CHATS)):
-        (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-
-    def of(out, data="chats", **changes) -> list[str]:
-        settings = {
-            "model": folder / "start", "data": folder / data, "eval_data": "", "batch_size": 4, "lr": 1e-3,
-            "save_every": 1, "keep_checkpoints": 9, "log_every": 1, "device": "cpu", "precision": "fp32",
-            "epochs": 1, **changes,
-        }  # fmt: skip
-        return command_line(out=out, **settings)
-
-    return of
+    saving = {"save_every": 1, "keep_checkpoints": 9, "log_every": 1, "epochs": 1}
+    made = run_flags(tmp_path_factory.mktemp("folder"), tokenizer, **saving)
+    return lambda out, data="chats", **changes: made(out, data, **changes)
 
 
 @pytest.fixture
-def stopped(flags, tmp_path):
-    """A run folder with three checkpoints and without a model: the last write failed."""
-
-    class Stopped(training.run.RunFolder):
-        def finish(self, *arguments):
-            raise KeyboardInterrupt
-
-    settings = parse(train_sft.Settings, "", flags(tmp_path / "stopped"))
-    with pytest.raises(KeyboardInterrupt), Stopped(settings, ALONE) as run:
-        train_sft.train(settings, ALONE, run)
+def killed(flags, tmp_path):
+    """A run folder with three checkpoints and without a model."""
+    stopped(train_sft, flags(tmp_path / "stopped"), after=3)
     return tmp_path / "stopped"
 
 
@@ -113,17 +84,17 @@ def test_other_files_stay_where_they_are(flags, tmp_path):
     assert mine.items() <= content(tmp_path).items()
 
 
-def test_checkpoints_that_a_user_added_are_kept(flags, stopped):
+def test_checkpoints_that_a_user_added_are_kept(flags, killed):
     """A resumed run leaves other files in `checkpoints`; a new run then refuses the folder."""
-    (stopped / "checkpoints" / "best.pt").write_text("mine")
-    train_sft.main([*flags(stopped), "--resume"])
-    assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["best.pt"]
+    (killed / "checkpoints" / "best.pt").write_text("mine")
+    train_sft.main([*flags(killed), "--resume"])
+    assert [path.name for path in (killed / "checkpoints").iterdir()] == ["best.pt"]
     with pytest.raises(InputError, match=r"a run did not write .*best\.pt"):
-        train_sft.main([*flags(stopped), "--overwrite"])
-    assert (stopped / "model.pt").exists()
+        train_sft.main([*flags(killed), "--overwrite"])
+    assert (killed / "model.pt").exists()
 
 
-def test_what_a_killed_run_left_is_removed(flags, stopped):
+def test_what_a_killed_run_left_is_removed(flags, killed):
     """Incomplete files have names of their own, and would fill the disk."""
     digest = "0" * 64
     left = [
@@ -131,12 +102,12 @@ def test_what_a_killed_run_left_is_removed(flags, stopped):
         f"checkpoints/00000001-{digest}.tmp", f"checkpoints/00000008-{digest}.damaged",
     ]  # fmt: skip
     for name in left:
-        (stopped / name).write_bytes(b"incomplete")
-    half = stopped / "checkpoints" / "00000009-{sha256}.shards.tmp"
+        (killed / name).write_bytes(b"incomplete")
+    half = killed / "checkpoints" / "00000009-{sha256}.shards.tmp"
     half.mkdir()
     (half / "__0_0.distcp").write_bytes(b"incomplete")
-    train_sft.main([*flags(stopped), "--resume"])
-    assert not (stopped / "checkpoints").exists() and not list(stopped.glob("*.tmp"))
+    train_sft.main([*flags(killed), "--resume"])
+    assert not (killed / "checkpoints").exists() and not list(killed.glob("*.tmp"))
 
 
 def test_a_run_writes_only_the_names_that_it_may_overwrite(flags, tmp_path):
@@ -149,11 +120,11 @@ def test_a_run_writes_only_the_names_that_it_may_overwrite(flags, tmp_path):
 # ---- finished or not
 
 
-def test_an_empty_model_is_not_a_finished_run(flags, stopped):
+def test_an_empty_model_is_not_a_finished_run(flags, killed):
     """A file of length 0 is what some file systems leave after a power cut."""
-    (stopped / "model.pt").touch()
-    train_sft.main([*flags(stopped), "--resume"])
-    assert (stopped / "model.pt").stat().st_size > 0 and not (stopped / "checkpoints").exists()
+    (killed / "model.pt").touch()
+    train_sft.main([*flags(killed), "--resume"])
+    assert (killed / "model.pt").stat().st_size > 0 and not (killed / "checkpoints").exists()
 
 
 def test_checkpoints_beside_a_finished_model_are_removed(flags, tmp_path, monkeypatch, capsys):
@@ -219,16 +190,12 @@ class Recording(training.run.RunFolder):
         return super().begin(*arguments, **{**identity, **self.more})
 
 
-def run_with(flags: list[str], **more) -> dict:
-    """Run train_sft with further entries of the identity; return the identity that the run recorded."""
+def run_with(flags: list[str], **more) -> None:
+    """Run train_sft with further entries of the identity."""
     settings = parse(train_sft.Settings, "", flags)
-    for name, value in more.items():
-        if value == "auto":
-            setattr(settings, name, value)
     with Recording(settings, ALONE) as run:
-        run.more = {name: 100 if value == "auto" else value for name, value in more.items()}
+        run.more = more
         train_sft.train(settings, ALONE, run)
-        return run.identity
 
 
 def test_further_entries_of_the_identity_are_compared(flags, tmp_path, monkeypatch):
@@ -240,17 +207,6 @@ def test_further_entries_of_the_identity_are_compared(flags, tmp_path, monkeypat
     with pytest.raises(InputError, match=r"was started with reference a{12}, now b{12}; start it"):
         run_with(resumed, reference="b" * 64)
     run_with([*resumed, "--override", "reference"], reference="b" * 64)
-
-
-def test_a_resumed_run_keeps_what_auto_was(flags, tmp_path, monkeypatch):
-    """What `auto` becomes depends on the free memory of the moment, and must not stop or change a run."""
-    with monkeypatch.context() as patch:
-        patch.setattr(Recording, "finish", lambda *arguments: None)
-        run_with(flags(tmp_path), budget=77)
-    identity = run_with([*flags(tmp_path), "--resume"], budget="auto")
-    assert identity["budget"] == 77
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["run"]["budget"] == 77
 
 
 # ---- the order of writes at the end
@@ -301,7 +257,7 @@ def test_a_full_disk_at_the_end_loses_nothing(save_every, flags, tmp_path, monke
     monkeypatch.setattr(train_sft, "clip_gradients", lambda *a: steps.append(a))
     train_sft.main([*arguments, "--resume"])
     assert not steps
-    assert (tmp_path / "run" / "model.pt").read_bytes() == (tmp_path / "whole" / "model.pt").read_bytes()
+    assert same_model(tmp_path / "run", tmp_path / "whole")
 
 
 def fail_on(patch, name: str) -> None:
@@ -319,7 +275,7 @@ def fail_on(patch, name: str) -> None:
 # ---- disks and folders that change while a run works
 
 
-def test_a_log_row_on_a_full_disk_is_one_line(flags, stopped, tmp_path, monkeypatch):
+def test_a_log_row_on_a_full_disk_is_one_line(flags, killed, tmp_path, monkeypatch):
     """Status 2 and the path; with room again the run continues, and each row is logged once."""
     fsync, calls = os.fsync, []
 
@@ -413,14 +369,6 @@ def test_a_repeated_sigterm_under_torchrun_still_saves(flags, tmp_path, monkeypa
     with pytest.raises(SystemExit) as left:
         train(train_dpo, flags(tmp_path, data="pairs", save_every=0), ALONE)
     assert left.value.code == 128 + signal.SIGTERM and list(states(tmp_path)) == [2]
-
-
-def test_under_torchrun_a_second_ctrl_c_stops_at_once(flags, tmp_path, monkeypatch):
-    """Nothing forwards Ctrl-C twice, so the second one comes from the user."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    arguments = flags(tmp_path, data="pairs", save_every=0)
-    result = forked("tests.faults", "SIGTERM+SIGINT", 0, 1, "train_dpo", *arguments)
-    assert result.returncode == -signal.SIGINT and not states(tmp_path)
 
 
 @pytest.mark.parametrize("seconds, stops", [(1, False), (training.run.REPEATS + 1, True)])

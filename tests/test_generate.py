@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.generate import Answer, KVCache, decode_steps, generate, sample
-from model.stream import TokenStream
-from tests.conftest import MODEL_OPTIONS, make_model, plain_logits
+from model.generate import Answer, KVCache, generate, sample
+from tests.conftest import MODEL_OPTIONS, NoFloat64, make_model, plain_logits
 
 V, END = 40, 7
 PROMPTS = [[1, 2, 3, 4, 5, 6], [9], [11, 12, 13], [9, 8], [30, 31, 32, 33, 34, 35, 36, 37, 38, 39]]
@@ -30,36 +28,12 @@ IDS = [3, 14, 15, 9, 2, 6, 5, 35, 8, 9]
 @pytest.mark.parametrize("chunks", [[10], [1] * 10, [4, 1, 1, 4], [1, 5, 4], [9, 1], [3, 3, 3, 1]])
 @torch.no_grad()
 def test_cache_equals_the_full_forward(option, chunks):
-    """Wrong positions, or a mask aligned with the first key, change the scores only after the prompt.
-
-    The cache is filled at once, token by token, and in chunks: at every prefix the scores equal those of the
-    whole sequence without a cache.
-    """
+    """Wrong positions, or a mask aligned with the first key, change the scores only after the prompt."""
     model = make_model(V, **MODEL_OPTIONS[option])
     starts = [sum(chunks[:i]) for i in range(len(chunks))]
     pieces = [IDS[start : start + size] for start, size in zip(starts, chunks, strict=True)]
     got = cached_logits(model, pieces)
     torch.testing.assert_close(got, plain_logits(model, IDS), rtol=0, atol=1e-9)
-
-
-@torch.no_grad()
-def test_cache_of_rows_that_are_fed_unevenly():
-    """One row of a cache gets a chunk while another gets a single token."""
-    model = make_model(V)
-    cache = KVCache(model.config, 2, 12, like=model.embed_tokens.weight)
-    feeds = [[(0, 0, 4), (1, 0, 1)], [(0, 4, 5), (1, 1, 6)], [(1, 6, 7)], [(0, 5, 9), (1, 7, 10)]]
-    texts, got = {0: IDS, 1: IDS[::-1]}, {0: [], 1: []}
-    for feed in feeds:
-        rows = torch.cat([torch.full((end - start,), row) for row, start, end in feed])
-        positions = torch.cat([torch.arange(start, end) for _, start, end in feed])
-        tokens = torch.tensor([t for row, start, end in feed for t in texts[row][start:end]])
-        cache.place(rows, positions)
-        logits = model.logits(model.hidden(tokens, positions, cache))
-        for row in (0, 1):
-            got[row].append(logits[rows == row])
-    for row, length in ((0, 9), (1, 10)):
-        expected = plain_logits(model, texts[row][:length])
-        torch.testing.assert_close(torch.cat(got[row]), expected, rtol=0, atol=1e-9)
 
 
 @torch.no_grad()
@@ -125,29 +99,6 @@ def test_no_prompts_and_no_tokens():
     assert generate(model, PROMPTS[:2], END, max_new_tokens=0) == [Answer(), Answer()]
 
 
-def test_what_is_sampled_is_what_training_scores():
-    """The log-prob of a drawn token equals the one that a stream computes."""
-    model = make_model(V)
-    prompt, steps = PROMPTS[0], []
-    uniforms = torch.rand(1, 6, generator=torch.Generator().manual_seed(0))
-    answer = [tokens[0] for _, tokens in decode_steps(model, [prompt], uniforms, -1, temperature=1.0)]
-    ids = prompt + answer
-    stream = TokenStream(
-        tokens=torch.tensor(ids),
-        positions=torch.arange(len(ids)),
-        segments=torch.tensor([(0, len(ids), 0, 0)]),
-        predictors=torch.arange(len(prompt) - 1, len(ids) - 1),
-        targets=torch.tensor(answer),
-        owners=torch.zeros(6, dtype=torch.long),
-        responses=1,
-    )
-    with torch.no_grad():
-        for n in range(6):
-            scores = plain_logits(model, prompt + answer[:n])[-1]
-            steps.append((scores[answer[n]] - scores.logsumexp(0)).item())
-        torch.testing.assert_close(model(stream).tolist(), steps, rtol=0, atol=1e-9)
-
-
 # ---- The distribution
 
 
@@ -173,11 +124,7 @@ LOGITS = [0.3, -1.0, 2.0, 0.1, 1.2, -2.0, 1.9]
 @pytest.mark.parametrize("top_k", [0, 1, 3, 7, 50])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 0.01])
 def test_sampling_follows_the_intended_distribution(temperature, top_k, top_p):
-    """Over a fine grid of draws the frequency of each token is its renormalised probability.
-
-    A nucleus that leaves out the token which crosses p, a cut before the temperature, or a mass that is not
-    renormalised shifts the frequencies by far more than the grid's width.
-    """
+    """A nucleus without the token that crosses p, a cut before the temperature, or no renormalisation."""
     grid = 20_000
     uniforms = (torch.arange(grid) + 0.5).double() / grid
     tokens = sample(torch.tensor(LOGITS).expand(grid, -1), uniforms, temperature, top_k, top_p)
@@ -195,25 +142,9 @@ def test_sampling_at_the_edges_of_a_draw():
     assert set(sample(impossible, torch.tensor([0.0, 1 - 2**-24]), 1.0).tolist()) <= {0, 2}
 
 
-class WithoutFloat64(TorchDispatchMode):
-    """A device without float64, such as Apple's MPS: an operation that returns it raises TypeError."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(x, torch.Tensor) and x.dtype == torch.float64:
-                raise TypeError(f"{function} returns float64")
-        return result
-
-
 @pytest.mark.parametrize("sampling", [{}, {"top_k": 3}, {"top_p": 0.9}, {"temperature": 0}])
 def test_generation_needs_no_float64(sampling):
     """On a Mac a chat at its default temperature stopped with an error at the first token."""
     model = make_model(V, dtype=torch.float32)
-    with WithoutFloat64():
+    with NoFloat64():
         assert len(generate(model, PROMPTS, END, 5, **sampling)) == len(PROMPTS)
-
-
-def test_temperature_0_is_the_likeliest_token():
-    """Greedy decoding neither draws nor divides by the temperature."""
-    assert sample(torch.tensor([LOGITS, LOGITS[::-1]]), torch.tensor([0.99, 0.0]), 0).tolist() == [2, 4]

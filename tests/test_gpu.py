@@ -1,7 +1,4 @@
-"""What needs a GPU: the fused attention's gradients, and the three precisions through the whole loop.
-
-python -m pytest tests/test_gpu.py
-"""
+"""What needs a GPU: the fused attention's gradients, and the three precisions through the whole loop."""
 
 import math
 
@@ -11,8 +8,7 @@ import torch
 import train_dpo
 from dataset.packing import LAYOUTS, build_stream
 from dataset.store import open_store
-from model.weights import save_model
-from tests.conftest import make_model
+from tests.conftest import make_model, save_folder
 from tests.loops import metrics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -39,8 +35,7 @@ def test_fused_attention_has_the_gradients_of_twin(layout, tokenizer, ragged):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_dpo_trains(precision, flags, tokenizer, ragged, tmp_path):
     """The first loss is ln 2, since policy and reference are one; then it falls."""
-    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32, hidden_size=64))
-    tokenizer.save(tmp_path / "start")
+    save_folder(tmp_path / "start", tokenizer, hidden_size=64)
     train_dpo.main(
         ["--model", str(tmp_path / "start"), "--data", str(ragged), "--eval-data", "", "--device", "cuda",
          "--out", str(tmp_path / "dpo"), "--precision", precision, "--batch-size", "7", "--epochs", "20",

@@ -25,7 +25,7 @@ from model.lora import add_adapters
 from model.rotary import scaled
 from model.transformer import Transformer
 from model.weights import load_model, save_model
-from tests.conftest import MODEL_OPTIONS, ROOT, make_model
+from tests.conftest import MODEL_OPTIONS, ROOT, make_model, save_folder
 from tests.test_model import all_logits, one_stream
 
 V = 50
@@ -33,48 +33,37 @@ BASE = dict(
     vocab_size=V, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     intermediate_size=24, hidden_act="silu", rms_norm_eps=1e-6, max_position_embeddings=64,
 )  # fmt: skip
-LLAMA3 = dict(
-    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
-)
+LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 OURS = dict(max_position_embeddings=64)
 # Name: their config, and ours.
+LLAMA, MISTRAL = dict(model_type="llama"), dict(model_type="mistral")
+TIED, UNTIED = dict(tie_word_embeddings=True), dict(tie_word_embeddings=False)
+SCALED_3 = dict(rope_scaling={"rope_type": "llama3", **LLAMA3})
 FAMILIES = {
-    "llama": (dict(model_type="llama"), dict(tie_word_embeddings=False)),
-    "llama-tied": (dict(model_type="llama", tie_word_embeddings=True, rope_theta=5e5), dict(rope_theta=5e5)),
+    "llama": (LLAMA, UNTIED),
+    "llama-tied": (dict(**LLAMA, **TIED, rope_theta=5e5), dict(rope_theta=5e5)),
     "llama-biases": (
-        dict(model_type="llama", attention_bias=True, tie_word_embeddings=True, num_key_value_heads=None),
+        dict(**LLAMA, **TIED, attention_bias=True, num_key_value_heads=None),
         dict(attention_bias=True, attention_output_bias=True, num_key_value_heads=4),
     ),
-    "llama-3.1": (
-        dict(model_type="llama", rope_scaling={"rope_type": "llama3", **LLAMA3}, tie_word_embeddings=True),
-        dict(rope_scaling={"rope_type": "llama3", **LLAMA3}),
-    ),
+    "llama-3.1": (dict(**LLAMA, **TIED, **SCALED_3), SCALED_3),
     "linear-old-style": (
-        dict(model_type="llama", rope_scaling={"type": "linear", "factor": 2.0}, tie_word_embeddings=True),
+        dict(**LLAMA, **TIED, rope_scaling={"type": "linear", "factor": 2.0}),
         dict(rope_scaling={"rope_type": "linear", "factor": 2.0}),
     ),
     "rope-of-transformers-5": (
-        dict(model_type="llama", rope_parameters={"rope_type": "default", "rope_theta": 77.0}),
-        dict(rope_theta=77.0, tie_word_embeddings=False),
+        dict(**LLAMA, rope_parameters={"rope_type": "default", "rope_theta": 77.0}),
+        dict(**UNTIED, rope_theta=77.0),
     ),
-    "mistral": (
-        dict(model_type="mistral", sliding_window=None, head_dim=6),
-        dict(head_dim=6, tie_word_embeddings=False),
-    ),
-    "mistral-window": (
-        dict(model_type="mistral", sliding_window=32),
-        dict(sliding_window=32, tie_word_embeddings=False),
-    ),
-    "mistral-defaults": (
-        dict(model_type="mistral"),
-        dict(sliding_window=4096, tie_word_embeddings=False),
-    ),
+    "mistral": (dict(**MISTRAL, sliding_window=None, head_dim=6), dict(**UNTIED, head_dim=6)),
+    "mistral-window": (dict(**MISTRAL, sliding_window=32), dict(**UNTIED, sliding_window=32)),
+    "mistral-defaults": (MISTRAL, dict(**UNTIED, sliding_window=4096)),
     "qwen2": (
-        dict(model_type="qwen2", tie_word_embeddings=True, use_sliding_window=False, sliding_window=32),
+        dict(model_type="qwen2", **TIED, use_sliding_window=False, sliding_window=32),
         dict(attention_bias=True),
     ),
     "qwen3": (
-        dict(model_type="qwen3", head_dim=8, tie_word_embeddings=True, attention_bias=False),
+        dict(model_type="qwen3", **TIED, head_dim=8, attention_bias=False),
         dict(qk_norm=True, head_dim=8),
     ),
     "minimind": (dict(model_type="minimind", use_moe=False), dict(rope_theta=1e6)),
@@ -89,8 +78,7 @@ FAMILIES = {
         dict(rope_theta=1e6, qk_norm=True),
     ),
     "minimind-with-norms": (
-        dict(model_type="minimind", head_dim=6),
-        dict(rope_theta=1e6, qk_norm=True, head_dim=6),
+        dict(model_type="minimind", head_dim=6), dict(rope_theta=1e6, qk_norm=True, head_dim=6),
     ),
 }  # fmt: skip
 
@@ -288,8 +276,7 @@ def test_linear_scaling_is_positions_closer_together():
 
 def run_folder(path, tokenizer, **options):
     model = make_model(tokenizer.vocab_size, torch.float32, **options)
-    save_model(path, model, settings={"model": "base"})
-    tokenizer.save(path)
+    save_folder(path, tokenizer, model, settings={"model": "base"})
     return model
 
 
@@ -378,8 +365,7 @@ def test_an_adapter_is_exported_as_peft_names_it(tokenizer, tmp_path):
 @pytest.mark.parametrize("script", [train_sft, train_dpo, train_reward])
 def test_more_ids_than_embeddings_are_refused(script, tokenizer, tmp_path):
     """Otherwise an index error deep inside, or an assertion on the GPU, ends the run."""
-    save_model(tmp_path / "model", make_model(tokenizer.vocab_size - 1, torch.float32))
-    tokenizer.save(tmp_path / "model")
+    save_folder(tmp_path / "model", tokenizer, make_model(tokenizer.vocab_size - 1, torch.float32))
     with pytest.raises(InputError, match=f"has {tokenizer.vocab_size} ids, the model's embedding only"):
         script.main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")])
 

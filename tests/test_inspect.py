@@ -8,7 +8,6 @@ from tokenizers import Tokenizer
 from dataset.inspect import main
 from dataset.store import open_store
 from dataset.tokenizer import ChatTokenizer
-from errors import InputError
 from tests.conftest import RAGGED, as_record
 
 PAIR = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}
@@ -53,19 +52,6 @@ def test_nothing_left_to_train_on_is_status_1(inspect, write_jsonl, row):
     """Training would stop at once; a pipeline must see that before."""
     status, printed = inspect(write_jsonl("pairs.jsonl", [row]))
     assert status == 1 and "records   1: 0 to train on" in printed
-
-
-def test_a_misspelt_key_of_a_preference_is_named(inspect, write_jsonl):
-    """The list of conversation formats would not help with a file of preferences."""
-    path = write_jsonl("pairs.jsonl", [{"prompt": "Hi", "choosen": "yes", "rejected": "no"}])
-    with pytest.raises(InputError, match=r"did you mean 'chosen' instead of 'choosen'.*accepted pref"):
-        inspect(path)
-
-
-def test_pairs_scored_the_other_way_round_are_reported(inspect, write_jsonl):
-    rows = [{**PAIR, "score_chosen": i, "score_rejected": 2} for i in range(5)]
-    _, printed = inspect(write_jsonl("scored.jsonl", rows))
-    assert "scores    2 pairs have a rejected side that scores higher: --swap-by-score exchanges" in printed
 
 
 def test_overlap_ignores_case_and_white_space(inspect, write_jsonl):

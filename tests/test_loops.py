@@ -1,7 +1,4 @@
-"""The two training loops: what a window divides by, what stays frozen, what is saved.
-
-python -m pytest tests/test_loops.py
-"""
+"""The two training loops: what a window divides by, what stays frozen, what is saved."""
 
 import copy
 import math
@@ -16,10 +13,10 @@ import train_dpo
 import train_sft
 from dataset.packing import Windows, build_stream
 from dataset.store import open_store
-from model.weights import load_model, save_model
-from tests.conftest import make_model
+from model.weights import load_model
 from tests.loops import metrics, record_gradients, weights
 from tests.ranks import forked
+from tests.runs import assert_close, run_flags
 from training import precision, setup
 from training import reference as reference_module
 from training.precision import Precision, automatic
@@ -27,98 +24,37 @@ from training.schedule import adamw, cosine_lr
 
 
 @pytest.fixture
-def start(tmp_path, tokenizer):
-    """A folder with a tiny random model and its tokenizer."""
-    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32, hidden_size=32))
-    tokenizer.save(tmp_path / "start")
+def start(tmp_path):
+    """The folder of the model that the runs start from."""
     return tmp_path / "start"
 
 
-PAIRS = [
-    {
-        "prompt": "Hi!" * (i % 4 + 1),
-        "chosen": "Hello, " * (i % 5 + 1) + "you.",
-        "rejected": f"No{'!' * (i % 3)} {i}",
-    }
-    for i in range(10)
-]
-CHATS = [
-    {
-        "messages": [
-            {"role": "user", "content": "Count " * (i % 3 + 1)},
-            {"role": "assistant", "content": "1 2 " * (i % 6 + 1)},
-        ]
-    }
-    for i in range(10)
-]
+@pytest.fixture
+def flags(tmp_path, tokenizer):
+    """The flags of a run on ten pairs or conversations, in windows of four."""
+    return run_flags(tmp_path, tokenizer, shape={"hidden_size": 32}, overwrite=True)
 
 
 @pytest.fixture
-def pairs(write_jsonl):
-    return write_jsonl("pairs.jsonl", PAIRS)
+def dpo(flags, tmp_path):
+    """Run train_dpo; return the run's folder."""
 
-
-@pytest.fixture
-def chats(write_jsonl):
-    return write_jsonl("chats.jsonl", CHATS)
-
-
-@pytest.fixture
-def dpo(start, pairs, tmp_path):
-    """Run train_dpo on the ten pairs; `flags` as keywords."""
-
-    def run(out="dpo", **flags):
-        flags = {
-            "model": start,
-            "data": pairs,
-            "eval_data": "",
-            "batch_size": 4,
-            "lr": 1e-3,
-            "device": "cpu",
-            "precision": "fp32",
-            "overwrite": True,
-            **flags,
-        }
-        train_dpo.main(command_line(out=tmp_path / out, **flags))
+    def run(out="dpo", **changes):
+        train_dpo.main(flags(tmp_path / out, **changes))
         return tmp_path / out
 
     return run
 
 
 @pytest.fixture
-def sft(start, chats, tmp_path):
-    def run(out="sft", **flags):
-        flags = {
-            "model": start,
-            "data": chats,
-            "batch_size": 4,
-            "epochs": 1,
-            "device": "cpu",
-            "precision": "fp32",
-            "overwrite": True,
-            **flags,
-        }
-        train_sft.main(command_line(out=tmp_path / out, **flags))
+def sft(flags, tmp_path):
+    """Run train_sft for one epoch; return the run's folder."""
+
+    def run(out="sft", **changes):
+        train_sft.main(flags(tmp_path / out, "chats", **{"epochs": 1, **changes}))
         return tmp_path / out
 
     return run
-
-
-def command_line(**flags) -> list[str]:
-    """Keywords to flags: ``lr=1e-3`` to ``--lr 1e-3``, ``skip_bad=True`` to ``--skip-bad``."""
-    arguments = []
-    for name, value in flags.items():
-        name = f"--{name.replace('_', '-')}"
-        arguments += [name] if value is True else [name, str(value)]
-    return arguments
-
-
-def assert_close(got, want, tolerance=2e-5):
-    """Equal up to float32 rounding, relative to the largest gradient of each tensor."""
-    assert len(got) == len(want)
-    for got_step, want_step in zip(got, want, strict=True):
-        for a, b in zip(got_step, want_step, strict=True):
-            assert (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-3)
 
 
 # ---- windows: what the loss is divided by
@@ -127,25 +63,21 @@ def assert_close(got, want, tolerance=2e-5):
 @pytest.mark.parametrize("run, module", [("dpo", train_dpo), ("sft", train_sft)], ids=["dpo", "sft"])
 @pytest.mark.parametrize("micro", [1, 130])
 def test_accumulation_equals_one_big_batch(request, run, module, micro):
-    """Dividing each micro-batch by its own size, instead of the window's, weighs short batches too much.
-
-    With 130 tokens a window of 5 is split in two, with 1 every record is alone: means of means would differ
-    from the window's mean, of pairs in the first case, of tokens in both.
-    """
+    """Dividing each micro-batch by its own size, instead of the window's, weighs short batches too much."""
     run = request.getfixturevalue(run)
     whole = record_gradients(module, lambda: run(batch_size=5, micro_batch_tokens=4096, lr=0))
     split = record_gradients(module, lambda: run(batch_size=5, micro_batch_tokens=micro, lr=0))
     assert_close(split, whole)
 
 
-def test_last_short_window_is_a_step_of_its_own_size(dpo, start, tokenizer, pairs):
+def test_last_short_window_is_a_step_of_its_own_size(dpo, start, tokenizer, tmp_path):
     """A tail of 2 pairs after windows of 4 is divided by 2, not by 4, and neither lost nor carried over."""
     steps = record_gradients(train_dpo, lambda: dpo(lr=0, log_every=1))
     assert len(steps) == 3
     assert [row["step"] for row in metrics(start.parent / "dpo")] == [1, 2, 3]
 
     model = load_model(start)
-    store = open_store(pairs, "preferences", tokenizer, 512)
+    store = open_store(tmp_path / "pairs", "preferences", tokenizer, 512)
     stream = build_stream(store, Windows(10, 4, seed=0)[2])
     chosen, rejected = stream.sum_by_side(model(stream))
     margins = (chosen - chosen.detach()) - (rejected - rejected.detach())
@@ -160,19 +92,16 @@ def test_last_short_window_is_a_step_of_its_own_size(dpo, start, tokenizer, pair
     [("train_dpo", "pairs", 0), ("train_sft", "chats", 0), ("train_dpo", "pairs", 2)],
     ids=["train_dpo-pairs", "train_sft-chats", "train_dpo-adapters"],
 )
-def test_two_ranks_equal_one_process(request, tmp_path, start, script, data, lora_rank):
+def test_two_ranks_equal_one_process(flags, tmp_path, script, data, lora_rank):
     """Ranks that divide by their own count, or exchange gradients of the wrong micro-batch, drift apart.
 
     Windows of 3 over 2 ranks are uneven, and the last window holds a single record: one rank has none.
     """
-    flags = command_line(
-        model=start, data=request.getfixturevalue(data), eval_data="", batch_size=3, micro_batch_tokens=1,
-        epochs=2, lr=1e-3, log_every=1, warmup_steps=1, device="cpu", precision="fp32", lora_rank=lora_rank,
-    )  # fmt: skip
+    uneven = {"batch_size": 3, "micro_batch_tokens": 1, "epochs": 2, "log_every": 1, "warmup_steps": 1}
+    one, two = (flags(tmp_path / out, data, lora_rank=lora_rank, **uneven) for out in ("one", "two"))
     module = {"train_dpo": train_dpo, "train_sft": train_sft}[script]
-    alone = record_gradients(module, lambda: module.main([*flags, "--out", str(tmp_path / "one")]))
-    two = [script, tmp_path / "two.pt", *flags, "--out", tmp_path / "two"]
-    result = forked("tests.loops", *two, ranks=2)
+    alone = record_gradients(module, lambda: module.main(one))
+    result = forked("tests.loops", script, tmp_path / "two.pt", *two, ranks=2)
     assert result.returncode == 0, result.stderr
     assert_close(torch.load(tmp_path / "two.pt", weights_only=True), alone, tolerance=2e-4)
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
@@ -209,21 +138,14 @@ def test_reference_is_frozen_and_shares_nothing(dpo, monkeypatch):
         assert not torch.equal(parameter, policy[name]), f"{name} was never trained"
 
 
-def test_loss_starts_at_ln_2_and_falls(dpo):
-    """The first step compares two equal models: exactly ln 2, margins exactly 0, accuracy a half."""
-    rows = metrics(dpo(epochs=8, log_every=1))
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_loss_starts_at_ln_2_and_falls(precision, dpo):
+    """The first step compares two equal models under one context: exactly ln 2, and every pair a tie."""
+    rows = metrics(dpo(epochs=8, log_every=1, precision=precision))
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert rows[0]["rewards/margins"] == 0 and rows[0]["rewards/accuracies"] == 0.5
     assert rows[0]["grad_norm"] > 0
     assert rows[-1]["loss"] < 0.6 and rows[-1]["rewards/margins"] > 0
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_reduced_precision_starts_at_ln_2_too(dpo, precision):
-    """Policy and reference run under one context; were one of them in float32 they would differ at step 0."""
-    rows = metrics(dpo(epochs=3, log_every=1, precision=precision))
-    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
-    assert all(math.isfinite(row["loss"]) for row in rows)
 
 
 def test_clipping_sees_the_true_gradient(dpo):
@@ -264,9 +186,8 @@ def test_learning_rate_is_its_closed_form(dpo):
         for row in rows:
             step = row["step"] - 1
             cosine = 1e-3 * (1 + math.cos(math.pi * (step - 3) / 9)) / 2
-            assert row["learning_rate"] == pytest.approx(
-                (step + 1) / 3 * 1e-3 if step < 3 else cosine, rel=1e-12
-            )
+            expected = (step + 1) / 3 * 1e-3 if step < 3 else cosine
+            assert row["learning_rate"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_cosine_lr_edges():
@@ -291,13 +212,6 @@ def test_saved_weights_are_the_live_ones_bit_for_bit(dpo, monkeypatch):
         assert saved[name].dtype == torch.float32 and torch.equal(saved[name], value)
 
 
-def test_looking_changes_nothing(dpo, pairs):
-    """How often one logs or evaluates, and where the run lies, must not change a bit of the weights."""
-    plain = weights(dpo(out="plain", epochs=2))
-    looked = weights(dpo(out="elsewhere/looked", epochs=2, eval_data=pairs, log_every=1, eval_every=1))
-    assert all(torch.equal(plain[name], looked[name]) for name in plain)
-
-
 def test_seed_changes_the_order_and_repeats_it(dpo):
     """A seed that never reaches the data order (or a global one that leaks in) makes runs unrepeatable."""
     runs = [metrics(dpo(out=f"seed{i}", seed=seed, log_every=1)) for i, seed in enumerate([3, 3, 4])]
@@ -307,30 +221,17 @@ def test_seed_changes_the_order_and_repeats_it(dpo):
 
 def test_one_step_moves_nearly_every_weight(dpo, start):
     """Below float32's resolution norm gains cannot move up, and the model hardly trains."""
-    before, after = (
-        weights(start),
-        weights(dpo(epochs=1, lr=train_dpo.Settings.lr, warmup_steps=0, max_steps=1)),
-    )
+    before = weights(start)
+    after = weights(dpo(epochs=1, lr=train_dpo.Settings.lr, warmup_steps=0, max_steps=1))
     used = after["embed_tokens.weight"].ne(before["embed_tokens.weight"]).any(dim=1)
     assert used.any()  # Rows of tokens that never occur meet the softmax, and move too.
     for name in before:
         assert after[name].ne(before[name]).float().mean() > 0.9, name
 
 
-def test_non_finite_gradient_stops_before_the_step(dpo, start, pairs, monkeypatch):
-    """One NaN in a gradient turns every weight into NaN at the next step; the run must stop and say where."""
-
-    monkeypatch.setattr(train_dpo, "sigmoid", lambda margins, beta: margins * math.nan)
-    with pytest.raises(
-        FloatingPointError, match=r"step 0: the loss is not finite; the step used the data lines \d+"
-    ):
-        dpo(out="poisoned")
-    assert not (start.parent / "poisoned" / "model.pt").exists()
-
-
-def test_held_out_figures_are_printed_as_they_come(dpo, pairs, capsys):
+def test_held_out_figures_are_printed_as_they_come(dpo, capsys):
     """A user looked for them in metrics.jsonl after the run."""
-    rows = metrics(dpo(epochs=2, eval_data=pairs, eval_every=3))
+    rows = metrics(dpo(epochs=2, eval_data=True, eval_every=3))
     evaluated = [row for row in rows if "eval_loss" in row]
     printed = [line for line in capsys.readouterr().out.splitlines() if "held-out" in line]
     assert printed == [
@@ -341,12 +242,11 @@ def test_held_out_figures_are_printed_as_they_come(dpo, pairs, capsys):
     assert [row["step"] for row in evaluated] == [0, 3, 6]
 
 
-def test_sft_evaluates_and_continues_from_a_folder(sft, chats):
+def test_sft_evaluates_and_continues_from_a_folder(sft):
     """The held-out loss falls on text that was trained on; it is the mean over tokens, not over batches."""
-    folder = sft(out="first", epochs=6, lr=3e-3, eval_data=chats, eval_every=1, warmup_steps=0)
+    folder = sft(out="first", epochs=6, lr=3e-3, eval_data=True, eval_every=1, warmup_steps=0)
     losses = [row["eval_loss"] for row in metrics(folder) if "eval_loss" in row]
     assert losses[-1] < losses[0] - 0.5
-    again = metrics(
-        sft(out="second", model=folder, epochs=1, lr=0, batch_size=10, micro_batch_tokens=130, log_every=1)
-    )
+    once = sft(out="second", model=folder, lr=0, batch_size=10, micro_batch_tokens=130, log_every=1)
+    again = metrics(once)
     assert again[0]["loss"] == pytest.approx(losses[-1], rel=1e-5)

@@ -12,23 +12,14 @@ from dataset.packing import build_stream
 from dataset.store import open_store
 from errors import InputError
 from losses import sigmoid
-from model.lora import (
-    TARGETS,
-    AdaptedLinear,
-    WithoutAdapters,
-    adapted_layers,
-    adapter_weights,
-    adapters_off,
-    add_adapters,
-    merged_weights,
-    trained_part,
-)
+from model import lora
 from model.moe import router_loss
 from model.transformer import Transformer
-from model.weights import load_model, save_model
-from tests.conftest import make_model
+from model.weights import load_model
+from tests.conftest import make_model, save_folder
 from tests.faults import resume_from_each_step
 from tests.loops import metrics, weights
+from tests.runs import command_line
 from training import objective
 from training.distributed import World
 from training.schedule import adamw
@@ -37,11 +28,11 @@ from training.schedule import adamw
 def adapted(tokenizer, trained=True, targets="all", dtype=torch.float64, **options) -> Transformer:
     """A model with adapters of rank 3, whose output is zero unless they are `trained`."""
     model = make_model(tokenizer.vocab_size, dtype, attention_bias=True, **options)
-    add_adapters(model, 3, 12.0, targets, seed=1)
+    lora.add_adapters(model, 3, 12.0, targets, seed=1)
     if trained:
         torch.manual_seed(2)
         with torch.no_grad():
-            for weight in adapter_weights(model).values():
+            for weight in lora.adapter_weights(model).values():
                 weight.add_(torch.randn_like(weight) * 0.2)
     return model
 
@@ -58,7 +49,7 @@ def dpo(policy: tuple, reference: tuple) -> torch.Tensor:
 
 def step(model: Transformer, stream, times: int = 1) -> None:
     """Optimizer steps on the pairs of `stream`, with the model without its adapters as the reference."""
-    optimizer, reference = adamw(model, weight_decay=0.1), WithoutAdapters(model)
+    optimizer, reference = adamw(model, weight_decay=0.1), lora.WithoutAdapters(model)
     for group in optimizer.param_groups:
         group["lr"] = 0.05
     for _ in range(times):
@@ -73,7 +64,7 @@ def step(model: Transformer, stream, times: int = 1) -> None:
 def test_first_loss_is_ln_2_exactly(tokenizer, stream, precision):
     """B is zero, so the policy starts equal to the reference; with a random B it would not."""
     model = adapted(tokenizer, trained=False, dtype=torch.float32)
-    reference = WithoutAdapters(model)
+    reference = lora.WithoutAdapters(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         policy_logps, reference_logps = model(stream), reference(stream)
     assert torch.equal(policy_logps, reference_logps)
@@ -85,7 +76,7 @@ def test_an_adapter_adds_what_the_paper_says():
     """y = W x + b + (alpha / r) B A x, one number at a time."""
     torch.manual_seed(0)
     base = torch.nn.Linear(5, 4, dtype=torch.float64)
-    layer = AdaptedLinear(base, 2, 6.0, torch.Generator())
+    layer = lora.AdaptedLinear(base, 2, 6.0, torch.Generator())
     torch.nn.init.normal_(layer.lora_B)
     x = torch.randn(5, dtype=torch.float64)
     for i in range(4):
@@ -104,7 +95,7 @@ def test_training_changes_adapters_only(tokenizer, stream):
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name]) == (".lora_" not in name), name
     with torch.no_grad():
-        assert torch.equal(WithoutAdapters(model)(stream), plain(stream))
+        assert torch.equal(lora.WithoutAdapters(model)(stream), plain(stream))
         assert not torch.equal(model(stream), plain(stream))
 
 
@@ -112,7 +103,7 @@ def test_gradients_reach_every_adapter_and_nothing_else(tokenizer, stream):
     """A forward without adapters just before must not remove the gradients of the policy."""
     model = adapted(tokenizer)
     with torch.no_grad():
-        WithoutAdapters(model)(stream)
+        lora.WithoutAdapters(model)(stream)
     model(stream).sum().backward()
     for name, parameter in model.named_parameters():
         reached = parameter.grad is not None and bool(parameter.grad.any())
@@ -125,23 +116,24 @@ def test_optimizer_holds_adapters_only(tokenizer):
     optimizer = adamw(model, weight_decay=0.0)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for name, p in model.named_parameters() if ".lora_" in name}
-    assert len(held) == len(adapter_weights(model)) == 2 * len(TARGETS) * model.config.num_hidden_layers
+    expected = 2 * len(lora.TARGETS) * model.config.num_hidden_layers
+    assert len(held) == len(lora.adapter_weights(model)) == expected
 
 
 def test_adapters_are_on_again_after_an_error(tokenizer):
     """An adapter left off makes policy and reference one model, and the loss ln 2 for ever."""
     model = adapted(tokenizer)
-    with pytest.raises(KeyboardInterrupt), adapters_off(model):
-        assert not any(layer.on for layer in adapted_layers(model).values())
+    with pytest.raises(KeyboardInterrupt), lora.adapters_off(model):
+        assert not any(layer.on for layer in lora.adapted_layers(model).values())
         raise KeyboardInterrupt
-    assert all(layer.on for layer in adapted_layers(model).values())
+    assert all(layer.on for layer in lora.adapted_layers(model).values())
 
 
 def test_merged_equals_unmerged(tokenizer, stream):
     """The exported weights compute the same as the trained model."""
     model = adapted(tokenizer)
     plain = Transformer(model.config).double()
-    plain.load_state_dict(merged_weights(model), strict=True)
+    plain.load_state_dict(lora.merged_weights(model), strict=True)
     with torch.no_grad():
         torch.testing.assert_close(plain(stream), model(stream), rtol=0, atol=1e-10)
 
@@ -150,15 +142,15 @@ def test_merging_leaves_the_model_alone(tokenizer):
     """A merge in place would add the adapter a second time at the next save."""
     model = adapted(tokenizer)
     before = copy.deepcopy(model.state_dict())
-    merged_weights(model)
+    lora.merged_weights(model)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
 def test_targets_are_the_named_layers(tokenizer):
     model = adapted(tokenizer, targets="q_proj,down_proj")
-    assert {name.rpartition(".")[2] for name in adapted_layers(model)} == {"q_proj", "down_proj"}
+    assert {name.rpartition(".")[2] for name in lora.adapted_layers(model)} == {"q_proj", "down_proj"}
     with pytest.raises(InputError, match="'lm_head' is neither all nor any of q_proj"):
-        add_adapters(make_model(tokenizer.vocab_size), 3, 1.0, "q_proj,lm_head", seed=0)
+        lora.add_adapters(make_model(tokenizer.vocab_size), 3, 1.0, "q_proj,lm_head", seed=0)
 
 
 def test_a_seed_gives_the_same_adapters_and_draws_from_no_other_source(tokenizer):
@@ -167,14 +159,14 @@ def test_a_seed_gives_the_same_adapters_and_draws_from_no_other_source(tokenizer
     state = torch.get_rng_state()
     one = make_model(tokenizer.vocab_size, seed=5)
     torch.set_rng_state(state)
-    add_adapters(one, 3, 12.0, "all", seed=1)
+    lora.add_adapters(one, 3, 12.0, "all", seed=1)
     assert torch.equal(torch.get_rng_state(), state)
     two, other = (make_model(tokenizer.vocab_size, seed=5) for _ in range(2))
-    add_adapters(two, 3, 12.0, "all", seed=1)
-    add_adapters(other, 3, 12.0, "all", seed=2)
-    for name, weight in adapter_weights(one).items():
-        assert torch.equal(weight, adapter_weights(two)[name])
-        assert torch.equal(weight, adapter_weights(other)[name]) == name.endswith("lora_B")
+    lora.add_adapters(two, 3, 12.0, "all", seed=1)
+    lora.add_adapters(other, 3, 12.0, "all", seed=2)
+    for name, weight in lora.adapter_weights(one).items():
+        assert torch.equal(weight, lora.adapter_weights(two)[name])
+        assert torch.equal(weight, lora.adapter_weights(other)[name]) == name.endswith("lora_B")
 
 
 # ---- The scripts
@@ -182,14 +174,11 @@ def test_a_seed_gives_the_same_adapters_and_draws_from_no_other_source(tokenizer
 
 @pytest.fixture
 def folder(tmp_path, tokenizer):
-    save_model(tmp_path / "base", make_model(tokenizer.vocab_size, torch.float32))
-    tokenizer.save(tmp_path / "base")
+    save_folder(tmp_path / "base", tokenizer)
     return tmp_path / "base"
 
 
-OPTIONS = [
-    "--precision", "fp32", "--batch-size", "4", "--log-every", "1", "--warmup-steps", "0", "--lora-rank", "2",
-]  # fmt: skip
+OPTIONS = command_line(precision="fp32", batch_size=4, log_every=1, warmup_steps=0, lora_rank=2)
 
 
 def test_sft_then_dpo_keeps_the_first_adapter_in_the_reference(folder, ragged, write_jsonl, tmp_path):
@@ -221,8 +210,7 @@ def test_sft_then_dpo_keeps_the_first_adapter_in_the_reference(folder, ragged, w
 def test_experts_balance_is_the_policys(ragged, tmp_path, tokenizer, monkeypatch):
     """The reference runs the same routers without gradient; its balance would train nothing."""
     base = make_model(tokenizer.vocab_size, torch.float32, num_experts=3, router_aux_loss_coef=1.0)
-    save_model(tmp_path / "experts", base)
-    tokenizer.save(tmp_path / "experts")
+    save_folder(tmp_path / "experts", tokenizer, base)
     seen = []
 
     def watched(balances):
@@ -253,8 +241,8 @@ def test_a_stopped_run_keeps_its_adapters_and_goes_on(folder, ragged, tmp_path):
 def test_a_checkpoint_of_other_adapters_is_refused(tokenizer):
     one, other = (adapted(tokenizer, targets=targets) for targets in ("all", "q_proj"))
     with pytest.raises(KeyError, match="down_proj"):
-        trained_part(one).load_state_dict(trained_part(other).state_dict())
-    assert all(".lora_" in name for name in trained_part(one).state_dict())
+        lora.trained_part(one).load_state_dict(lora.trained_part(other).state_dict())
+    assert all(".lora_" in name for name in lora.trained_part(one).state_dict())
 
 
 def test_a_fresh_model_is_not_adapted(tmp_path):

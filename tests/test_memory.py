@@ -1,9 +1,5 @@
-"""Micro-batches by tokens: what `auto` is, and that results do not depend on it.
+"""Micro-batches by tokens: what `auto` is, and that results do not depend on it."""
 
-python -m pytest tests/test_memory.py
-"""
-
-import itertools
 
 import pytest
 import torch
@@ -14,11 +10,9 @@ from dataset.packing import build_stream
 from dataset.store import open_store
 from errors import InputError
 from model.stream import TokenStream
-from model.weights import save_model
 from tests.conftest import make_model
 from tests.loops import record_gradients
-from tests.ranks import forked
-from tests.test_loops import PAIRS, command_line
+from tests.runs import PAIRS, assert_close, run_flags, same_model, stopped
 from training import memory
 from training.distributed import World
 from training.precision import Precision
@@ -28,20 +22,12 @@ LONG = {"prompt": "Count. " * 40, "chosen": "1 2 3 " * 90, "rejected": "No. " * 
 
 
 @pytest.fixture
-def flags(tmp_path, tokenizer, write_jsonl):
+def flags(tmp_path, tokenizer):
     """Flags of a run on ten short pairs and a long one."""
-    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32))
-    tokenizer.save(tmp_path / "start")
-    data = write_jsonl("pairs.jsonl", [*PAIRS, LONG])
-
-    def of(out="out", **changes) -> list[str]:
-        settings = {
-            "model": tmp_path / "start", "data": data, "eval_data": "", "batch_size": 6, "epochs": 2,
-            "lr": 1e-3, "warmup_steps": 1, "log_every": 1, "device": "cpu", "precision": "fp32", **changes,
-        }  # fmt: skip
-        return command_line(out=tmp_path / out, **settings)
-
-    return of
+    made = run_flags(
+        tmp_path, tokenizer, [*PAIRS, LONG], batch_size=6, epochs=2, warmup_steps=1, log_every=1
+    )
+    return lambda out="out", **changes: made(tmp_path / out, **changes)
 
 
 # ---- the same result
@@ -68,25 +54,7 @@ def test_the_result_does_not_depend_on_the_budget(layout, flags, monkeypatch):
         assert max(lengths)[0] > 800
     assert len(lengths) == len(steps[20]) == 4
     for most in (20, 150):
-        for one, whole in zip(itertools.chain(*steps[most]), itertools.chain(*steps[100_000]), strict=True):
-            assert (one - whole).abs().max() <= 2e-4 * whole.abs().max().clamp(min=1e-3)
-
-
-@pytest.mark.parametrize("shard", [False, True], ids=["copies", "split"])
-def test_two_ranks_with_unequal_data_equal_one(shard, flags, tmp_path):
-    """A rank with the long record has few others; both make the same number of forwards, or wait for ever."""
-    arguments = flags("one", micro_batch_tokens=150)
-    alone = record_gradients(train_dpo, lambda: train_dpo.main(arguments))
-    arguments = flags("two", micro_batch_tokens=150, **({"shard": True} if shard else {}))
-    result = forked("tests.loops", "train_dpo", tmp_path / "two.pt", *arguments, ranks=2)
-    assert result.returncode == 0, result.stderr
-    if shard:
-        one, two = (torch.load(tmp_path / out / "model.pt", weights_only=True) for out in ("one", "two"))
-        assert all((one[name] - two[name]).abs().max() < 2e-4 for name in one)
-        return
-    both = torch.load(tmp_path / "two.pt", weights_only=True)
-    for one, two in zip(itertools.chain(*alone), itertools.chain(*both), strict=True):
-        assert (one - two).abs().max() <= 2e-4 * one.abs().max().clamp(min=1e-3)
+        assert_close(steps[most], steps[100_000], 2e-4)
 
 
 # ---- auto on a CPU
@@ -171,7 +139,7 @@ def test_a_given_number_is_taken(tokenizer):
 def test_resuming_keeps_what_auto_was(flags, tmp_path, tokenizer, monkeypatch):
     """With other free memory other pairs would share a forward, and the weights differ in their last bits."""
 
-    store = open_store(tmp_path / "pairs.jsonl", "preferences", tokenizer, 4096)
+    store = open_store(tmp_path / "pairs", "preferences", tokenizer, 4096)
     per_token = 2 * (24 * 16 + 8 * 16 + 8 * 8 + 16 * 24 + 4 * 4 * int(store.lengths.max()))
 
     def auto(tokens):
@@ -179,21 +147,11 @@ def test_resuming_keeps_what_auto_was(flags, tmp_path, tokenizer, monkeypatch):
 
     auto(128)
     train_dpo.main(flags("whole", save_every=2, max_steps=4))
-    stopped = flags("stopped", save_every=2, max_steps=4)
-    original = train_dpo.RunFolder.save_when_due
-
-    def stop(run, step):
-        original(run, step)
-        if step == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_dpo.RunFolder, "save_when_due", stop)
-        train_dpo.main(stopped)
+    changes = {"save_every": 2, "max_steps": 4}
+    stopped(train_dpo, flags("stopped", **changes), after=2)
     auto(4096)
-    train_dpo.main([*stopped, "--resume"])
-    one, two = (torch.load(tmp_path / out / "model.pt", weights_only=True) for out in ("whole", "stopped"))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    train_dpo.main(flags("stopped", **changes, resume=True))
+    assert same_model(tmp_path / "whole", tmp_path / "stopped")
 
 
 # ---- auto on CUDA: a trial, with a memory that is simulated

@@ -1,9 +1,5 @@
-"""Ranks of several nodes: who writes to a node's disk, and how ranks wait and meet.
+"""Ranks of several nodes: who writes to a node's disk, and how ranks wait and meet."""
 
-python -m pytest tests/test_nodes.py
-"""
-
-import socket
 import threading
 
 import pytest
@@ -11,11 +7,8 @@ import torch
 import torch.distributed as dist
 
 from errors import InputError
-from model.weights import save_model
-from tests.conftest import make_model
-from tests.loops import weights
-from tests.ranks import forked
-from tests.test_loops import PAIRS, command_line
+from tests.ranks import forked, free_port
+from tests.runs import run_flags, same_model
 from training import distributed
 from training.distributed import World, join
 
@@ -68,19 +61,10 @@ def test_waiting_is_not_an_exchange(monkeypatch):
 
 
 @pytest.fixture
-def flags(tmp_path, tokenizer, write_jsonl, monkeypatch):
+def flags(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("MINIDPO_CACHE", str(tmp_path / "cache"))
-    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32))
-    tokenizer.save(tmp_path / "start")
-    pairs = write_jsonl("pairs.jsonl", PAIRS)
-
-    def of(out: str) -> list[str]:
-        return command_line(
-            model=tmp_path / "start", data=pairs, eval_data=pairs, batch_size=4, reference="cached",
-            device="cpu", precision="fp32", out=tmp_path / out,
-        )  # fmt: skip
-
-    return of
+    made = run_flags(tmp_path, tokenizer, eval_data=True, reference="cached")
+    return lambda out: made(tmp_path / out)
 
 
 def test_nodes_may_have_a_cache_each(flags, tmp_path):
@@ -94,34 +78,24 @@ def test_nodes_may_have_a_cache_each(flags, tmp_path):
 
 def test_ranks_of_a_plain_launcher_meet(flags, tmp_path):
     """RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT alone: nobody hosted the store, for ten minutes."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    for out, how in (("nodes", "nodes"), ("plain", port)):
+    for out, how in (("nodes", "nodes"), ("plain", free_port())):
         result = forked("tests.nodes", how, "train_dpo", *flags(out), ranks=2, seconds=60)
         assert result.returncode == 0, result.stderr
-    one, other = weights(tmp_path / "nodes"), weights(tmp_path / "plain")
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert same_model(tmp_path / "nodes", tmp_path / "plain")
 
 
 def test_a_plain_launcher_that_fails_is_one_line_on_each_rank(flags):
     """Rank 0 hosts the store; were it to leave at once, the other rank would end in a traceback."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
     arguments = [*flags("out"), "--data", "/nowhere"]
-    result = forked("tests.nodes", port, "train_dpo", *arguments, ranks=2, seconds=60)
+    result = forked("tests.nodes", free_port(), "train_dpo", *arguments, ranks=2, seconds=60)
     assert result.returncode == 2
     assert "/nowhere" in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize(
-    "environment, reason",
-    [
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR or MASTER_PORT is not set"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: expected a whole number, found 'two'"),
-    ],
-)
+@pytest.mark.parametrize("environment, reason", [
+    ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR or MASTER_PORT is not set"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE: expected a whole number, found 'two'"),
+])  # fmt: skip
 def test_a_launcher_that_sets_too_little_is_told(environment, reason, monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

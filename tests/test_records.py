@@ -1,12 +1,8 @@
-"""Records: the meaning of each format, and an error for every bad record.
-
-    python -m pytest tests/test_records.py
-"""
+"""Records: the meaning of each format, and an error for every bad record."""
 
 import gzip
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -32,7 +28,7 @@ from dataset.records import (
     read_records,
 )
 from errors import InputError
-from tests.conftest import ROOT, shared
+from tests.conftest import ROOT, run_python, shared
 
 
 def user(content: str) -> Message:
@@ -94,13 +90,9 @@ BAD = {
     # Encodings
     "bad UTF-8": (GOOD + b'{"prompt": "\xff"}\n', r"not UTF-8: byte 0xff at column 13", 2),
     "half a character": (GOOD + "{\"prompt\": \"你".encode()[:-1], r"not UTF-8.*looks truncated", 2),
-    "Latin-1": (GOOD + b'{"prompt": "caf\xe9"}\n', r"not UTF-8: byte 0xe9", 2),
-    "encoded surrogate": (GOOD + b'{"prompt": "\xed\xa0\x80"}\n', r"not UTF-8", 2),
     "byte-order mark inside": (GOOD + b"\xef\xbb\xbf" + GOOD, r"invalid JSON at column 1", 2),
-    "two byte-order marks": (b"\xef\xbb\xbf" * 2 + GOOD, r"invalid JSON", 1),
     "UTF-16 with a mark": (GOOD.decode().encode("utf-16"), r"not UTF-8.*UTF-16", 1),
     "UTF-16 without a mark": (GOOD.decode().encode("utf-16-le"), r"not UTF-8.*UTF-16", 1),
-    "big-endian UTF-16": (GOOD.decode().encode("utf-16-be"), r"not UTF-8.*UTF-16", 1),
     # JSON's grammar
     "no JSON": (GOOD + b"hello\n", r"invalid JSON at column 1", 2),
     "blank lines count": (b"\n \r\n" + GOOD + b"\nhello\n", r"invalid JSON", 5),
@@ -112,7 +104,6 @@ BAD = {
     "truncated": (GOOD + GOOD[:30], r"invalid JSON.*looks truncated", 2),
     "broken but not the last": (GOOD[:30] + b"\n" + GOOD, r"column 31: (?!.*truncated)", 1),
     "NaN": (GOOD + b'{"a": NaN}\n', r"NaN is not JSON", 2),
-    "Infinity": (GOOD + b'{"a": [-Infinity]}\n', r"-Infinity is not JSON", 2),
     "1e400": (GOOD + b'{"a": 1e400}\n', r"number '1e400' is out of range", 2),
     "5000 digits": (GOOD + b'{"a": ' + b"7" * 5000 + b"}\n", r"number '7{39}\.\.\. is out of range", 2),
     "duplicate key": (GOOD + b'{"prompt": "a", "prompt": "b"}\n', r"duplicate key 'prompt'", 2),
@@ -123,7 +114,6 @@ BAD = {
     ),
     "no object": (GOOD + b"[1]\n", r"expected an object, found a list", 2),
     "a string": (b'"prompt"\n' + GOOD, r"expected an object, found text", 1),
-    "null": (GOOD + b"null\n", r"expected an object, found null", 2),
     "empty": (b"", r"holds no records", 1),
     "blank": (b"\n \n", r"holds no records", 1),
     # Types and keys
@@ -138,17 +128,13 @@ BAD = {
     "empty response": (text(chosen=""), r"chosen: turn 1 \(assistant\) is empty", 2),
     "blank response": (text(rejected=" \n\u3000"), r"rejected: turn 1 \(assistant\) is empty", 2),
     "blank prompt": (text(prompt=" "), r"prompt: turn 0 \(user\) is empty", 2),
-    "blank both": (chat([role("user", " "), role("assistant")]), r"chosen: turn 0 \(user\) is empty", 2),
     "system is no text": (text(system=3), r"system: expected text, found a number", 2),
     "win probability": (text(win_probability=1.5), r"expected a number from 0 to 1, found 1\.5", 2),
     "text probability": (text(win_probability="0.9"), r"expected a number from 0 to 1, found '0\.9'", 2),
-    "NaN probability": (text(win_probability=math.nan), r"NaN is not JSON", 2),
     "text score": (text(score_chosen=9, score_rejected="7"), r"score_rejected: .* found text", 2),
     "true score": (text(score_chosen=True, score_rejected=7), r"score_chosen: .* found true or false", 2),
-    "NaN score": (text(score_chosen=math.nan, score_rejected=7), r"NaN is not JSON", 2),
     "one score": (text(score_chosen=9), r"score_rejected: .* found null; a pair has both scores or none", 2),
     "one score of metadata": (text(metadata={"score_rejected": 9}), r"score_chosen: .* found null", 2),
-    "true probability": (text(win_probability=True), r"win_probability.*found true or false", 2),
     "tools": (text(tools=[{"name": "search"}]), r"the record: 'tools' is not supported", 2),
     "images": (text(images=["cat.png"]), r"the record: 'images' is not supported", 2),
     "unpaired": (GOOD + b'{"prompt": "a", "completion": "", "label": 1}\n', r"missing key 'chosen'", 2),
@@ -314,12 +300,9 @@ def test_an_array_is_read_in_blocks_of_any_size(write, monkeypatch, block):
 
 
 ARRAY = """
-import resource, sys
 from dataset.records import read_preferences
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
-count = sum(1 for _ in read_preferences(sys.argv[1]))
-print(count, (peak() - before) // 1024)
+print(sum(1 for _ in read_preferences(sys.argv[1])), peak() - before)
 """
 
 
@@ -330,9 +313,7 @@ def test_a_zipped_array_is_read_in_bounded_memory(tmp_path):
     with gzip.open(path, "wb") as file:
         file.write(b"[" + b",\n".join([row] * rows) + b"]")
     assert path.stat().st_size < 300_000
-    command = [sys.executable, "-c", ARRAY, str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
-    count, grown = map(int, done.stdout.split())
+    count, grown = map(int, run_python(ARRAY, path).split())
     assert count == rows and grown < 10, f"{grown} MiB"
 
 
@@ -443,15 +424,12 @@ def test_a_huge_line_is_refused_in_bounded_memory(tmp_path):
         file.write(GOOD + b"{")
         file.seek(200 * 2**20, os.SEEK_CUR)  # A hole: zeros that take no room on the disk.
         file.write(b"}\n" + GOOD)
-    script = (
-        "import resource, sys\nfrom dataset.records import *\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nbefore = peak()\n"
+    code = (
+        "from dataset.records import *\nbefore = peak()\n"
         "for r in read_preferences(sys.argv[1]): print(r.line, getattr(r, 'reason', 'fine'))\n"
-        "print((peak() - before) // 1024)"
+        "print(peak() - before)"
     )
-    process = [sys.executable, "-c", script, str(path)]
-    done = subprocess.run(process, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
-    lines = done.stdout.split("\n")
+    lines = run_python(code, path).split("\n")
     assert lines[:3] == ["1 fine", "2 line longer than 16 MiB", "3 fine"]
     assert int(lines[3]) < 80, "MiB"
 
@@ -672,8 +650,6 @@ def test_every_shape_of_conversations(write, shape, record, expected, name):
 
 @pytest.mark.parametrize("change, reason", [
     ({"messages": [U]}, r"conversation: the last turn \(0\) is user, expected assistant"),
-    ({"messages": [U, U, A]}, r"conversation: turn 1 is user, expected assistant"),
-    ({"messages": [S, A]}, r"conversation: turn 1 is assistant, expected user"),
     ({"messages": [U, role("assistant", "")]}, r"conversation: turn 1 \(assistant\) is empty"),
     ({"messages": []}, r"messages: expected messages, found an empty list"),
     ({"messages": None}, r"messages: expected messages, found null"),
@@ -852,29 +828,6 @@ def test_real_transcripts_lose_no_character():
             prompt = "".join(f"\n\n{tags[turn.role]}: {turn.content}" for turn in record.prompt)
             assert f"{prompt}\n\nAssistant: {record.chosen}" == rows[record.line - 1]["chosen"]
             assert f"{prompt}\n\nAssistant: {record.rejected}" == rows[record.line - 1]["rejected"]
-
-
-def test_real_arrays_and_ranks_against_the_json_itself():
-    """Line numbers and texts of a real array, from a second reading with json.loads and a search."""
-    path = shared("preferences/oasst_rm_zh.json.gz")
-    data = gzip.decompress(path.read_bytes()).decode()
-    starts = [number for number, line in enumerate(data.split("\n"), 1) if line == "  {"]
-    for record, row, line in zip(read_preferences(path), json.loads(data), starts, strict=True):
-        assert record.line == line
-        texts = [text for pair in row["history"] for text in pair] + [row["instruction"]]
-        assert [turn.content for turn in record.prompt] == texts
-        assert (record.chosen, record.rejected) == (row["output"][0], row["output"][-1])
-
-
-@pytest.mark.parametrize("name, reason", [
-    ("preferences/gsm8k_example_model_solutions.jsonl.gz", "graded solutions"),
-    ("formats/nemo_aligner_test-rm.jsonl.gz", "alternate lines"),
-    ("sft/gsm8k_train.jsonl.gz", "without a rejected side"),
-])  # fmt: skip
-def test_real_files_that_hold_no_pairs(name, reason):
-    with pytest.raises(DataError, match=reason) as caught:
-        list(read_preferences(shared(name)))
-    assert caught.value.line == 1
 
 
 # ---- Fuzz

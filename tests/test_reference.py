@@ -1,7 +1,4 @@
-"""The reference asked once before training: the same numbers as the live one, and never another model's.
-
-python -m pytest tests/test_reference.py
-"""
+"""The reference asked once before training: the same numbers as the live one, and never another model's."""
 
 import copy
 import hashlib
@@ -16,18 +13,15 @@ import train_dpo
 from dataset.packing import build_stream
 from dataset.store import open_store
 from errors import InputError
-from model.weights import load_model, save_model
+from model.weights import load_model
 from tests.conftest import RAGGED, as_record, make_model
 from tests.loops import metrics, record_gradients, weights
 from tests.ranks import forked
+from tests.runs import ALONE, FP32, assert_close, run_flags
 from training import reference, setup
-from training.distributed import World
 from training.evaluate import evaluate_kl
 from training.objective import Objective, ObjectiveSettings
 from training.precision import Precision
-
-ALONE = World(0, 1, torch.device("cpu"))
-FP32 = Precision("fp32", ALONE.device)
 
 
 @pytest.fixture(autouse=True)
@@ -37,22 +31,14 @@ def cache_of_its_own(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def flags(tmp_path, tokenizer, write_jsonl):
+def flags(tmp_path, tokenizer):
     """The flags of a run on the ragged pairs, written three times over: 21 pairs in windows of 4."""
-    model = make_model(tokenizer.vocab_size, torch.float32)
-    save_model(tmp_path / "start", model)
-    tokenizer.save(tmp_path / "start")
-    data = write_jsonl("pairs.jsonl", [as_record(pair) for pair in RAGGED] * 3)
-
-    def made(out: str, *others: str) -> list[str]:
-        return [
-            *("--model", str(tmp_path / "start"), "--data", str(data), "--eval-data", str(data)),
-            *("--batch-size", "4", "--micro-batch-tokens", "200", "--lr", "1e-3", "--warmup-steps", "2"),
-            *("--epochs", "4", "--max-steps", "20", "--log-every", "1", "--eval-every", "10"),
-            *("--device", "cpu", "--precision", "fp32", "--out", str(tmp_path / out), *others),
-        ]
-
-    return made
+    pairs = [as_record(pair) for pair in RAGGED] * 3
+    made = run_flags(
+        tmp_path, tokenizer, pairs, eval_data=True, micro_batch_tokens=200, warmup_steps=2, epochs=4,
+        max_steps=20, log_every=1, eval_every=10,
+    )  # fmt: skip
+    return lambda out, *others: [*made(tmp_path / out), *others]
 
 
 @pytest.fixture
@@ -84,7 +70,7 @@ def test_twenty_steps_are_those_of_the_live_reference(flags, tmp_path, in_float6
 def test_each_token_has_its_own(flags, tmp_path, tokenizer):
     """Row by row and token by token, whatever rows a stream takes and in whatever order."""
     model = make_model(tokenizer.vocab_size)
-    store = open_store(tmp_path / "pairs.jsonl", "preferences", tokenizer, 512)
+    store = open_store(tmp_path / "pairs", "preferences", tokenizer, 512)
     for layout in ("forked", "twin"):
         reference.cache_reference(model, store, ALONE, FP32, layout, max_tokens=250)
         assert store.reference_logps.dtype == np.float64
@@ -115,7 +101,7 @@ def test_a_second_run_asks_nothing(flags, monkeypatch, tmp_path):
 
 def test_what_changes_a_log_prob_changes_the_file(flags, tmp_path, tokenizer):
     """Another model's answers would train without an error, towards the wrong reference."""
-    data = tmp_path / "pairs.jsonl"
+    data = tmp_path / "pairs"
 
     def file(model, layout="forked", precision="fp32", max_length=512, matmul="highest"):
         store = open_store(data, "preferences", tokenizer, max_length)
@@ -147,14 +133,12 @@ def test_two_ranks_ask_as_one(flags, tmp_path):
     result = forked("tests.loops", "train_dpo", tmp_path / "two.pt", *flags("two", *train), ranks=2)
     assert result.returncode == 0, result.stderr
     assert np.allclose(first, np.fromfile(kept, np.float32), rtol=0, atol=1e-5)
-    for one, two in zip(alone, torch.load(tmp_path / "two.pt", weights_only=True), strict=True):
-        for a, b in zip(one, two, strict=True):
-            assert (a - b).abs().max() <= 2e-4 * b.abs().max().clamp(min=1e-3)
+    assert_close(torch.load(tmp_path / "two.pt", weights_only=True), alone, 2e-4)
 
 
 def test_an_interrupted_file_is_no_file(flags, tmp_path, tokenizer, monkeypatch):
     """Half of the log-probs under the final name would be read as all of them."""
-    store = open_store(tmp_path / "pairs.jsonl", "preferences", tokenizer, 512)
+    store = open_store(tmp_path / "pairs", "preferences", tokenizer, 512)
     model = make_model(tokenizer.vocab_size, torch.float32)
     original = reference.token_logps
 
@@ -168,14 +152,11 @@ def test_an_interrupted_file_is_no_file(flags, tmp_path, tokenizer, monkeypatch)
     assert not [*store.folder.glob("reference-*"), *store.folder.glob("*.tmp")]
 
 
-@pytest.mark.parametrize(
-    "options, reason",
-    [
-        ({"tr_alpha": 0.5}, "--tr-alpha and --tr-every change it"),
-        ({"tr_every": 3}, "--tr-alpha and --tr-every change it"),
-        ({"loss": "simpo"}, "does not use a reference"),
-    ],
-)
+@pytest.mark.parametrize("options, reason", [
+    ({"tr_alpha": 0.5}, "--tr-alpha and --tr-every change it"),
+    ({"tr_every": 3}, "--tr-alpha and --tr-every change it"),
+    ({"loss": "simpo"}, "does not use a reference"),
+])  # fmt: skip
 def test_what_cannot_be_cached_is_refused(options, reason):
     """A reference that moves is not the one that was asked."""
     objective = Objective(ObjectiveSettings(**options))

@@ -1,7 +1,4 @@
-"""Resuming: an interrupted run ends like an uninterrupted one, bit for bit, or is refused by name.
-
-python -m pytest tests/test_resume.py
-"""
+"""Resuming: an interrupted run ends like an uninterrupted one, bit for bit, or is refused by name."""
 
 import json
 import math
@@ -25,40 +22,31 @@ from tests.conftest import make_model
 from tests.faults import Keeping, resume_from_each_step, states, train
 from tests.loops import metrics, weights
 from tests.ranks import forked
-from tests.test_loops import CHATS, PAIRS, command_line
+from tests.runs import ALONE, run_flags, same_model, stopped
 from training.checkpoint import checkpoints
-from training.distributed import World
+from training.settings import parse
 
-ALONE = World(0, 1, torch.device("cpu"))
 MODULES = {"train_dpo": train_dpo, "train_reward": train_reward, "train_sft": train_sft}
 
 
 @pytest.fixture
-def start(tmp_path, tokenizer):
-    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32))
-    tokenizer.save(tmp_path / "start")
+def start(tmp_path):
     return tmp_path / "start"
 
 
 @pytest.fixture
-def flags(start, write_jsonl):
+def flags(tmp_path, tokenizer):
     """Flags of a short run: 2 epochs of 3 steps, the last one short, of up to 2 micro-batches each.
 
     Rows are logged every 2 steps and evaluations every 3, so checkpoints come between them.
     """
-    data = {
-        "train_dpo": write_jsonl("pairs.jsonl", PAIRS),
-        "train_reward": write_jsonl("pairs.jsonl", PAIRS),
-        "train_sft": write_jsonl("chats.jsonl", CHATS),
-    }
+    made = run_flags(
+        tmp_path, tokenizer, eval_data=True, epochs=2, micro_batch_tokens=130, warmup_steps=2, log_every=2,
+        eval_every=3,
+    )  # fmt: skip
 
-    def of(script: str, **changes) -> list[str]:
-        settings = {
-            "model": start, "data": data[script], "eval_data": data[script], "batch_size": 4, "epochs": 2,
-            "micro_batch_tokens": 130, "lr": 1e-3, "warmup_steps": 2, "log_every": 2, "eval_every": 3,
-            "device": "cpu", "precision": "fp32", **changes,
-        }  # fmt: skip
-        return command_line(**settings)
+    def of(script: str, *more: str, out="run", **changes) -> list[str]:
+        return [*made(tmp_path / out, "chats" if script == "train_sft" else "pairs", **changes), *more]
 
     return of
 
@@ -73,13 +61,10 @@ def test_resuming_at_any_step_changes_no_bit(script, precision, flags, tmp_path)
     assert found == {str(step): [] for step in range(1, 7)}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param(dict(loss="sigmoid,bco_pair", tr_alpha=0.3), id="soft"),
-        pytest.param(dict(loss="bco_pair", tr_every=2), id="hard"),
-    ],
-)
+@pytest.mark.parametrize("options", [
+    pytest.param(dict(loss="sigmoid,bco_pair", tr_alpha=0.3), id="soft"),
+    pytest.param(dict(loss="bco_pair", tr_every=2), id="hard"),
+])  # fmt: skip
 def test_the_state_of_an_objective_is_resumed(options, flags, tmp_path):
     """BCO's running delta and a moving reference are state like the weights."""
     found = resume_from_each_step(train_dpo, flags("train_dpo", **options), tmp_path / "r", ALONE)
@@ -108,7 +93,8 @@ def lively_scaler(monkeypatch):
     monkeypatch.setattr(training.distributed.torch.amp, "GradScaler", lively)
 
 
-def test_resuming_restores_the_loss_scale_and_its_skips(flags, tmp_path, lively_scaler):
+@pytest.mark.usefixtures("lively_scaler")
+def test_resuming_restores_the_loss_scale_and_its_skips(flags, tmp_path):
     """Under fp16 the scale and the steps until it grows are part of the state."""
     arguments = flags("train_dpo", precision="fp16", log_every=1, max_steps=4)
     found = resume_from_each_step(train_dpo, arguments, tmp_path / "r", ALONE)
@@ -117,22 +103,15 @@ def test_resuming_restores_the_loss_scale_and_its_skips(flags, tmp_path, lively_
     assert 0 < skipped[-1] < 4, "the test needs steps of both kinds"
 
 
-@pytest.mark.parametrize(
-    "forgotten, precision, what",
-    [
-        ("model", "fp32", {"state", "model"}),
-        ("optimizer", "fp32", {"state", "model"}),
-        ("meter", "fp32", {"rows"}),
-        ("precision", "fp16", {"state", "rows"}),
-    ],
-)
-def test_a_part_that_is_not_restored_is_noticed(
-    forgotten, precision, what, flags, tmp_path, monkeypatch, lively_scaler
-):
-    """Negative control: a part that is not restored makes a difference, so the tests above can fail.
-
-    Random generators are not a part: see `test_no_random_number_is_drawn_while_training`.
-    """
+@pytest.mark.usefixtures("lively_scaler")
+@pytest.mark.parametrize("forgotten, precision, what", [
+    ("model", "fp32", {"state", "model"}),
+    ("optimizer", "fp32", {"state", "model"}),
+    ("meter", "fp32", {"rows"}),
+    ("precision", "fp16", {"state", "rows"}),
+])  # fmt: skip
+def test_a_part_that_is_not_restored_is_noticed(forgotten, precision, what, flags, tmp_path, monkeypatch):
+    """Negative control: a part that is not restored makes a difference, so the tests above can fail."""
     restore = training.run.restore
 
     def forgetful(parts, *more):
@@ -160,11 +139,10 @@ def test_no_random_number_is_drawn_while_training(script, flags, tmp_path):
             assert states() == self.before
             self.watched = True
 
-    settings = MODULES[script].parse(
-        MODULES[script].Settings, "", [*flags(script), "--out", str(tmp_path / "run")]
-    )
+    module = MODULES[script]
+    settings = parse(module.Settings, "", flags(script))
     with Watching(settings, ALONE) as run:
-        MODULES[script].train(settings, ALONE, run)
+        module.train(settings, ALONE, run)
     assert run.watched
 
 
@@ -172,52 +150,30 @@ def test_no_random_number_is_drawn_while_training(script, flags, tmp_path):
 def test_logging_saving_and_another_folder_change_no_bit(script, flags, tmp_path):
     """How often a run logs, evaluates or saves, and its folder, must not change the weights."""
     module = MODULES[script]
-    plain = [
-        *flags(script, eval_data="", log_every=100),
-        "--save-every",
-        "0",
-        "--out",
-        str(tmp_path / "plain"),
-    ]
-    busy = [*flags(script, log_every=1, eval_every=1), "--save-every", "1", "--keep-checkpoints", "1"]
-    module.main(plain)
-    module.main([*busy, "--out", str(tmp_path / "elsewhere" / "busy")])
-    same = [(tmp_path / name / "model.pt").read_bytes() for name in ("plain", "elsewhere/busy")]
-    assert same[0] == same[1]
+    module.main(flags(script, out="plain", eval_data="", log_every=100, save_every=0))
+    busy = {"log_every": 1, "eval_every": 1, "save_every": 1, "keep_checkpoints": 1}
+    module.main(flags(script, out="elsewhere/busy", **busy))
+    assert same_model(tmp_path / "plain", tmp_path / "elsewhere" / "busy")
 
 
 # ---- where a run begins, and where it ends
 
 
-def stopped(module, arguments: list[str], folder, after: int) -> None:
-    """Start a run and kill it after so many steps, with a checkpoint of each."""
-
-    class Stopping(Keeping):
-        def save_when_due(self, step):
-            super().save_when_due(step)
-            if step == after:
-                raise KeyboardInterrupt
-
-    settings = module.parse(
-        module.Settings,
-        "",
-        [*arguments, "--save-every", "1", "--keep-checkpoints", "9", "--out", str(folder)],
-    )
-    with pytest.raises(KeyboardInterrupt), Stopping(settings, ALONE) as run:
-        module.train(settings, ALONE, run)
+KEPT = {"save_every": 1, "keep_checkpoints": 9}
 
 
 def test_the_reference_stays_the_original_one(flags, tmp_path, start, monkeypatch):
     """A reference copied from the restored policy would make DPO start again at ln 2."""
     seen = []
     evaluate = train_dpo.evaluate
-    monkeypatch.setattr(
-        train_dpo,
-        "evaluate",
-        lambda policy, reference, *more: seen.append(reference) or evaluate(policy, reference, *more),
-    )
-    stopped(train_dpo, flags("train_dpo"), tmp_path / "run", after=4)
-    train_dpo.main([*flags("train_dpo"), "--out", str(tmp_path / "run"), "--resume"])
+
+    def noting(policy, reference, *more):
+        seen.append(reference)
+        return evaluate(policy, reference, *more)
+
+    monkeypatch.setattr(train_dpo, "evaluate", noting)
+    stopped(train_dpo, flags("train_dpo", **KEPT), after=4)
+    train_dpo.main(flags("train_dpo", "--resume"))
     original = load_model(start).state_dict()
     for name, value in seen[-1].state_dict().items():
         assert torch.equal(value, original[name])
@@ -229,17 +185,17 @@ def test_the_reference_stays_the_original_one(flags, tmp_path, start, monkeypatc
 def test_each_row_is_logged_once(flags, tmp_path):
     """A killed run has logged steps after its checkpoint, which the resumed run logs again."""
     folder = tmp_path / "run"
-    stopped(train_sft, flags("train_sft", log_every=1), folder, after=5)
+    stopped(train_sft, flags("train_sft", log_every=1, **KEPT), after=5)
     for newest in checkpoints(folder / "checkpoints")[:3]:
         newest.unlink()
     assert max(row["step"] for row in metrics(folder)) == 5
-    train_sft.main([*flags("train_sft", log_every=1), "--out", str(folder), "--resume"])
+    train_sft.main(flags("train_sft", "--resume", log_every=1))
     assert [row["step"] for row in metrics(folder) if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
 def test_resuming_a_finished_run_does_nothing(flags, tmp_path, capsys):
     """No further step is taken and no byte is changed."""
-    arguments = [*flags("train_dpo"), "--out", str(tmp_path / "run")]
+    arguments = flags("train_dpo")
     train_dpo.main(arguments)
     before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "run").iterdir()}
     assert set(before) == {"model.pt", "config.json", "metrics.jsonl", ".lock", "tokenizer.json",
@@ -253,10 +209,10 @@ def test_resuming_a_finished_run_does_nothing(flags, tmp_path, capsys):
 
 def test_another_model_or_data_is_not_a_finished_run(flags, tmp_path, start, tokenizer):
     """A pipeline that runs again on new data must not get the model of the old data, with status 0."""
-    arguments = [*flags("train_dpo", max_steps=1), "--out", str(tmp_path / "run"), "--resume"]
+    arguments = flags("train_dpo", "--resume", max_steps=1)
     train_dpo.main(arguments)
     before = (tmp_path / "run" / "model.pt").read_bytes()
-    data = tmp_path / "pairs.jsonl"
+    data = tmp_path / "pairs"
     original = data.read_bytes()
     data.write_bytes(original.replace(b"No 0", b"No 9"))
     with pytest.raises(InputError, match=r"has finished with data [0-9a-f]{12}, now [0-9a-f]{12}; choose"):
@@ -270,43 +226,28 @@ def test_another_model_or_data_is_not_a_finished_run(flags, tmp_path, start, tok
 
 def test_config_json_keeps_what_identifies_the_run(flags, tmp_path):
     """The digests, and the values that `auto` took."""
-    train_sft.main([*flags("train_sft", max_steps=1, device="auto"), "--out", str(tmp_path / "run")])
+    train_sft.main(flags("train_sft", max_steps=1, device="auto"))
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["run"]["device"] == "cpu" and config["settings"]["device"] == "auto"
     assert all(re.fullmatch("[0-9a-f]{64}", config["run"][name]) for name in ("model", "data", "tokenizer"))
 
 
-def test_a_run_that_was_stopped_after_its_last_step_only_finishes(flags, tmp_path):
-    """Only the file of the model is missing: no step may be taken twice."""
-    train(train_sft, [*flags("train_sft"), "--out", str(tmp_path / "whole")], ALONE)
-    stopped(train_sft, flags("train_sft"), tmp_path / "run", after=6)
-    train_sft.main([*flags("train_sft"), "--out", str(tmp_path / "run"), "--resume"])
-    assert (tmp_path / "run" / "model.pt").read_bytes() == (tmp_path / "whole" / "model.pt").read_bytes()
-
-
-def test_resume_without_a_checkpoint_begins(flags, tmp_path):
-    """So the same command with --resume is right for the first start and for every restart."""
-    train_sft.main([*flags("train_sft"), "--out", str(tmp_path / "run"), "--resume"])
-    assert (tmp_path / "run" / "model.pt").exists()
-
-
 def test_a_fresh_run_does_not_remove_a_stopped_one(flags, tmp_path):
     """A night's work must not be lost because --resume was forgotten."""
     folder = tmp_path / "run"
-    stopped(train_sft, flags("train_sft"), folder, after=2)
+    stopped(train_sft, flags("train_sft", **KEPT), after=2)
     before = states(folder)
     with pytest.raises(InputError, match=r"stopped after step 2: continue it with --resume, or replace"):
-        train_sft.main([*flags("train_sft"), "--out", str(folder)])
+        train_sft.main(flags("train_sft"))
     assert states(folder) == before
-    train_sft.main([*flags("train_sft"), "--out", str(folder), "--overwrite"])
-    train_sft.main([*flags("train_sft"), "--out", str(tmp_path / "fresh")])
-    same = [(tmp_path / name / "model.pt").read_bytes() for name in ("run", "fresh")]
-    assert same[0] == same[1]
+    train_sft.main(flags("train_sft", "--overwrite"))
+    train_sft.main(flags("train_sft", out="fresh"))
+    assert same_model(folder, tmp_path / "fresh")
 
 
 def test_a_finished_run_is_replaced_only_with_overwrite(flags, tmp_path):
     """The same command typed twice must not replace the model of a night."""
-    arguments = [*flags("train_sft", max_steps=1), "--out", str(tmp_path / "run")]
+    arguments = flags("train_sft", max_steps=1)
     train_sft.main(arguments)
     before = (tmp_path / "run" / "model.pt").read_bytes()
     (tmp_path / "run" / "adapter.pt").write_bytes(b"of the first run")
@@ -323,10 +264,10 @@ def test_a_finished_run_is_replaced_only_with_overwrite(flags, tmp_path):
 def test_a_stopped_demo_starts_again(flags, tmp_path, monkeypatch):
     """`make demo` has no --resume; after Ctrl-C the next one must not refuse."""
     main, begun = train_sft.main, []
-    stopped(train_sft, flags("train_sft"), tmp_path / "sft", after=2)
+    stopped(train_sft, flags("train_sft", out="sft", **KEPT), after=2)
 
     def short(arguments):
-        main([*arguments, *flags("train_sft", max_steps=1)])
+        main([*arguments, *flags("train_sft", out="sft", max_steps=1)])
         begun.append(arguments)
         raise KeyboardInterrupt
 
@@ -338,8 +279,8 @@ def test_a_stopped_demo_starts_again(flags, tmp_path, monkeypatch):
 
 def test_an_unfinished_run_has_no_model(flags, tmp_path):
     """`train_sft && train_dpo`: the model of an earlier run must not be taken for this run's."""
-    train_sft.main([*flags("train_sft"), "--out", str(tmp_path / "run")])
-    stopped(train_sft, [*flags("train_sft", lr=1e-2), "--overwrite"], tmp_path / "run", after=2)
+    train_sft.main(flags("train_sft"))
+    stopped(train_sft, flags("train_sft", "--overwrite", lr=1e-2, **KEPT), after=2)
     assert not (tmp_path / "run" / "model.pt").exists()
 
 
@@ -347,7 +288,7 @@ def test_out_must_not_be_the_model(flags, start):
     """The run would overwrite its own reference."""
     before = (start / "model.pt").read_bytes()
     with pytest.raises(InputError, match="a run cannot overwrite where it starts"):
-        train_dpo.main([*flags("train_dpo"), "--out", str(start)])
+        train_dpo.main(flags("train_dpo", out=start))
     assert (start / "model.pt").read_bytes() == before
 
 
@@ -355,26 +296,18 @@ def test_out_must_not_be_the_model(flags, start):
 
 
 CHANGES = {
-    "lr": {"lr": 2e-3},
-    "beta": {"beta": 0.5},
-    "batch_size": {"batch_size": 5},
-    "micro_batch_tokens": {"micro_batch_tokens": 90},
-    "seed": {"seed": 7},
-    "epochs": {"epochs": 3},
-    "max_length": {"max_length": 300},
-    "layout": {"layout": "twin"},
-    "precision": {"precision": "bf16"},
-    "weight_decay": {"weight_decay": 0.1},
-}
+    "lr": 2e-3, "beta": 0.5, "batch_size": 5, "micro_batch_tokens": 90, "seed": 7, "epochs": 3,
+    "max_length": 300, "layout": "twin", "precision": "bf16", "weight_decay": 0.1,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_setting_is_refused_by_name(name, flags, tmp_path):
     """Nobody can repeat a run whose settings changed on the way, unless --override records the intent."""
     folder = tmp_path / "run"
-    stopped(train_dpo, flags("train_dpo"), folder, after=2)
+    stopped(train_dpo, flags("train_dpo", **KEPT), after=2)
     before = states(folder)
-    changed = [*flags("train_dpo", **CHANGES[name]), "--out", str(folder), "--resume"]
+    changed = flags("train_dpo", "--resume", **{name: CHANGES[name]})
     with pytest.raises(InputError, match=rf"was started with {name} .*, now .*--override {name}"):
         train_dpo.main(changed)
     assert states(folder) == before
@@ -383,40 +316,36 @@ def test_a_changed_setting_is_refused_by_name(name, flags, tmp_path):
 
 
 def test_an_override_must_be_a_setting(flags, tmp_path):
-    stopped(train_dpo, flags("train_dpo"), tmp_path / "run", after=2)
+    stopped(train_dpo, flags("train_dpo", **KEPT), after=2)
     with pytest.raises(InputError, match=r"--override learning_rate: not a setting; choose from .*lr"):
-        train_dpo.main(
-            [*flags("train_dpo"), "--out", str(tmp_path / "run"), "--resume", "--override", "learning_rate"]
-        )
+        train_dpo.main(flags("train_dpo", "--resume", "--override", "learning_rate"))
 
 
 def test_an_overridden_setting_takes_effect(flags, tmp_path):
     """The optimizer's saved state contains the old weight decay, which must not come back."""
     ends = {}
     for name, decay in (("same", 0.0), ("other", 0.9)):
-        stopped(train_dpo, flags("train_dpo"), tmp_path / name, after=2)
-        changed = flags("train_dpo", weight_decay=decay)
-        train_dpo.main([*changed, "--out", str(tmp_path / name), "--resume", "--override", "weight_decay"])
+        stopped(train_dpo, flags("train_dpo", out=name, **KEPT), after=2)
+        train_dpo.main(flags("train_dpo", "--resume", out=name, weight_decay=decay, override="weight_decay"))
         ends[name] = weights(tmp_path / name)
     assert any(not torch.equal(ends["same"][key], ends["other"][key]) for key in ends["same"])
 
 
 def test_some_settings_may_change(flags, tmp_path):
     """How often a run logs and saves, and its evaluation data, change no bit of the weights."""
-    train(train_dpo, [*flags("train_dpo"), "--out", str(tmp_path / "whole")], ALONE)
-    stopped(train_dpo, flags("train_dpo"), tmp_path / "run", after=2)
-    free = ["--save-every", "2", "--keep-checkpoints", "1", "--resume", "--out", str(tmp_path / "run")]
-    train_dpo.main([*flags("train_dpo", log_every=1, eval_every=1, eval_data=""), *free])
-    assert (tmp_path / "run" / "model.pt").read_bytes() == (tmp_path / "whole" / "model.pt").read_bytes()
+    train(train_dpo, flags("train_dpo", out="whole"), ALONE)
+    stopped(train_dpo, flags("train_dpo", **KEPT), after=2)
+    free = {"save_every": 2, "keep_checkpoints": 1, "log_every": 1, "eval_every": 1, "eval_data": ""}
+    train_dpo.main(flags("train_dpo", "--resume", **free))
+    assert same_model(tmp_path / "run", tmp_path / "whole")
 
 
 def test_another_start_data_or_tokenizer_is_refused(flags, tmp_path, start, tokenizer):
     """Content is compared, not paths. A DPO run with another reference is another run."""
     folder = tmp_path / "run"
-    arguments = flags("train_dpo")
-    stopped(train_dpo, arguments, folder, after=2)
-    resumed = [*arguments, "--out", str(folder), "--resume"]
-    data = tmp_path / "pairs.jsonl"
+    stopped(train_dpo, flags("train_dpo", **KEPT), after=2)
+    resumed = flags("train_dpo", "--resume")
+    data = tmp_path / "pairs"
     original = data.read_bytes()
 
     data.write_bytes(original.replace(b"No 0", b"No 9"))
@@ -439,22 +368,12 @@ def test_another_start_data_or_tokenizer_is_refused(flags, tmp_path, start, toke
     assert (folder / "model.pt").exists()
 
 
-def test_a_moved_run_folder_can_be_resumed(flags, tmp_path):
-    """Nothing in a checkpoint depends on its path."""
-    train(train_sft, [*flags("train_sft"), "--out", str(tmp_path / "whole")], ALONE)
-    stopped(train_sft, flags("train_sft"), tmp_path / "run", after=3)
-    (tmp_path / "run").rename(tmp_path / "moved")
-    train_sft.main([*flags("train_sft"), "--out", str(tmp_path / "moved"), "--resume"])
-    same = [(tmp_path / name / "model.pt").read_bytes() for name in ("moved", "whole")]
-    assert same[0] == same[1]
-
-
 @pytest.mark.slow
 def test_another_number_of_ranks_must_be_named_and_changes_only_rounding(flags, tmp_path):
     """A window contains the records of all ranks, so only the rounding of sums changes."""
-    train(train_sft, [*flags("train_sft"), "--out", str(tmp_path / "whole")], ALONE)
-    stopped(train_sft, flags("train_sft"), tmp_path / "run", after=3)
-    arguments = [*flags("train_sft"), "--out", str(tmp_path / "run"), "--resume"]
+    train(train_sft, flags("train_sft", out="whole"), ALONE)
+    stopped(train_sft, flags("train_sft", **KEPT), after=3)
+    arguments = flags("train_sft", "--resume")
     result = forked("train_sft", *arguments, ranks=2)
     assert result.returncode != 0 and "was started with ranks 1, now 2" in result.stderr
     result = forked("train_sft", *arguments, "--override", "ranks", ranks=2)

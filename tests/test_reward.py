@@ -1,7 +1,4 @@
-"""The reward model: what it reads, what its loss is, and how it trains.
-
-    python -m pytest tests/test_reward.py
-"""
+"""The reward model: what it reads, what its loss is, and how it trains."""
 
 import json
 import math
@@ -14,14 +11,15 @@ import train_reward
 from dataset.packing import LAYOUTS, Windows, build_stream
 from dataset.store import open_store
 from errors import InputError
-from losses import bradley_terry_loss, reward_metrics
+from losses import bradley_terry_loss
 from model.reward import RewardModel
 from model.stream import sides
 from model.transformer import Transformer
 from model.weights import load_model, save_model
-from tests.conftest import MODEL_OPTIONS, RAGGED, as_record, make_model, plain_hidden, plain_ids
+from tests.conftest import MODEL_OPTIONS, RAGGED, as_record, make_model, plain_hidden, plain_ids, save_folder
 from tests.loops import metrics, record_gradients, weights
 from tests.ranks import forked
+from tests.runs import assert_close
 from training.distributed import World
 from training.evaluate import score_pairs
 from training.precision import Precision
@@ -50,11 +48,7 @@ def pairs(tokenizer, ragged):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("option", MODEL_OPTIONS)
 def test_rewards_equal_brute_force(option, layout, tokenizer, pairs):
-    """Read one token off, at the end of the prompt or of the other side, a reward still learns something.
-
-    So each pair of the raw file goes alone through a model that is written out in another way, and the state
-    after its last token, the end token, meets the head.
-    """
+    """Read one token off, at the end of the prompt or of the other side, a reward still learns something."""
     model = make_reward_model(tokenizer.vocab_size, **MODEL_OPTIONS[option])
     with torch.no_grad():
         got = torch.stack(sides(model(build_stream(pairs, range(len(pairs)), layout))), dim=1)
@@ -88,37 +82,14 @@ def test_last_tokens_are_end_tokens(layout, tokenizer, pairs):
     assert build_stream(pairs, [], layout).last_tokens().tolist() == []
 
 
-def test_last_tokens_of_conversations(tokenizer, write_jsonl):
-    rows = [{"prompt": "Hi", "response": "Hello"}, {"prompt": "1", "response": "2 3"}]
-    store = open_store(write_jsonl("chats.jsonl", rows), "conversations", tokenizer, 512)
-    stream = build_stream(store, [0, 1])
-    ends = [int(stream.predictors[stream.owners == response].max()) + 1 for response in (0, 1)]
-    assert stream.last_tokens().tolist() == ends and (stream.tokens[ends] == tokenizer.end_id).all()
-
-
-@pytest.mark.parametrize("option", ["all", "experts"])
-def test_forked_equals_twin(option, tokenizer, pairs):
-    """Values and gradients: a prompt that is computed once must learn from both sides."""
-    model = make_reward_model(tokenizer.vocab_size, **MODEL_OPTIONS[option])
-    results = []
-    for layout in LAYOUTS:
-        rewards = model(build_stream(pairs, range(len(pairs)), layout))
-        loss = bradley_terry_loss(*sides(rewards)).mean()
-        results.append((rewards, torch.autograd.grad(loss, list(model.parameters()))))
-    (forked, forked_gradients), (twin, twin_gradients) = results
-    torch.testing.assert_close(forked, twin, rtol=0, atol=1e-10)
-    for a, b in zip(forked_gradients, twin_gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_fresh_reward_model_is_the_language_models_body(tied, tokenizer, pairs):
-    """All weights but the vocabulary matrix, which no gradient would reach; all answers worth 0 at first."""
+    """All weights, not copied, but the vocabulary matrix, which no gradient would reach; all rewards 0."""
     language = make_model(tokenizer.vocab_size, tie_word_embeddings=tied)
     model = RewardModel.from_language_model(language)
     body = {name: value for name, value in language.state_dict().items() if name != "lm_head.weight"}
     assert set(model.state_dict()) == {*body, "score.weight"}
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in body.items())
+    assert all(model.state_dict()[name].data_ptr() == value.data_ptr() for name, value in body.items())
     stream = build_stream(pairs, [0, 1])
     rewards = model(stream)
     assert rewards.dtype == torch.float64 and not rewards.any()
@@ -182,42 +153,6 @@ def test_loss_is_finite_at_the_extremes():
     assert losses.tolist() == [1e4, pytest.approx(math.log(2)), 0] and d.grad.tolist() == [-1, -0.5, 0]
 
 
-def test_gradient_identity(tokenizer, pairs):
-    """grad L = -mean of sigmoid(r_l - r_w) (grad r_w - grad r_l), through the whole model."""
-    model = make_reward_model(tokenizer.vocab_size)
-    parameters = list(model.parameters())
-    chosen, rejected = sides(model(build_stream(pairs, range(len(pairs)))))
-    loss = bradley_terry_loss(chosen, rejected).mean()
-    pull = (rejected - chosen).detach().sigmoid()
-    assert pull.min() < 0.4 and pull.max() > 0.6  # The pairs differ.
-    got = torch.autograd.grad(loss, parameters, retain_graph=True)
-    expected = torch.autograd.grad(-(pull * (chosen - rejected)).mean(), parameters)
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
-
-
-def test_swapped_sides_swap_their_rewards(tokenizer, write_jsonl):
-    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in RECORDS]
-    model = make_reward_model(tokenizer.vocab_size)
-    results = []
-    for name, rows in (("as_is.jsonl", RECORDS), ("swapped.jsonl", swapped)):
-        store = open_store(write_jsonl(name, rows), "preferences", tokenizer, 512)
-        with torch.no_grad():
-            results.append(sides(model(build_stream(store, range(len(store))))))
-    torch.testing.assert_close(results[0], results[1][::-1], rtol=0, atol=1e-12)
-
-
-def test_a_tie_is_half_right():
-    numbers = torch.tensor([[1.0, 2.0, 3.0], [0.0, 2.0, 5.0]])
-    assert reward_metrics(torch.tensor([1.0, 2.0, 4.0]), *numbers) == {
-        "loss": 7,
-        "rewards/chosen": 6,
-        "rewards/rejected": 7,
-        "rewards/accuracies": 1.5,
-        "rewards/margins": -1,
-    }
-
-
 # ---- The loop
 
 
@@ -225,8 +160,7 @@ def test_a_tie_is_half_right():
 def start(tmp_path, tokenizer):
     """A folder with a tiny random language model, its head not tied, and its tokenizer."""
     model = make_model(tokenizer.vocab_size, torch.float32, hidden_size=32, tie_word_embeddings=False)
-    save_model(tmp_path / "start", model)
-    tokenizer.save(tmp_path / "start")
+    save_folder(tmp_path / "start", tokenizer, model)
     return tmp_path / "start"
 
 
@@ -247,12 +181,6 @@ def trained(start, arguments):
     """A folder with a reward model whose head is not zeros."""
     train_reward.main(arguments("--batch-size", 3, "--epochs", 2))
     return start.parent / "reward"
-
-
-def assert_close(got, want, tolerance=2e-5):
-    for got_step, want_step in zip(got, want, strict=True):
-        for a, b in zip(got_step, want_step, strict=True):
-            assert (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-3)
 
 
 def steps_of(flags) -> list:
@@ -295,8 +223,9 @@ def test_two_ranks_equal_one_process(start, arguments):
             assert other.get(name, 0) == pytest.approx(one.get(name, 0), rel=1e-3, abs=1e-5)
 
 
-def test_starts_at_ln_2_with_ties_and_saves_what_it_trained(start, arguments):
-    train_reward.main(arguments("--epochs", 40, "--batch-size", 7, "--lr", 3e-3))
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_starts_at_ln_2_with_ties_and_saves_what_it_trained(precision, start, arguments):
+    train_reward.main(arguments("--epochs", 40, "--batch-size", 7, "--lr", 3e-3, "--precision", precision))
     rows = metrics(start.parent / "reward")
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert rows[0]["rewards/accuracies"] == 0.5 and rows[0]["rewards/margins"] == 0
@@ -307,18 +236,11 @@ def test_starts_at_ln_2_with_ties_and_saves_what_it_trained(start, arguments):
     assert all(not torch.equal(saved[name], before[name]) for name in saved if name != "score.weight")
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_reduced_precision_learns_too(precision, start, arguments):
-    train_reward.main(arguments("--epochs", 20, "--batch-size", 7, "--lr", 3e-3, "--precision", precision))
-    assert metrics(start.parent / "reward")[-1]["loss"] < 0.3
-
-
 def test_learns_the_bundled_preferences(tmp_path):
     """From random weights, a few steps are enough to tell manners apart in pairs that it never saw."""
     torch.manual_seed(0)
     tokenizer = train_reward.ChatTokenizer(SAMPLE / "tokenizer.json")
-    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32, spread=0, hidden_size=64))
-    tokenizer.save(tmp_path / "start")
+    save_folder(tmp_path / "start", tokenizer, spread=0, hidden_size=64)
     folders = ["--model", str(tmp_path / "start"), "--out", str(tmp_path / "out")]
     how = ["--max-steps", "40", "--lr", "3e-3", "--device", "cpu", "--precision", "fp32"]
     train_reward.main([*folders, *how])

@@ -1,11 +1,9 @@
-"""Scores of a reward model in a file of pairs: eval/score.py.
-
-    python -m pytest tests/test_score.py
-"""
+"""Scores of a reward model in a file of pairs: eval/score.py."""
 
 import gzip
 import json
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch.nn.functional as F
@@ -13,22 +11,19 @@ import torch.nn.functional as F
 import files
 import train_reward
 from dataset.records import read_preferences
-from errors import InputError, run_script
+from errors import InputError
 from eval import score
 from model.reward import RewardModel
-from model.weights import load_model, save_model
-from tests.conftest import RAGGED, as_record, make_model, plain_hidden, plain_ids
+from model.weights import load_model
+from tests.conftest import RAGGED, as_record, make_model, plain_hidden, plain_ids, save_folder
 from tests.ranks import forked
 from tests.test_reward import make_reward_model
-from training.settings import parse
 
 
 @pytest.fixture
 def reward_folder(tmp_path, tokenizer):
     """A folder with a reward model whose head is not zeros."""
-    save_model(tmp_path / "reward", make_reward_model(tokenizer.vocab_size).float())
-    tokenizer.save(tmp_path / "reward")
-    return tmp_path / "reward"
+    return save_folder(tmp_path / "reward", tokenizer, make_reward_model(tokenizer.vocab_size).float())
 
 
 def run_score(model, source, out, *more) -> list[dict]:
@@ -120,57 +115,19 @@ def test_a_failed_write_leaves_the_old_file(reward_folder, ragged, tmp_path, mon
     assert out.read_text() == "as it was" and not list(tmp_path.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("flags, reason", [
-    (["--data", "x.jsonl"], "give --data, the pairs to score, and --out"),
-    (["--out", "x.jsonl"], "give --data, the pairs to score, and --out"),
-    (["--data", "x.jsonl", "--out", "x.json"], r"--out x\.json: the name must end in \.jsonl"),
-    (["--data", "x.jsonl", "--out", "y.jsonl", "--micro-batch-tokens", "0"], "--micro-batch-tokens must"),
+@pytest.mark.parametrize("kind, config, length, reason", [
+    ("language", {}, 65, "contains a language model, not a reward model"),
+    ("reward", {"vocab_size": 319}, 65, "the tokenizer has 320 ids"),
+    ("reward", {"sliding_window": 64}, 65, "65 tokens do not fit into the model's sliding window of 64"),
+    ("reward", {"sliding_window": 64}, 64, ""),
 ])  # fmt: skip
-def test_incomplete_requests_are_refused(flags, reason):
-    with pytest.raises(InputError, match=reason):
-        score.main(flags)
-
-
-def test_a_language_model_cannot_score(tokenizer, ragged, tmp_path):
-    save_model(tmp_path / "language", make_model(tokenizer.vocab_size).float())
-    tokenizer.save(tmp_path / "language")
-    with pytest.raises(InputError, match="contains a language model, not a reward model"):
-        run_score(tmp_path / "language", ragged, tmp_path / "out.jsonl")
-
-
-@pytest.mark.parametrize("config, length, reason", [
-    ({"sliding_window": 64}, 65, "65 tokens do not fit into the model's sliding window of 64"),
-    ({"sliding_window": 64}, 64, ""),
-    ({}, 65, ""),
-])  # fmt: skip
-def test_lengths_beyond_the_sliding_window_are_refused(config, length, reason, tokenizer, ragged, tmp_path):
-    """Beyond its window a model attends differently; scores with full attention would look plausible."""
-    save_model(tmp_path / "windowed", make_reward_model(tokenizer.vocab_size, **config).float())
-    tokenizer.save(tmp_path / "windowed")
-    try:
-        run_score(tmp_path / "windowed", ragged, tmp_path / "out.jsonl", "--max-length", length)
-    except InputError as error:
-        assert reason and reason in str(error)
-    else:
-        assert not reason
-
-
-def test_a_tokenizer_with_too_many_ids_is_refused(tokenizer, ragged, tmp_path):
-    """Ids without an embedding crash in the middle of a file, or on a GPU read other memory."""
-    save_model(tmp_path / "small", make_reward_model(tokenizer.vocab_size - 1).float())
-    tokenizer.save(tmp_path / "small")
-    with pytest.raises(InputError, match="the tokenizer has 320 ids"):
-        run_score(tmp_path / "small", ragged, tmp_path / "out.jsonl")
-
-
-def test_help_is_complete_and_bad_usage_is_one_line(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        parse(score.Settings, "", ["--help"])
-    assert stopped.value.code == 0 and "--max-length" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stopped:
-        run_script(lambda: score.main(["--model", "/nowhere", "--data", "x.jsonl", "--out", "y.jsonl"]))
-    printed = capsys.readouterr()
-    assert stopped.value.code == 2 and printed.err.count("\n") == 1 and "/nowhere" in printed.err
+def test_models_that_cannot_score_are_refused(kind, config, length, reason, tokenizer, ragged, tmp_path):
+    """Ids without an embedding, or full attention beyond a window: the scores would look plausible."""
+    make = make_reward_model if kind == "reward" else make_model
+    model = make(**{"vocab_size": tokenizer.vocab_size, **config}).float()
+    save_folder(tmp_path / "model", tokenizer, model)
+    with pytest.raises(InputError, match=reason) if reason else nullcontext():
+        run_score(tmp_path / "model", ragged, tmp_path / "out.jsonl", "--max-length", length)
 
 
 def test_the_old_flag_names_the_new_command():

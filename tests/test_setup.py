@@ -3,32 +3,27 @@
 import json
 
 import pytest
-import torch
 
 import train_dpo
 import train_sft
 from dataset.store import open_store
 from errors import InputError
-from model.weights import save_model
-from tests.conftest import RAGGED, as_record, make_model
 from tests.loops import metrics
+from tests.runs import run_flags
 from training.settings import SAMPLE
 from training.setup import held_out_path
 
 HELD_OUT = str(SAMPLE / "heldout.jsonl")
 
 
-@pytest.mark.parametrize(
-    "settings, path",
-    [
-        ({}, HELD_OUT),
-        ({"data": "pairs.jsonl"}, ""),
-        ({"data": "pairs.jsonl", "eval_data": "mine.jsonl"}, "mine.jsonl"),
-        ({"eval_data": ""}, ""),
-        ({"eval_share": 0.1}, ""),
-        ({"data": "pairs.jsonl", "eval_share": 0.1}, ""),
-    ],
-)
+@pytest.mark.parametrize("settings, path", [
+    ({}, HELD_OUT),
+    ({"data": "pairs.jsonl"}, ""),
+    ({"data": "pairs.jsonl", "eval_data": "mine.jsonl"}, "mine.jsonl"),
+    ({"eval_data": ""}, ""),
+    ({"eval_share": 0.1}, ""),
+    ({"data": "pairs.jsonl", "eval_share": 0.1}, ""),
+])  # fmt: skip
 def test_the_bundled_held_out_pairs_are_for_the_bundled_pairs(settings, path):
     """Beside a user's own data they would show held-out figures of another task."""
     assert held_out_path(train_dpo.Settings(**settings)) == path
@@ -41,18 +36,14 @@ def test_held_out_data_is_named_once():
 
 
 @pytest.fixture
-def run(tmp_path, tokenizer, write_jsonl):
-    """Run train_dpo on the ragged pairs with these flags; return the run folder."""
-    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32, spread=0.1))
-    tokenizer.save(tmp_path / "start")
-    data = write_jsonl("pairs.jsonl", [as_record(pair) for pair in RAGGED])
+def run(tmp_path, tokenizer):
+    """Run train_dpo on the ten pairs with these flags; return the run folder."""
+    shape = {"spread": 0.1}
+    made = run_flags(tmp_path, tokenizer, shape=shape, eval_data="auto", batch_size=2, log_every=1)
 
-    def call(*flags: str, out: str = "run"):
-        train_dpo.main([
-            *("--model", str(tmp_path / "start"), "--data", str(data), "--out", str(tmp_path / out)),
-            *("--batch-size", "2", "--log-every", "1", "--device", "cpu", "--precision", "fp32", *flags),
-        ])  # fmt: skip
-        return tmp_path / out
+    def call(*flags: str):
+        train_dpo.main([*made(tmp_path / "run"), *flags])
+        return tmp_path / "run"
 
     return call
 
@@ -60,7 +51,7 @@ def run(tmp_path, tokenizer, write_jsonl):
 def test_a_share_of_the_prompts_is_held_out_and_not_trained_on(run, tmp_path, tokenizer):
     """The steps are those of the other part alone, and the evaluation is that of the share."""
     folder = run("--eval-share", "0.4")
-    store = open_store(tmp_path / "pairs.jsonl", "preferences", tokenizer, 4096)
+    store = open_store(tmp_path / "pairs", "preferences", tokenizer, 4096)
     train, held_out = store.split(0.4)
     assert 0 < len(held_out) < len(store) == len(train) + len(held_out)
     rows = metrics(folder)
@@ -79,6 +70,6 @@ def test_a_run_describes_itself(run, capsys):
     folder = run("--beta", "0.3")
     printed = capsys.readouterr().out
     assert "cpu, fp32 (--precision); " in printed and " parameters; DPO, --loss sigmoid, beta 0.3" in printed
-    assert "7 of 7 records" in printed and "4 steps, 4 per epoch, of 2 records" in printed
+    assert "10 of 10 records" in printed and "5 steps, 5 per epoch, of 2 records" in printed
     assert f"saved in {folder}" in printed
     assert json.loads((folder / "config.json").read_text())["run"]["micro_batch_tokens"] > 0

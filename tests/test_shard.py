@@ -1,14 +1,10 @@
-"""--shard: weights, gradients and moments split among ranks train the same model, and are saved and resumed.
-
-python -m pytest tests/test_shard.py -m ""
-"""
+"""--shard: weights, gradients and moments split among ranks; the same model, saved and resumed."""
 
 import json
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 
@@ -25,19 +21,17 @@ import train_reward
 import train_sft
 from errors import InputError
 from files import file_hash
-from model.weights import save_model
-from tests.conftest import make_model
+from tests.conftest import save_folder
 from tests.faults import digest, timeless, train
 from tests.loops import ROOT, metrics, torchrun, weights
-from tests.ranks import forked
+from tests.ranks import forked, free_port
+from tests.runs import ALONE, run_flags, same_model
 from tests.test_faults import faulty
-from tests.test_loops import CHATS, PAIRS, command_line
 from tests.test_weights import Evil
 from training.checkpoint import checkpoints, load_checkpoint, newest_valid, remove, save_checkpoint, step_of
 from training.distributed import World
 from training.sharded import METADATA, STATE, Reader, place_tensors
 
-ALONE = World(0, 1, torch.device("cpu"))
 SCRIPTS = {"train_dpo": train_dpo, "train_reward": train_reward, "train_sft": train_sft}
 
 
@@ -45,24 +39,17 @@ SCRIPTS = {"train_dpo": train_dpo, "train_reward": train_reward, "train_sft": tr
 def flags(tmp_path_factory, tokenizer):
     """Flags of a short, uneven run: windows of 3 over 2 ranks, one by one; in the last a rank has none."""
     folder = tmp_path_factory.mktemp("shard")
-    shapes = {"start": {}, "untied": {"tie_word_embeddings": False}, "experts": {"num_experts": 3}}
-    for name, shape in shapes.items():
-        save_model(folder / name, make_model(tokenizer.vocab_size, torch.float32, **shape))
-        tokenizer.save(folder / name)
-    for name, rows in (("pairs", PAIRS), ("chats", CHATS)):
-        (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    save_folder(folder / "untied", tokenizer, tie_word_embeddings=False)
+    save_folder(folder / "experts", tokenizer, num_experts=3)
+    made = run_flags(
+        folder, tokenizer, eval_data=True, batch_size=3, micro_batch_tokens=1, epochs=1, warmup_steps=2,
+        log_every=1, eval_every=2,
+    )  # fmt: skip
 
     def of(out, script="train_dpo", start="start", **changes) -> list[str]:
-        data = folder / ("chats" if script == "train_sft" else "pairs")
-        settings = {
-            "model": folder / start, "data": data, "eval_data": data, "batch_size": 3,
-            "micro_batch_tokens": 1, "epochs": 1,
-            "lr": 1e-3, "warmup_steps": 2, "log_every": 1, "eval_every": 2, "device": "cpu",
-            "precision": "fp32", **changes,
-        }  # fmt: skip
         if script == "train_sft":
-            settings["tokenizer"] = folder / "start" / "tokenizer.json"  # of a fresh model
-        return command_line(out=out, **settings)
+            changes = {"data": "chats", "tokenizer": folder / "start" / "tokenizer.json", **changes}
+        return made(out, **{"model": folder / start, **changes})
 
     return of
 
@@ -125,9 +112,7 @@ def furthest(folder, other) -> dict[str, float]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_split_model_trains_like_copies_and_like_one_process(case, together, flags, tmp_path, monkeypatch):
-    """One step away from the others is: a gradient that was summed and not averaged, or exchanged too often
-    or too seldom; a rank that runs fewer forwards than another waits for ever.
-    """
+    """A gradient that is summed and not averaged, or exchanged too often or too seldom, is one step away."""
     script, changes = CASES[case]
     monkeypatch.setattr(model.transformer, "MAX_LOGITS", LOGITS.get(case, 2**25))
     train(SCRIPTS[script], flags(tmp_path, script, **changes), ALONE)
@@ -151,9 +136,7 @@ def test_each_rank_holds_its_part_alone(rank, together):
 
 @pytest.mark.parametrize("case", ["dpo", "sft", "fresh", "reward", "experts", "adapters", "cached-reference"])
 def test_one_rank_alone_loads_the_model(case, together):
-    """Eight ranks that each load 70B for a while need a machine that nobody has. The others never hold more
-    than the parts that they keep, a weight that is on its way, and the one before it.
-    """
+    """The others hold at most the parts that they keep, a weight on its way, and the one before it."""
     files = [together / f"{case}-split-{rank}.json" for rank in (0, 1)]
     main, other = (json.loads(file.read_text()) for file in files)
     sizes = sorted(value.nbytes for value in weights(together / f"{case}-split").values())
@@ -165,8 +148,7 @@ def test_alone_there_is_nothing_to_split(flags, tmp_path):
     """One process with --shard is the run without, to the bit."""
     for name, split in (("plain", {}), ("split", {"shard": True})):
         train(train_dpo, flags(tmp_path / name, save_every=2, **split), ALONE)
-    same = [(tmp_path / name / "model.pt").read_bytes() for name in ("plain", "split")]
-    assert same[0] == same[1]
+    assert same_model(tmp_path / "plain", tmp_path / "split")
     assert [path.suffix for path in checkpoints(tmp_path / "split" / "checkpoints")] == [".pt", ".pt"]
 
 
@@ -217,17 +199,15 @@ def test_from_copies_to_parts_and_back(saved, flags, tmp_path):
     copied(tmp_path / "alone", tmp_path / "from-alone")
     copied(saved / "whole", tmp_path / "from-split")
     jobs = []
-    for name, how in (
-        ("from-alone", {"shard": True, "override": "ranks,shard"}),
-        ("from-split", {"override": "shard"}),
-    ):
+    hows = {"from-alone": {"shard": True, "override": "ranks,shard"}, "from-split": {"override": "shard"}}
+    for name, how in hows.items():
         arguments = flags(tmp_path / name, resume=True, **how)
         jobs.append({"script": "train_dpo", "held": str(tmp_path / name), "arguments": arguments})
     (tmp_path / "jobs").write_text(json.dumps(jobs))
     result = forked("tests.shards", tmp_path / "jobs", ranks=2, seconds=200)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("continuing after step 2") == 2
-    for name in ("from-alone", "from-split"):
+    for name in hows:
         found = furthest(tmp_path / name, saved / "whole")
         assert max(found.values()) <= 1e-5, found
 
@@ -239,7 +219,7 @@ def test_a_rank_that_is_killed_comes_back_to_the_same_bits(saved, flags, tmp_pat
     result = torchrun(2, "-m", *faulty("SIGKILL", 1, 2), *arguments, restarts=1)
     assert result.returncode == 0, result.stderr
     assert "continuing after step 2" in result.stdout
-    assert (tmp_path / "model.pt").read_bytes() == (saved / "whole" / "model.pt").read_bytes()
+    assert same_model(tmp_path, saved / "whole")
     assert timeless(metrics(tmp_path)) == timeless(metrics(saved / "whole"))
 
 
@@ -269,7 +249,7 @@ def world(tmp_path):
     """A process group of one rank, whose tensors are split in one part."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield World(0, 1, torch.device("cpu"))
+        yield ALONE
     finally:
         dist.destroy_process_group()
 
@@ -358,15 +338,12 @@ def elsewhere(path):
 RAW = b"cos\nsystem\n(S'touch PWNED'\ntR."  # a pickle by hand, as DCP's .metadata is one
 
 
-@pytest.mark.parametrize(
-    "write, reason",
-    [
-        pytest.param(lambda path: torch.save(Evil(), path), "not a checkpoint", id="evil"),
-        pytest.param(lambda path: path.write_bytes(RAW), "not a checkpoint", id="raw"),
-        pytest.param(with_bytes_for_a_tensor, "not a checkpoint", id="bytes"),
-        pytest.param(elsewhere, "outside is not a file of this checkpoint", id="elsewhere"),
-    ],
-)
+@pytest.mark.parametrize("write, reason", [
+    pytest.param(lambda path: torch.save(Evil(), path), "not a checkpoint", id="evil"),
+    pytest.param(lambda path: path.write_bytes(RAW), "not a checkpoint", id="raw"),
+    pytest.param(with_bytes_for_a_tensor, "not a checkpoint", id="bytes"),
+    pytest.param(elsewhere, "outside is not a file of this checkpoint", id="elsewhere"),
+])  # fmt: skip
 def test_hostile_metadata_run_nothing(write, reason, folder, world, tmp_path, monkeypatch):
     """DCP's own reader unpickles its metadata, and what they call bytes."""
     monkeypatch.chdir(tmp_path)
@@ -462,25 +439,13 @@ def test_an_end_at_any_moment_leaves_a_whole_checkpoint(error, folder, world, tm
     assert at >= 7 and step == 3
 
 
-def test_a_half_written_checkpoint_is_cleared_away(flags, tmp_path):
-    """What a killed run left unfinished is no checkpoint, and does not fill the disk for ever."""
-    half = tmp_path / "checkpoints" / "00000003-{sha256}.shards.tmp"
-    half.mkdir(parents=True)
-    (half / "__0_0.distcp").write_text("half")
-    train(train_dpo, flags(tmp_path, resume=True), ALONE)
-    assert not half.exists() and (tmp_path / "model.pt").exists()
-
-
 # ---- several nodes
 
 
 def test_two_nodes_train_like_one(together, flags, tmp_path):
     """Two agents of torchrun that find each other by a rendezvous, one rank each: the same weights."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
-    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}", "--rdzv-id=test"]
     command += ["--local-addr=localhost", "train_dpo.py", *flags(tmp_path, shard=True, save_every=2)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     how = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "text": True}
@@ -492,6 +457,5 @@ def test_two_nodes_train_like_one(together, flags, tmp_path):
             if node.poll() is None:
                 os.killpg(node.pid, signal.SIGKILL)
     assert [node.returncode for node in nodes] == [0, 0], said
-    same = [(path / "model.pt").read_bytes() for path in (tmp_path, together / "dpo-split")]
-    assert same[0] == same[1]
+    assert same_model(tmp_path, together / "dpo-split")
     assert timeless(metrics(tmp_path)) == timeless(metrics(together / "dpo-split"))

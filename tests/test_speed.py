@@ -1,7 +1,4 @@
-"""Options that save time or memory change no result: chunks of the vocabulary, recomputed layers, precision.
-
-python -m pytest tests/test_speed.py
-"""
+"""Options that save time or memory change no result: vocabulary chunks, recomputation, precision."""
 
 import shutil
 import subprocess
@@ -21,8 +18,8 @@ from errors import InputError
 from model import transformer
 from model.moe import router_loss
 from model.transformer import compile_layers
-from model.weights import load_model, save_model
-from tests.conftest import MODEL_OPTIONS, ROOT, make_model
+from model.weights import load_model
+from tests.conftest import MODEL_OPTIONS, ROOT, make_model, save_folder
 from tests.loops import weights
 from training import setup
 from training.precision import Precision
@@ -214,13 +211,12 @@ def test_experts_are_not_compiled():
 
 @pytest.mark.parametrize(
     "flags",
-    ["--layout twin", "--checkpoint-activations", "--reference cached", "chunks", "--micro-batch-tokens 200",
+    ["--layout twin", "--checkpoint-activations", "chunks", "--micro-batch-tokens 200",
      pytest.param("--compile --micro-batch-tokens 200", marks=[pytest.mark.slow, COMPILER])],
 )  # fmt: skip
 def test_twenty_steps_are_the_same(flags, ragged, tokenizer, tmp_path, monkeypatch):
-    """Layouts, chunks, recomputation, cached reference, micro-batches: weights to 1e-9 in float64."""
-    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32))
-    tokenizer.save(tmp_path / "start")
+    """Layouts, chunks, recomputation, micro-batches: weights to 1e-9 in float64."""
+    save_folder(tmp_path / "start", tokenizer)
     monkeypatch.setattr(setup, "load_model", lambda *arguments: load_model(*arguments).double())
     common = [
         *f"--model {tmp_path / 'start'} --data {ragged} --batch-size 7 --epochs 20 --lr 1e-3".split(),
@@ -241,8 +237,7 @@ def test_twenty_steps_are_the_same(flags, ragged, tokenizer, tmp_path, monkeypat
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_matmul_precision_reaches_torch(script, ragged, tokenizer, tmp_path, monkeypatch):
     """The flag sets torch's precision, and a later run does not inherit it."""
-    save_model(tmp_path / "start", make_model(tokenizer.vocab_size, torch.float32))
-    tokenizer.save(tmp_path / "start")
+    save_folder(tmp_path / "start", tokenizer)
     seen = []
     module = SCRIPTS[script]
     mean = module.Meter.mean

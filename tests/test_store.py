@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from dataset import store as module
 from dataset.packing import Windows, build_stream, deal, share, stream_lengths
@@ -22,7 +21,7 @@ from dataset.records import DataError
 from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError
-from tests.conftest import RAGGED, ROOT, as_record, plain_ids, turns
+from tests.conftest import RAGGED, ROOT, as_record, plain_ids, run_python, turns
 
 
 def contents(store: TokenStore) -> list:
@@ -197,10 +196,7 @@ def test_a_split_with_an_empty_side_is_refused(tokenizer, write_jsonl):
 
 
 def test_length_limit_keeps_whole_pairs_or_none(tokenizer, write_jsonl):
-    """A response cut at the limit loses its end token, and a pair cut to nothing trains on nothing, silently.
-
-    So the limit is swept over one pair: it is kept if and only if prompt and longer response fit whole.
-    """
+    """A response cut at the limit loses its end token, and a pair cut to nothing trains on nothing."""
     pair = RAGGED[0]
     path = write_jsonl("pair.jsonl", [as_record(pair)])
     prompt, chosen = plain_ids(tokenizer, pair[0], pair[1])
@@ -238,10 +234,8 @@ def test_dropped_records_are_counted_with_their_lines(tokenizer, write_jsonl):
 
 
 HUGE = """
-import resource, sys
 from dataset import store
 from dataset.tokenizer import ChatTokenizer
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 data, tokenizer = sys.argv[1], ChatTokenizer(sys.argv[2])
 before = peak()
 opened = store.open_store(data, "preferences", tokenizer, 512)
@@ -254,9 +248,7 @@ def test_a_line_that_is_far_too_long_takes_little_memory(tokenizer, tokenizer_fi
     huge = "word " * 600_000
     rows = [{"prompt": "a", "chosen": chosen, "rejected": "b"} for chosen in ("c", huge)]
     path = write_jsonl("huge.jsonl", rows)
-    command = [sys.executable, "-c", HUGE, str(path), str(tokenizer_file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=100)
-    kept, *dropped, longest, grown = done.stdout.split()
+    kept, *dropped, longest, grown = run_python(HUGE, path, tokenizer_file).split()
     assert (kept, " ".join(dropped)) == ("1", "{'too long': [2]}") and int(grown) < 60, f"{grown} MiB"
     exact = len(tokenizer.prompt(turns("a"))) + len(tokenizer.response("word " * 60_000)) * 10
     assert 0.99 < int(longest) / exact < 1.01
@@ -329,14 +321,6 @@ def test_nothing_left_to_train_on(tokenizer, tmp_path, write_jsonl):
 
 
 # ---- The cache
-
-
-def test_a_second_open_tokenises_nothing(tokenizer, ragged, own_cache, monkeypatch):
-    """Every rank, restart and later run maps the arrays of the first."""
-    first = open_store(ragged, "preferences", tokenizer, 512)
-    monkeypatch.setattr(module, "encode", lambda *arguments: pytest.fail("tokenised twice"))
-    assert contents(open_store(ragged, "preferences", tokenizer, 512)) == contents(first)
-    assert len(list(own_cache.iterdir())) == 1
 
 
 def test_whatever_changes_the_arrays_changes_the_cache(tokenizer, other_tokenizer, ragged, own_cache):
@@ -420,11 +404,12 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tokenizer, ragged, own_
 
 
 def test_the_lookup_lists_the_cache(tokenizer, ragged, own_cache, monkeypatch):
-    """NFS may cache for a minute that a name is missing; a listing of the cache folder is current."""
+    """Every rank, restart and later run maps the arrays of the first, also while NFS misses the name."""
     first = open_store(ragged, "preferences", tokenizer, 512)
     monkeypatch.setattr(Path, "is_dir", lambda path: False)
     monkeypatch.setattr(module, "encode", lambda *arguments: pytest.fail("tokenised twice"))
     assert contents(open_store(ragged, "preferences", tokenizer, 512)) == contents(first)
+    assert len(list(own_cache.iterdir())) == 1
 
 
 def test_the_slower_process_takes_the_folder_of_the_faster_one(tokenizer, ragged, own_cache, monkeypatch):
@@ -544,10 +529,8 @@ def test_what_happens_to_a_file_later_does_not_matter(tokenizer, ragged, own_cac
 
 
 BIG = """
-import resource, sys
 from dataset import store
 from dataset.tokenizer import ChatTokenizer
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 path, tokenizer = sys.argv[1:]
 # The real tokenizer would take an hour; what must not hold on to the records is all the rest.
 store.encode = lambda record, tokenizer: [([1] * 300, [False] * 300), ([2] * 9, [True] * 9), ([3], [True])]
@@ -566,54 +549,9 @@ def test_a_file_of_a_gibibyte_is_read_in_bounded_memory(tokenizer_file, tmp_path
             number += 1
             row = {"prompt": f"{number}? " * 200, "chosen": "yes " * 100, "rejected": "no " * 100}
             file.write(json.dumps(row) + "\n")
-    process = [sys.executable, "-c", BIG, str(path), str(tokenizer_file)]
-    done = subprocess.run(process, cwd=ROOT, capture_output=True, text=True, check=True, timeout=1000)
-    kept, total, tokens, grown = map(int, done.stdout.split())
+    kept, total, tokens, grown = map(int, run_python(BIG, path, tokenizer_file, seconds=1000).split())
     assert kept == total == number and tokens == 310 * number
     assert grown < 100, f"{grown} MiB for {number} records"
-
-
-BUILDER = """
-import sys, time
-from pathlib import Path
-from dataset import store
-from dataset.tokenizer import ChatTokenizer
-
-data, tokenizer, meeting, me = sys.argv[1:]
-encode = store.encode
-
-def meet(*arguments):
-    "Go on when the other process is building as well."
-    Path(meeting, me).touch()
-    deadline = time.monotonic() + 30
-    while len(list(Path(meeting).iterdir())) < 2:
-        assert time.monotonic() < deadline, "the other process never came"
-        time.sleep(0.005)
-    return encode(*arguments)
-
-store.encode = meet
-opened = store.open_store(data, "preferences", ChatTokenizer(tokenizer), 512)
-print([[ids.tolist() for ids, _ in opened.row(i)] for i in range(len(opened))], opened.lines.tolist())
-"""
-
-
-def test_two_processes_may_build_at_once(tokenizer, tokenizer_file, ragged, own_cache, tmp_path):
-    """Ranks, or two runs on one machine, open a new file in the same second; the slower one must not fail."""
-    meeting = tmp_path / "meeting"
-    meeting.mkdir()
-    command = [sys.executable, "-c", BUILDER, str(ragged), str(tokenizer_file), str(meeting)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    processes = [subprocess.Popen([*command, me], cwd=ROOT, **pipes) for me in "ab"]
-    try:
-        results = [process.communicate(timeout=60) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), results
-    store = open_store(ragged, "preferences", tokenizer, 512)
-    rows = [[ids.tolist() for ids, _ in store.row(i)] for i in range(len(store))]
-    assert [out.decode().strip() for out, _ in results] == [f"{rows} {store.lines.tolist()}"] * 2
-    assert len(list(own_cache.iterdir())) == 1
 
 
 # ---- Windows: which rows meet in a step
@@ -651,16 +589,14 @@ def test_windows_are_a_function_of_seed_and_step():
 @pytest.mark.parametrize("most", [1, 300, 700, 6000])
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 13, 32])
 def test_deal_gives_every_row_to_one_micro_batch(count, most, ranks):
-    """A row lost or dealt twice; a batch with too many tokens; or ranks that wait for one another for ever.
-
-    One row of 5,000 tokens is longer than most of the bounds.
-    """
+    """A row lost or dealt twice; a batch with too many tokens; ranks that wait for one another for ever."""
     draw = np.random.default_rng([count, most, ranks])
     lengths = np.concatenate([draw.integers(1, 300, 50), [5000]])
     window = np.concatenate([[50], draw.permutation(50)])[:count]
     dealt = deal(window, lengths, ranks, most)
     assert len(dealt) == ranks
     assert len({len(batches) for batches in dealt}) == 1
+    assert all(batch.dtype.kind == "i" for batches in dealt for batch in batches)
     batches = [batch for rank in dealt for batch in rank]
     assert sorted(row for batch in batches for row in batch.tolist()) == sorted(window.tolist())
     assert all(len(batch) <= 1 or lengths[batch].sum() <= most for batch in batches)
@@ -702,21 +638,3 @@ def test_lengths_are_those_of_streams(layout, ragged, tokenizer):
     store = open_store(ragged, "preferences", tokenizer, max_length=512)
     made = [len(build_stream(store, [row], layout).tokens) for row in range(len(store))]
     assert stream_lengths(store, layout).tolist() == made
-
-
-def test_streams_carry_the_labels_of_their_rows(write_jsonl, tokenizer):
-    """(B,) beside the pairs, in the order of the rows."""
-    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    rows = [pair, {**pair, "score_chosen": 3, "score_rejected": 1.5}, {**pair, "win_probability": 0.5}]
-    store = open_store(write_jsonl("pairs.jsonl", rows), "preferences", tokenizer, 64)
-    margins = build_stream(store, [2, 0, 1]).score_margins
-    assert margins.dtype == torch.float32
-    torch.testing.assert_close(margins, torch.tensor([0, math.nan, 1.5]), equal_nan=True)
-    assert build_stream(store, []).score_margins.shape == (0,)
-
-
-def test_a_window_smaller_than_the_ranks_is_dealt():
-    """Some ranks get an empty micro-batch, and with it a part in the exchange of gradients."""
-    dealt = deal(np.array([5]), np.arange(10), 3, 40)
-    assert sorted(len(hand) for hands in dealt for hand in hands) == [0, 0, 1]
-    assert all(hand.dtype.kind == "i" for hands in dealt for hand in hands)

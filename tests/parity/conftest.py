@@ -16,14 +16,9 @@ transformers.logging.set_verbosity_error()
 
 V = 420
 SHAPE = dict(
-    vocab_size=V,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    max_position_embeddings=512,
-)
+    vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=48, max_position_embeddings=512,
+)  # fmt: skip
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500.0, "original_max_position_embeddings": 64,
     "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -70,12 +65,9 @@ def sentencepiece(specials: list[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # While it learns: no piece goes on behind a space.
     pieces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(pieces)
-    trainer = trainers.BpeTrainer(
-        vocab_size=V - 40,
-        special_tokens=["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))],
-        show_progress=False,
-        max_token_length=8,
-    )
+    first = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    options = {"vocab_size": V - 40, "show_progress": False, "max_token_length": 8}
+    trainer = trainers.BpeTrainer(special_tokens=first, **options)
     tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.pre_tokenizer = None
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

@@ -61,9 +61,8 @@ def random_pairs(*lengths: tuple[int, int, int]) -> Rows:
 
 # Ragged, so that sums, means by token and means of means are three things. Short, and a single layer, because
 # float32 rounds a log-prob of 20 nats by 1e-6 already, and some gradients multiply that.
-PAIRS = random_pairs(
-    (5, 4, 1), (3, 1, 3), (8, 2, 2), (2, 2, 4), (6, 3, 2), (4, 2, 2), (7, 2, 2), (3, 2, 2)
-)
+LENGTHS = (5, 4, 1), (3, 1, 3), (8, 2, 2), (2, 2, 4), (6, 3, 2), (4, 2, 2), (7, 2, 2), (3, 2, 2)
+PAIRS = random_pairs(*LENGTHS)
 
 
 def as_text(ids: list[int]) -> str:

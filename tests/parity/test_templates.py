@@ -33,6 +33,11 @@ def by_role(user: str, assistant: str) -> str:
     return ROLES.replace("USER", "{{ " + user + " }}").replace("ASSISTANT", "{{ " + assistant + " }}")
 
 
+ZEPHYR = (
+    "{% for message in messages %}\n"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token }}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
 # Name: how the tokenizer is made, its control tokens, its BOS, the token that ends an answer, the template.
 TEMPLATES = {
     "qwen2.5": (byte_level, CHATML, None, "<|im_end|>", "qwen2_5.jinja"),
@@ -49,18 +54,8 @@ TEMPLATES = {
         "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
     ),
-    "zephyr": (
-        sentencepiece, ["<s>", "</s>"], "<s>", "</s>",
-        "{% for message in messages %}\n"
-        "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token }}\n"
-        "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
-    ),
-    "zephyr-metaspace": (
-        metaspace, ["<s>", "</s>"], "<s>", "</s>",
-        "{% for message in messages %}\n"
-        "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token }}\n"
-        "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
-    ),
+    "zephyr": (sentencepiece, ["<s>", "</s>"], "<s>", "</s>", ZEPHYR),
+    "zephyr-metaspace": (metaspace, ["<s>", "</s>"], "<s>", "</s>", ZEPHYR),
     "mistral-0.1": (
         sentencepiece, ["<s>", "</s>"], "<s>", "</s>",
         "{{ bos_token }}"

@@ -1,248 +1,168 @@
 """From text to batches. See tests/mutants.py."""
 
-from tests.planted.mutant import Mutant
+from tests.planted.mutant import catalogue
 
-STREAM = "tests/test_stream.py::"
-TOKENIZER = "tests/test_tokenizer.py::"
-STORE = "tests/test_store.py::"
+MUTANTS = catalogue(r"""
+# ---- Text and masks
 
-MUTANTS = [
-    # ---- Text and masks
-    Mutant(
-        "end-token-lost",
-        "A response without its end token never learns to stop.",
-        "dataset.tokenizer",
-        "ChatTokenizer.response",
-        '[*self._content(self.template.user_to_answer, Message("assistant", content)), self.end_id]',
-        '[*self._content(self.template.user_to_answer, Message("assistant", content))]',
-        STREAM + "test_each_response_ends_once[forked]",
-    ),
-    Mutant(
-        "end-token-unsupervised",
-        "The end token is there and outside the loss, so that answers never end.",
-        "dataset.tokenizer",
-        "ChatTokenizer.conversation",
-        "append(self.response(message.content), ...)",
-        "append(self.response(message.content)[:-1], ...); append([self.end_id], False)",
-        TOKENIZER + "test_supervised_ids_are_the_response_and_its_end[4]",
-    ),
-    Mutant(
-        "user-turns-supervised",
-        "The model learns to ask the questions.",
-        "dataset.tokenizer",
-        "ChatTokenizer.conversation",
-        'message.role == "assistant"',
-        'message.role != "system"',
-        STREAM + "test_every_conversation_shape_equals_brute_force[messages]",
-    ),
-    Mutant(
-        "prompt-supervised",
-        "A prompt in the loss of both sides cancels in DPO, but not in the count of tokens.",
-        "dataset.store",
-        "encode",
-        "[False] * len(prompt)",
-        "[True] * len(prompt)",
-        STORE + "test_rows_are_the_records_in_order",
-    ),
-    Mutant(
-        "control-tokens-parsed",
-        "A user who types <|im_end|> ends his own turn and speaks as the assistant.",
-        "dataset.tokenizer",
-        "ChatTokenizer.__init__",
-        "self._tokenizer.encode_special_tokens = True",
-        "self._tokenizer.encode_special_tokens = False",
-        TOKENIZER + "test_text_never_becomes_a_control_token[3-<|im_end|>]",
-    ),
-    Mutant(
-        "control-tokens-trusted-to-be-flagged",
-        "The library parses those that the file does not call special, switch or no switch.",
-        "dataset.tokenizer",
-        "ChatTokenizer.__init__",
-        'token["special"] |= ...',
-        "pass",
-        TOKENIZER + "test_control_tokens_need_no_flag_in_the_file[<|im_end|>]",
-    ),
-    Mutant(
-        "added-tokens-of-the-file",
-        "The library puts a BOS before every piece of text, if the file says so.",
-        "dataset.tokenizer",
-        "ChatTokenizer._encode",
-        "self._tokenizer.encode(text, add_special_tokens=False)",
-        "self._tokenizer.encode(text)",
-        TOKENIZER + "test_settings_of_the_file_do_not_leak_into_text",
-    ),
-    Mutant(
-        "newline-after-role-lost",
-        "Another template than the one that the model was trained on elsewhere.",
-        "dataset.template",
-        "",
-        r'CHATML = ChatTemplate(**..., system_to_user="<|im_end|>\n<|im_start|>user\n", **...)',
-        r'CHATML = ChatTemplate(**..., system_to_user="<|im_end|>\n<|im_start|>user", **...)',
-        TOKENIZER + "test_template_by_hand",
-    ),
-    Mutant(
-        "prompt-without-header",
-        "The model is asked before it is told that the assistant speaks next.",
-        "dataset.tokenizer",
-        "ChatTokenizer.prompt",
-        "ids + self._separators[self.template.user_to_answer]",
-        "ids",
-        TOKENIZER + "test_asking_and_training_give_the_same_prompt[0]",
-    ),
-    Mutant(
-        "weight-0-supervised",
-        "An assistant turn that the data marks as not to be learned is learned.",
-        "dataset.tokenizer",
-        "ChatTokenizer.conversation",
-        "message.weight == 1",
-        "True",
-        TOKENIZER + "test_a_turn_of_weight_0_is_not_supervised",
-    ),
-    # ---- Files and batches
-    Mutant(
-        "split-by-row",
-        "A prompt of the held-out part stands in the training part as well.",
-        "dataset.store",
-        "TokenStore.split",
-        "self.digests < np.uint64(share * 2**64)",
-        "np.arange(len(self)) % 5 == 0",
-        STORE + "test_a_split_never_puts_a_prompt_on_both_sides",
-    ),
-    Mutant(
-        "split-keeps-the-offsets",
-        "The held-out rows get the cached reference log-probs of other rows.",
-        "dataset.store",
-        "TokenStore._view",
-        "view._derive()",
-        "pass",
-        STORE + "test_a_split_never_puts_a_prompt_on_both_sides",
-    ),
-    Mutant(
-        "swapped-without-labels",
-        "The sides are exchanged and the scores are not, so soft labels prefer the wrong one.",
-        "dataset.store",
-        "swap_sides",
-        "record.scores and record.scores[::-1]",
-        "record.scores",
-        STORE + "test_swap_by_score_exchanges_what_the_scores_contradict",
-    ),
-    Mutant(
-        "number-cut-by-a-block",
-        "A number that continues in the next block of an array is read as two.",
-        "dataset.jsonl",
-        "_Text.value",
-        'self.ended or kind(value) != "a number" or (following and following in " \\t\\n\\r,]")',
-        "True",
-        "tests/test_records.py::test_an_array_is_read_in_blocks_of_any_size[3]",
-    ),
-    Mutant(
-        "too-long-is-cut",
-        "A response cut at the limit loses its end token; a pair cut to its prompt trains on nothing.",
-        "dataset.store",
-        "reason_to_drop",
-        "if full_length(branches) > max_length:\n    return 'too long'",
-        "if full_length(branches) > max_length:\n"
-        "    for ids, mask in branches:\n"
-        "        del ids[max_length:], mask[max_length:]",
-        STORE + "test_length_limit_keeps_whole_pairs_or_none",
-    ),
-    Mutant(
-        "limit-off-by-one",
-        "A pair that fits exactly is dropped.",
-        "dataset.store",
-        "reason_to_drop",
-        "full_length(branches) > max_length",
-        "full_length(branches) >= max_length",
-        STORE + "test_length_limit_keeps_whole_pairs_or_none",
-    ),
-    Mutant(
-        "equal-pairs-kept",
-        "A pair that prefers nothing adds ln 2 to the loss and nothing to the gradient.",
-        "dataset.store",
-        "reason_to_drop",
-        "branches[1] == branches[2]",
-        "branches[1] is branches[2]",
-        STORE + "test_dropped_records_are_counted_with_their_lines",
-    ),
-    Mutant(
-        "skip-bad-without-limit",
-        "A file of another kind is skipped line by line, down to the few that fit by accident.",
-        "dataset.store",
-        "_write",
-        "bad > BAD_SHARE * report.total()",
-        "bad == report.total()",
-        STORE + "test_skip_bad_has_a_limit[50-bad0]",
-    ),
-    Mutant(
-        "cache-by-size",
-        "A data file that was edited without a change of size is never read again.",
-        "dataset.store",
-        "open_store",
-        "key = (VERSION, content, ...)",
-        "key = (VERSION, path.stat().st_size, ...)",
-        STORE + "test_whatever_changes_the_arrays_changes_the_cache",
-    ),
-    Mutant(
-        "cache-without-tokenizer",
-        "Arrays of ids are read back under another tokenizer, where they spell something else.",
-        "dataset.store",
-        "open_store",
-        "key = (..., tokenizer.fingerprint, *options)",
-        "key = (..., *options)",
-        STORE + "test_whatever_changes_the_arrays_changes_the_cache",
-    ),
-    Mutant(
-        "slower-builder-fails",
-        "Of two processes that tokenise one file at once, the second finds the folder taken and stops.",
-        "dataset.cache",
-        "build",
-        "if not is_cached(folder): ...",
-        "raise",
-        STORE + "test_two_processes_may_build_at_once",
-    ),
-    Mutant(
-        "tail-dropped",
-        "The rows that do not fill a last batch are left out of every epoch.",
-        "dataset.packing",
-        "Windows.__init__",
-        "math.ceil(rows / batch_size)",
-        "max(1, rows // batch_size)",
-        STORE + "test_an_epoch_sees_every_row_once[10-4]",
-    ),
-    Mutant(
-        "every-epoch-in-one-order",
-        "The same rows meet in every epoch.",
-        "dataset.packing",
-        "Windows.__getitem__",
-        "[self.seed, epoch]",
-        "self.seed",
-        STORE + "test_windows_are_a_function_of_seed_and_step",
-    ),
-    Mutant(
-        "order-from-a-running-generator",
-        "The order of an epoch depends on how many were drawn before, so a resumed run goes another way.",
-        "dataset.packing",
-        "Windows.__getitem__",
-        "np.random.default_rng([self.seed, epoch])",
-        'self.__dict__.setdefault("random", np.random.default_rng(self.seed))',
-        STORE + "test_windows_are_a_function_of_seed_and_step",
-    ),
-    Mutant(
-        "deal-loses-rows",
-        "Rounded down instead of up, the last rows of a window have no micro-batch to go to.",
-        "dataset.packing",
-        "deal",
-        "batches[rank::ranks]",
-        "batches[rank :: ranks + 1]",
-        STORE + "test_deal_gives_every_row_to_one_micro_batch[8-300-2]",
-    ),
-    Mutant(
-        "deal-by-turns",
-        "Rows are balanced instead of tokens, and the micro-batch with the long rows takes the memory.",
-        "dataset.packing",
-        "deal",
-        "(total + int(lengths[row]), place)",
-        "(total + 1, place)",
-        STORE + "test_deal_balances_tokens_not_rows",
-    ),
-]
+end-token-lost in dataset.tokenizer: ChatTokenizer.response
+A response without its end token never learns to stop.
+- [*self._content(self.template.user_to_answer, Message("assistant", content)), self.end_id]
++ [*self._content(self.template.user_to_answer, Message("assistant", content))]
+test_stream.py::test_pairs_equal_brute_force[all-forked]
+
+end-token-unsupervised in dataset.tokenizer: ChatTokenizer.conversation
+The end token is there and outside the loss, so that answers never end.
+- append(self.response(message.content), ...)
++ append(self.response(message.content)[:-1], ...); append([self.end_id], False)
+test_tokenizer.py::test_supervised_ids_are_the_response_and_its_end[4]
+
+user-turns-supervised in dataset.tokenizer: ChatTokenizer.conversation
+The model learns to ask the questions.
+- message.role == "assistant"
++ message.role != "system"
+test_stream.py::test_conversations_equal_brute_force
+
+prompt-supervised in dataset.store: encode
+A prompt in the loss of both sides cancels in DPO, but not in the count of tokens.
+- [False] * len(prompt)
++ [True] * len(prompt)
+test_store.py::test_rows_are_the_records_in_order
+
+control-tokens-parsed in dataset.tokenizer: ChatTokenizer.__init__
+A user who types <|im_end|> ends his own turn and speaks as the assistant.
+- self._tokenizer.encode_special_tokens = True
++ self._tokenizer.encode_special_tokens = False
+test_tokenizer.py::test_text_never_becomes_a_control_token[3-<|im_end|>]
+
+control-tokens-trusted-to-be-flagged in dataset.tokenizer: ChatTokenizer.__init__
+The library parses those that the file does not call special, switch or no switch.
+- token["special"] |= ...
++ pass
+test_tokenizer.py::test_control_tokens_need_no_flag_in_the_file[<|im_end|>]
+
+added-tokens-of-the-file in dataset.tokenizer: ChatTokenizer._encode
+The library puts a BOS before every piece of text, if the file says so.
+- self._tokenizer.encode(text, add_special_tokens=False)
++ self._tokenizer.encode(text)
+test_tokenizer.py::test_settings_of_the_file_do_not_leak_into_text
+
+newline-after-role-lost in dataset.template:
+Another template than the one that the model was trained on elsewhere.
+- CHATML = ChatTemplate(**..., system_to_user="<|im_end|>\n<|im_start|>user\n", **...)
++ CHATML = ChatTemplate(**..., system_to_user="<|im_end|>\n<|im_start|>user", **...)
+test_tokenizer.py::test_template_by_hand
+
+prompt-without-header in dataset.tokenizer: ChatTokenizer.prompt
+The model is asked before it is told that the assistant speaks next.
+- ids + self._separators[self.template.user_to_answer]
++ ids
+test_tokenizer.py::test_asking_and_training_give_the_same_prompt[0]
+
+weight-0-supervised in dataset.tokenizer: ChatTokenizer.conversation
+An assistant turn that the data marks as not to be learned is learned.
+- message.weight == 1
++ True
+test_tokenizer.py::test_a_turn_of_weight_0_is_not_supervised
+
+# ---- Files and batches
+
+split-by-row in dataset.store: TokenStore.split
+A prompt of the held-out part stands in the training part as well.
+- self.digests < np.uint64(share * 2**64)
++ np.arange(len(self)) % 5 == 0
+test_store.py::test_a_split_never_puts_a_prompt_on_both_sides
+
+split-keeps-the-offsets in dataset.store: TokenStore._view
+The held-out rows get the cached reference log-probs of other rows.
+- view._derive()
++ pass
+test_store.py::test_a_split_never_puts_a_prompt_on_both_sides
+
+swapped-without-labels in dataset.store: swap_sides
+The sides are exchanged and the scores are not, so soft labels prefer the wrong one.
+- record.scores and record.scores[::-1]
++ record.scores
+test_store.py::test_swap_by_score_exchanges_what_the_scores_contradict
+
+number-cut-by-a-block in dataset.jsonl: _Text.value
+A number that continues in the next block of an array is read as two.
+- self.ended or kind(value) != "a number" or (following and following in " \t\n\r,]")
++ True
+test_records.py::test_an_array_is_read_in_blocks_of_any_size[3]
+
+too-long-is-cut in dataset.store: reason_to_drop
+A response cut at the limit loses its end token; a pair cut to its prompt trains on nothing.
+- if full_length(branches) > max_length:
+-     return 'too long'
++ if full_length(branches) > max_length:
++     for ids, mask in branches:
++         del ids[max_length:], mask[max_length:]
+test_store.py::test_length_limit_keeps_whole_pairs_or_none
+
+limit-off-by-one in dataset.store: reason_to_drop
+A pair that fits exactly is dropped.
+- full_length(branches) > max_length
++ full_length(branches) >= max_length
+test_store.py::test_length_limit_keeps_whole_pairs_or_none
+
+equal-pairs-kept in dataset.store: reason_to_drop
+A pair that prefers nothing adds ln 2 to the loss and nothing to the gradient.
+- branches[1] == branches[2]
++ branches[1] is branches[2]
+test_store.py::test_dropped_records_are_counted_with_their_lines
+
+skip-bad-without-limit in dataset.store: _write
+A file of another kind is skipped line by line, down to the few that fit by accident.
+- bad > BAD_SHARE * report.total()
++ bad == report.total()
+test_store.py::test_skip_bad_has_a_limit[50-bad0]
+
+cache-by-size in dataset.store: open_store
+A data file that was edited without a change of size is never read again.
+- key = (VERSION, content, ...)
++ key = (VERSION, path.stat().st_size, ...)
+test_store.py::test_whatever_changes_the_arrays_changes_the_cache
+
+cache-without-tokenizer in dataset.store: open_store
+Arrays of ids are read back under another tokenizer, where they spell something else.
+- key = (..., tokenizer.fingerprint, *options)
++ key = (..., *options)
+test_store.py::test_whatever_changes_the_arrays_changes_the_cache
+
+slower-builder-fails in dataset.cache: build
+Of two processes that tokenise one file at once, the second finds the folder taken and stops.
+- if not is_cached(folder): ...
++ raise
+test_store.py::test_the_slower_process_takes_the_folder_of_the_faster_one
+
+tail-dropped in dataset.packing: Windows.__init__
+The rows that do not fill a last batch are left out of every epoch.
+- math.ceil(rows / batch_size)
++ max(1, rows // batch_size)
+test_store.py::test_an_epoch_sees_every_row_once[10-4]
+
+every-epoch-in-one-order in dataset.packing: Windows.__getitem__
+The same rows meet in every epoch.
+- [self.seed, epoch]
++ self.seed
+test_store.py::test_windows_are_a_function_of_seed_and_step
+
+order-from-a-running-generator in dataset.packing: Windows.__getitem__
+The order of an epoch depends on how many were drawn before, so a resumed run goes another way.
+- np.random.default_rng([self.seed, epoch])
++ self.__dict__.setdefault("random", np.random.default_rng(self.seed))
+test_store.py::test_windows_are_a_function_of_seed_and_step
+
+deal-loses-rows in dataset.packing: deal
+Rounded down instead of up, the last rows of a window have no micro-batch to go to.
+- batches[rank::ranks]
++ batches[rank :: ranks + 1]
+test_store.py::test_deal_gives_every_row_to_one_micro_batch[8-300-2]
+
+deal-by-turns in dataset.packing: deal
+Rows are balanced instead of tokens, and the micro-batch with the long rows takes the memory.
+- (total + int(lengths[row]), place)
++ (total + 1, place)
+test_store.py::test_deal_balances_tokens_not_rows
+""")

@@ -1,138 +1,89 @@
 """Figures of eval/ and its experiments: a wrong figure looks like a finding. See tests/mutants.py."""
 
-from tests.planted.mutant import Mutant
+from tests.planted.mutant import catalogue
 
-EXPERIMENTS = "tests/test_experiments.py::"
-FIGURES = "tests/test_experiment_figures.py::"
-EVAL = "tests/test_eval.py::"
-CHAT = "tests/test_chat.py::"
-REPORT = "tests/test_report.py::"
+MUTANTS = catalogue(r"""
+rewards-shown-as-log-ratios in eval.experiments.edit_distance: run
+A reward is beta times a log-ratio: the fall of the chosen answers looks ten times smaller.
+- row[f"logratios/{side}"]
++ row[f"rewards/{side}"]
+test_experiments.py::test_edit_distance
 
-MUTANTS = [
-    Mutant(
-        "rewards-shown-as-log-ratios",
-        "A reward is beta times a log-ratio: the fall of the chosen answers looks ten times smaller.",
-        "eval.experiments.edit_distance",
-        "run",
-        'row[f"logratios/{side}"]',
-        'row[f"rewards/{side}"]',
-        EXPERIMENTS + "test_edit_distance",
-    ),
-    Mutant(
-        "held-out-labels-flipped",
-        "A policy that has learned the true preferences is counted as wrong.",
-        "eval.experiments.label_noise",
-        "main",
-        'write(out / "heldout.jsonl", held_out)',
-        'write(out / "heldout.jsonl", flipped(held_out, len(held_out), 0.4, 0))',
-        EXPERIMENTS + "test_label_noise",
-    ),
-    Mutant(
-        "reward-model-sees-true-labels",
-        "Soft labels win because only their reward model has seen the true labels.",
-        "eval.experiments.label_noise",
-        "compare",
-        "train_reward.main([*common, *data, ...])",
-        'train_reward.main([*common, *data, f"--data={settings.data}", ...])',
-        EXPERIMENTS + "test_label_noise",
-    ),
-    Mutant(
-        "kl-from-the-references-answers",
-        "From answers of the reference the mean log-ratio is −KL(π_ref ‖ π): a frontier at a wrong place.",
-        "eval.experiments.frontier",
-        "measure",
-        "generate(policy, task.prompts, **...)",
-        "generate(reference, task.prompts, **...)",
-        FIGURES + "test_the_mean_log_ratio_of_the_policys_own_answers_estimates_kl",
-    ),
-    Mutant(
-        "interval-over-runs-with-n",
-        "With three runs the interval is a fifth too narrow, and chance looks like a difference.",
-        "eval.experiments.common",
-        "over_runs",
-        "stdev(values)",
-        "stdev(values) * math.sqrt((len(values) - 1) / len(values))",
-        FIGURES + "test_the_interval_over_runs_is_students_with_n_minus_1",
-    ),
-    Mutant(
-        "answers-encoded-again",
-        "An answer that did not end gets an end token: its log-ratio contains a token that was not drawn.",
-        "eval.experiments.common",
-        "Generated.__init__",
-        "[end_id] * a.finished",
-        "[end_id]",
-        FIGURES + "test_log_ratios_of_generated_answers",
-    ),
-    Mutant(
-        "weight-of-the-won-pairs",
-        "σ of the margin, not of its negative: easy pairs seem to weigh the most.",
-        "eval.experiments.weights",
-        "weight",
-        "-beta * step.margins",
-        "beta * step.margins",
-        FIGURES + "test_the_weight_is_the_derivative_of_the_loss",
-    ),
-    Mutant(
-        "held-out-starts-in-training",
-        "The policy has seen the sentences that it is measured on.",
-        "eval.experiments.sentiment",
-        "read_sentences",
-        "[words for words in sentences if ...]",
-        "sentences",
-        FIGURES + "test_no_start_of_a_held_out_sentence_is_trained_on",
-    ),
-    Mutant(
-        "every-run-measured-with-default-beta",
-        "Rewards and loss of a run with another beta differ from its own log, and look plausible.",
-        "eval.preference",
-        "choose_objective",
-        "{name: run[name] for name in ... if ...}",
-        "{}",
-        EVAL + "test_a_run_is_measured_as_it_was_trained[--beta 0.7]",
-    ),
-    Mutant(
-        "cut-conversation-loses-its-system-message",
-        "After a long conversation the model no longer follows the system message.",
-        "eval.chat",
-        "Conversation.with_message",
-        'int(history[0].role == "system")',
-        "0",
-        CHAT + "test_a_long_conversation_loses_its_oldest_turns",
-    ),
-    Mutant(
-        "explained-without-the-reference",
-        "The colours show how likely a token is, not what training changed.",
-        "eval.explain",
-        "Answer.logratios",
-        "logp - reference",
-        "logp",
-        "tests/test_explain.py::test_tokens_sum_to_the_reward_and_the_loss_that_are_logged",
-    ),
-    Mutant(
-        "explained-sides-swapped",
-        "The rejected answer is shown as the one that became more likely.",
-        "eval.explain",
-        "explain_rows",
-        "answers[2 * i : 2 * i + 2]",
-        "answers[2 * i : 2 * i + 2][::-1]",
-        "tests/test_explain.py::test_every_token_has_the_log_probs_of_a_plain_loop[1]",
-    ),
-    Mutant(
-        "report-lets-markup-of-the-data-through",
-        "A prompt with an image tag draws an image; only the policy of the page stops its script.",
-        "eval.page_pairs",
-        "esc",
-        "html.escape(printable(str(text)))",
-        "printable(str(text))",
-        REPORT + "test_hostile_text_is_inert",
-    ),
-    Mutant(
-        "report-shows-the-prompt-of-another-pair",
-        "After a dropped record every answer stands below a wrong prompt.",
-        "eval.pairs",
-        "measure",
-        "store.records[rows]",
-        "rows",
-        REPORT + "test_a_pair_has_its_own_prompt",
-    ),
-]
+held-out-labels-flipped in eval.experiments.label_noise: main
+A policy that has learned the true preferences is counted as wrong.
+- write(out / "heldout.jsonl", held_out)
++ write(out / "heldout.jsonl", flipped(held_out, len(held_out), 0.4, 0))
+test_experiments.py::test_label_noise
+
+reward-model-sees-true-labels in eval.experiments.label_noise: compare
+Soft labels win because only their reward model has seen the true labels.
+- train_reward.main([*common, *data, ...])
++ train_reward.main([*common, *data, f"--data={settings.data}", ...])
+test_experiments.py::test_label_noise
+
+kl-from-the-references-answers in eval.experiments.frontier: measure
+From answers of the reference the mean log-ratio is −KL(π_ref ‖ π): a frontier at a wrong place.
+- generate(policy, task.prompts, **...)
++ generate(reference, task.prompts, **...)
+test_experiment_figures.py::test_the_mean_log_ratio_of_the_policys_own_answers_estimates_kl
+
+interval-over-runs-with-n in eval.experiments.common: over_runs
+With three runs the interval is a fifth too narrow, and chance looks like a difference.
+- stdev(values)
++ stdev(values) * math.sqrt((len(values) - 1) / len(values))
+test_experiment_figures.py::test_the_interval_over_runs_is_students_with_n_minus_1
+
+end-token-that-was-not-drawn in eval.experiments.common: Generated.__init__
+An answer that did not end gets an end token: its log-ratio contains a token that was not drawn.
+- [end_id] * a.finished
++ [end_id]
+test_experiment_figures.py::test_log_ratios_of_generated_answers
+
+weight-of-the-won-pairs in eval.experiments.weights: weight
+The sigmoid of the margin, not of its negative: easy pairs seem to weigh the most.
+- -beta * step.margins
++ beta * step.margins
+test_experiment_figures.py::test_the_weight_is_the_derivative_of_the_loss
+
+held-out-starts-in-training in eval.experiments.sentiment: read_sentences
+The policy has seen the sentences that it is measured on.
+- [words for words in sentences if ...]
++ sentences
+test_experiment_figures.py::test_no_start_of_a_held_out_sentence_is_trained_on
+
+every-run-measured-with-default-beta in eval.preference: choose_objective
+Rewards and loss of a run with another beta differ from its own log, and look plausible.
+- {name: run[name] for name in ... if ...}
++ {}
+test_eval.py::test_a_run_is_measured_as_it_was_trained[--beta 0.7]
+
+cut-conversation-loses-its-system-message in eval.chat: Conversation.with_message
+After a long conversation the model no longer follows the system message.
+- int(history[0].role == "system")
++ 0
+test_chat.py::test_a_long_conversation_loses_its_oldest_turns
+
+explained-without-the-reference in eval.explain: Answer.logratios
+The colours show how likely a token is, not what training changed.
+- logp - reference
++ logp
+test_explain.py::test_tokens_sum_to_the_reward_and_the_loss_that_are_logged
+
+explained-sides-swapped in eval.explain: explain_rows
+The rejected answer is shown as the one that became more likely.
+- answers[2 * i : 2 * i + 2]
++ answers[2 * i : 2 * i + 2][::-1]
+test_explain.py::test_every_token_has_the_log_probs_of_a_plain_loop[1]
+
+report-lets-markup-of-the-data-through in eval.page_pairs: esc
+A prompt with an image tag draws an image; only the policy of the page stops its script.
+- html.escape(printable(str(text)))
++ printable(str(text))
+test_report.py::test_hostile_text_is_inert
+
+report-shows-the-prompt-of-another-pair in eval.pairs: measure
+After a dropped record every answer stands below a wrong prompt.
+- store.records[rows]
++ rows
+test_report.py::test_a_pair_has_its_own_prompt
+""")

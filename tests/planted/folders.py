@@ -1,260 +1,178 @@
 """Hugging Face's folders, chat templates, adapters. See tests/mutants.py."""
 
-from tests.planted.mutant import Mutant
+from tests.planted.mutant import catalogue
 
-LOOPS = "tests/test_loops.py::"
-LORA = "tests/test_lora.py::"
-TEMPLATE = "tests/test_template.py::"
-WEIGHTS = "tests/test_weights.py::"
-HUGGING_FACE = "tests/test_huggingface.py::"
+MUTANTS = catalogue(r"""
+# ---- Hugging Face's folders
 
-MUTANTS = [
-    # ---- Hugging Face's folders
-    Mutant(
-        "rope-scaling-ignored",
-        "Llama 3.1 loads without its scaled rotations and is subtly wrong on every text.",
-        "model.rotary",
-        "rotary",
-        "scaled(frequencies, scaling)",
-        "frequencies",
-        HUGGING_FACE + "test_linear_scaling_is_positions_closer_together",
-    ),
-    Mutant(
-        "rope-scaling-upside-down",
-        "The short waves are slowed down instead of the long ones.",
-        "model.rotary",
-        "scaled",
-        'kept + (1 - kept) / scaling["factor"]',
-        '1 - kept + kept / scaling["factor"]',
-        HUGGING_FACE + "test_llama3_scaling_is_the_published_rule",
-    ),
-    Mutant(
-        "unknown-scaling-ignored",
-        "A YaRN model loads as if it had none.",
-        "model.huggingface",
-        "read_rope",
-        'kind not in ("default", *SCALING)',
-        "False",
-        HUGGING_FACE + "test_what_is_not_supported_is_refused_by_name",
-    ),
-    Mutant(
-        "absent-key-means-ours",
-        "Llama does not tie its head unless it says so; our models do.",
-        "model.huggingface",
-        "",
-        '("LlamaForCausalLM", dict(tie_word_embeddings=False))',
-        '("LlamaForCausalLM", dict())',
-        HUGGING_FACE + "test_a_folder_is_read_as_what_it_says[llama]",
-    ),
-    Mutant(
-        "window-forgotten",
-        "A sliding window that text is longer than must not be dropped in silence.",
-        "model.huggingface",
-        "read_config",
-        'family != "mistral"',
-        "True",
-        HUGGING_FACE + "test_a_folder_is_read_as_what_it_says[mistral-window]",
-    ),
-    Mutant(
-        "tied-head-trusted",
-        "A file that says tied and holds another head loads as another model.",
-        "model.huggingface",
-        "read_weights",
-        "torch.equal(head, embedding)",
-        "True",
-        HUGGING_FACE + "test_stored_rotary_tables_and_a_copy_of_the_head_are_left_out",
-    ),
-    Mutant(
-        "shard-outside-the-folder",
-        "An index may name any file of the machine.",
-        "model.weights",
-        "weight_files",
-        "Path(name).name != name",
-        "False",
-        HUGGING_FACE + "test_an_index_names_files_of_its_folder[outside]",
-    ),
-    Mutant(
-        "tokenizer-of-another-model",
-        "Ids beyond the embedding end in an assertion of the device, or in another token's row.",
-        "model.config",
-        "ModelConfig.check_fits",
-        "tokens > self.vocab_size",
-        "False",
-        HUGGING_FACE + "test_more_ids_than_embeddings_are_refused[train_dpo]",
-    ),
-    Mutant(
-        "sentencepieces-scores-forgotten",
-        "llama.cpp cuts texts into other tokens than the model was trained on.",
-        "dataset.tokenizer",
-        "ChatTokenizer.save",
-        '{"tokenizer.json": self.json.encode(), **self.sentencepiece}',
-        '{"tokenizer.json": self.json.encode()}',
-        HUGGING_FACE + "test_sentencepieces_own_file_goes_all_the_way",
-    ),
-    Mutant(
-        "sentencepieces-scores-stay-behind",
-        "The run folder has them, the export has not.",
-        "model.export",
-        "export",
-        "SENTENCEPIECE_FILES",
-        "()",
-        HUGGING_FACE + "test_sentencepieces_own_file_goes_all_the_way",
-    ),
-    Mutant(
-        "experts-of-a-dense-minimind",
-        "MiniMind writes num_experts for dense models, too; read as experts, their weights are missing.",
-        "model.huggingface",
-        "read_config",
-        "(ModelConfig.__dataclass_fields__.keys() & config.keys()) - {*OURS_ALONE}",
-        "ModelConfig.__dataclass_fields__.keys() & config.keys()",
-        HUGGING_FACE + "test_a_folder_is_read_as_what_it_says[minimind-newest]",
-    ),
-    # ---- Our folders
-    Mutant(
-        "digest-not-compared",
-        "A flipped bit in the weights loads as a weight, and the model is another one.",
-        "model.weights",
-        "read_ours",
-        "file_hash(path) != digest",
-        "False",
-        WEIGHTS + "test_a_flipped_bit_is_found",
-    ),
-    Mutant(
-        "compressed-weights-are-read",
-        "A small file fills the memory.",
-        "model.weights",
-        "require_stored_zip",
-        "entry.compress_type != zipfile.ZIP_STORED",
-        "False",
-        WEIGHTS + "test_compressed_weights_are_refused",
-    ),
-    Mutant(
-        "layers-not-counted",
-        "A config that names a thousand layers builds them before a weight is compared.",
-        "model.weights",
-        "require_counts",
-        "found != expected",
-        "False",
-        WEIGHTS + "test_absurd_sizes_are_refused_before_a_model_is_built[changes0-"
-        "config.json has 1024 layers, the weights have 2]",
-    ),
-    Mutant(
-        "weights-read-and-copied",
-        "Each rank holds the file and the model at once.",
-        "model.weights",
-        "read_ours",
-        "torch.load(path, map_location=device, mmap=not on_meta, weights_only=True)",
-        "torch.load(path, map_location=device, weights_only=True)",
-        WEIGHTS + "test_a_file_of_weights_is_mapped_and_not_read_into_memory",
-    ),
-    # ---- Chat templates of folders
-    Mutant(
-        "default-system-text-lost",
-        "Qwen's models were trained with a system text even where nobody wrote one.",
-        "dataset.template",
-        "read_template",
-        "template = ChatTemplate(before_user=before_user, **...)",
-        "template = ChatTemplate(before_user=CHATML.before_user, **...)",
-        TEMPLATE + "test_templates_are_measured_as_what_they_are[qwen]",
-    ),
-    Mutant(
-        "template-not-checked",
-        "A template that does more than we can write is used all the same.",
-        "dataset.template",
-        "check",
-        "if not same: ...",
-        "pass",
-        TEMPLATE + "test_more_than_separators_is_refused",
-    ),
-    Mutant(
-        "white-space-kept",
-        "Llama 3's template strips what people say; the model has never seen it otherwise.",
-        "dataset.template",
-        "ChatTemplate.content",
-        "message.content.strip()",
-        "message.content",
-        TEMPLATE + "test_a_folder_is_written_in_its_own_format",
-    ),
-    Mutant(
-        "template-not-in-the-key",
-        "Data tokenised in one chat format is read back in another.",
-        "dataset.tokenizer",
-        "ChatTokenizer.__init__",
-        'f"{self.template}\\n{self.json}"',
-        "self.json",
-        TEMPLATE + "test_the_template_is_part_of_the_fingerprint",
-    ),
-    # ---- Adapters
-    Mutant(
-        "adapter-starts-at-random",
-        "With a random B the policy is not the reference at step 0, and the loss not ln 2.",
-        "model.lora",
-        "AdaptedLinear.__init__",
-        "base.weight.new_zeros",
-        "base.weight.new_ones",
-        LORA + "test_first_loss_is_ln_2_exactly[fp32]",
-    ),
-    Mutant(
-        "adapter-not-scaled",
-        "Without alpha / rank a larger rank is a larger learning rate, and peft reads another model.",
-        "model.lora",
-        "AdaptedLinear.forward",
-        "self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)",
-        "F.linear(F.linear(x, self.lora_A), self.lora_B)",
-        LORA + "test_an_adapter_adds_what_the_paper_says",
-    ),
-    Mutant(
-        "base-not-frozen",
-        "Weights that move take the reference along, whose adapters are off.",
-        "model.lora",
-        "add_adapters",
-        "model.requires_grad_(False)",
-        "model.requires_grad_(True)",
-        LORA + "test_training_changes_adapters_only",
-    ),
-    Mutant(
-        "reference-keeps-its-adapters",
-        "Policy and reference are one model, and the loss is ln 2 for ever.",
-        "model.lora",
-        "WithoutAdapters.__call__",
-        "with adapters_off(self.model):\n    return self.model(stream)",
-        "return self.model(stream)",
-        LORA + "test_training_changes_adapters_only",
-    ),
-    Mutant(
-        "adapters-stay-off",
-        "After the reference's forward the policy has no adapters either, and no gradient.",
-        "model.lora",
-        "adapters_off",
-        "for layer in layers:\n    layer.on = True",
-        "for layer in layers:\n    layer.on = False",
-        LORA + "test_gradients_reach_every_adapter_and_nothing_else",
-    ),
-    Mutant(
-        "merged-without-scale",
-        "What is exported is not what was trained.",
-        "model.lora",
-        "AdaptedLinear.merged",
-        "self.scale * self.lora_B",
-        "self.lora_B",
-        LORA + "test_merged_equals_unmerged",
-    ),
-    Mutant(
-        "merged-in-place",
-        "Each save adds the adapter to the weights once more.",
-        "model.lora",
-        "AdaptedLinear.merged",
-        "self.weight + self.scale * self.lora_B @ self.lora_A",
-        "self.weight.data.add_(self.scale * self.lora_B @ self.lora_A)",
-        LORA + "test_merging_leaves_the_model_alone",
-    ),
-    Mutant(
-        "seed-never-arrives",
-        "The data order ignores --seed, and runs that should differ are one.",
-        "train_dpo",
-        "train",
-        "Windows(len(pairs), settings.batch_size, settings.seed)",
-        "Windows(len(pairs), settings.batch_size, 0)",
-        LOOPS + "test_seed_changes_the_order_and_repeats_it",
-    ),
-]
+rope-scaling-ignored in model.rotary: rotary
+Llama 3.1 loads without its scaled rotations and is subtly wrong on every text.
+- scaled(frequencies, scaling)
++ frequencies
+test_huggingface.py::test_linear_scaling_is_positions_closer_together
+
+rope-scaling-upside-down in model.rotary: scaled
+The short waves are slowed down instead of the long ones.
+- kept + (1 - kept) / scaling["factor"]
++ 1 - kept + kept / scaling["factor"]
+test_huggingface.py::test_llama3_scaling_is_the_published_rule
+
+unknown-scaling-ignored in model.huggingface: read_rope
+A YaRN model loads as if it had none.
+- kind not in ("default", *SCALING)
++ False
+test_huggingface.py::test_what_is_not_supported_is_refused_by_name
+
+absent-key-means-ours in model.huggingface:
+Llama does not tie its head unless it says so; our models do.
+- ("LlamaForCausalLM", dict(tie_word_embeddings=False))
++ ("LlamaForCausalLM", dict())
+test_huggingface.py::test_a_folder_is_read_as_what_it_says[llama]
+
+window-forgotten in model.huggingface: read_config
+A sliding window that text is longer than must not be dropped in silence.
+- family != "mistral"
++ True
+test_huggingface.py::test_a_folder_is_read_as_what_it_says[mistral-window]
+
+tied-head-trusted in model.huggingface: read_weights
+A file that says tied and holds another head loads as another model.
+- torch.equal(head, embedding)
++ True
+test_huggingface.py::test_stored_rotary_tables_and_a_copy_of_the_head_are_left_out
+
+shard-outside-the-folder in model.weights: weight_files
+An index may name any file of the machine.
+- Path(name).name != name
++ False
+test_huggingface.py::test_an_index_names_files_of_its_folder[outside]
+
+tokenizer-of-another-model in model.config: ModelConfig.check_fits
+Ids beyond the embedding end in an assertion of the device, or in another token's row.
+- tokens > self.vocab_size
++ False
+test_huggingface.py::test_more_ids_than_embeddings_are_refused[train_dpo]
+
+sentencepieces-scores-forgotten in dataset.tokenizer: ChatTokenizer.save
+llama.cpp cuts texts into other tokens than the model was trained on.
+- {"tokenizer.json": self.json.encode(), **self.sentencepiece}
++ {"tokenizer.json": self.json.encode()}
+test_huggingface.py::test_sentencepieces_own_file_goes_all_the_way
+
+sentencepieces-scores-stay-behind in model.export: export
+The run folder has them, the export has not.
+- SENTENCEPIECE_FILES
++ ()
+test_huggingface.py::test_sentencepieces_own_file_goes_all_the_way
+
+experts-of-a-dense-minimind in model.huggingface: read_config
+MiniMind writes num_experts for dense models, too; read as experts, their weights are missing.
+- (ModelConfig.__dataclass_fields__.keys() & config.keys()) - {*OURS_ALONE}
++ ModelConfig.__dataclass_fields__.keys() & config.keys()
+test_huggingface.py::test_a_folder_is_read_as_what_it_says[minimind-newest]
+
+# ---- Our folders
+
+digest-not-compared in model.weights: read_ours
+A flipped bit in the weights loads as a weight, and the model is another one.
+- file_hash(path) != digest
++ False
+test_weights.py::test_a_flipped_bit_is_found
+
+compressed-weights-are-read in model.weights: require_stored_zip
+A small file fills the memory.
+- entry.compress_type != zipfile.ZIP_STORED
++ False
+test_weights.py::test_compressed_weights_are_refused
+
+layers-not-counted in model.weights: require_counts
+A config that names a thousand layers builds them before a weight is compared.
+- found != expected
++ False
+test_weights.py::test_absurd_sizes_are_refused_before_a_model_is_built[layers]
+
+weights-read-and-copied in model.weights: read_ours
+Each rank holds the file and the model at once.
+- torch.load(path, map_location=device, mmap=not on_meta, weights_only=True)
++ torch.load(path, map_location=device, weights_only=True)
+test_weights.py::test_a_file_of_weights_is_mapped_and_not_read_into_memory
+
+# ---- Chat templates of folders
+
+default-system-text-lost in dataset.template: read_template
+Qwen's models were trained with a system text even where nobody wrote one.
+- template = ChatTemplate(before_user=before_user, **...)
++ template = ChatTemplate(before_user=CHATML.before_user, **...)
+test_template.py::test_templates_are_measured_as_what_they_are[qwen]
+
+template-not-checked in dataset.template: check
+A template that does more than we can write is used all the same.
+- if not same: ...
++ pass
+test_template.py::test_more_than_separators_is_refused
+
+white-space-kept in dataset.template: ChatTemplate.content
+Llama 3's template strips what people say; the model has never seen it otherwise.
+- message.content.strip()
++ message.content
+test_template.py::test_a_folder_is_written_in_its_own_format
+
+template-not-in-the-key in dataset.tokenizer: ChatTokenizer.__init__
+Data tokenised in one chat format is read back in another.
+- f"{self.template}\n{self.json}"
++ self.json
+test_template.py::test_the_template_is_part_of_the_fingerprint
+
+# ---- Adapters
+
+adapter-starts-at-random in model.lora: AdaptedLinear.__init__
+With a random B the policy is not the reference at step 0, and the loss not ln 2.
+- base.weight.new_zeros
++ base.weight.new_ones
+test_lora.py::test_first_loss_is_ln_2_exactly[fp32]
+
+adapter-not-scaled in model.lora: AdaptedLinear.forward
+Without alpha / rank a larger rank is a larger learning rate, and peft reads another model.
+- self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
++ F.linear(F.linear(x, self.lora_A), self.lora_B)
+test_lora.py::test_an_adapter_adds_what_the_paper_says
+
+base-not-frozen in model.lora: add_adapters
+Weights that move take the reference along, whose adapters are off.
+- model.requires_grad_(False)
++ model.requires_grad_(True)
+test_lora.py::test_training_changes_adapters_only
+
+reference-keeps-its-adapters in model.lora: WithoutAdapters.__call__
+Policy and reference are one model, and the loss is ln 2 for ever.
+- with adapters_off(self.model):
+-     return self.model(stream)
++ return self.model(stream)
+test_lora.py::test_training_changes_adapters_only
+
+adapters-stay-off in model.lora: adapters_off
+After the reference's forward the policy has no adapters either, and no gradient.
+- for layer in layers:
+-     layer.on = True
++ for layer in layers:
++     layer.on = False
+test_lora.py::test_gradients_reach_every_adapter_and_nothing_else
+
+merged-without-scale in model.lora: AdaptedLinear.merged
+What is exported is not what was trained.
+- self.scale * self.lora_B
++ self.lora_B
+test_lora.py::test_merged_equals_unmerged
+
+merged-in-place in model.lora: AdaptedLinear.merged
+Each save adds the adapter to the weights once more.
+- self.weight + self.scale * self.lora_B @ self.lora_A
++ self.weight.data.add_(self.scale * self.lora_B @ self.lora_A)
+test_lora.py::test_merging_leaves_the_model_alone
+
+seed-never-arrives in train_dpo: train
+The data order ignores --seed, and runs that should differ are one.
+- Windows(len(pairs), settings.batch_size, settings.seed)
++ Windows(len(pairs), settings.batch_size, 0)
+test_loops.py::test_seed_changes_the_order_and_repeats_it
+""")

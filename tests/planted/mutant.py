@@ -13,6 +13,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -43,6 +44,26 @@ class Mutant:
         """The module's file: model.stream -> model/stream.py; a package's is its __init__.py."""
         base = ROOT.joinpath(*self.module.split("."))
         return base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+
+
+def catalogue(text: str) -> list[Mutant]:
+    """The bugs of a text, which are separated by blank lines; lines that start with # are comments. A bug:
+
+        name in module: function
+        Why it is a bug.
+        - the lines of `old`
+        + the lines of `new`, if there are any
+        test_file.py::test
+    """
+    mutants = []
+    for entry in text.strip().split("\n\n"):
+        lines = [line for line in entry.splitlines() if not line.startswith("#")]
+        if lines:
+            (head, why, *code), test = lines[:-1], lines[-1]
+            name, module, function = re.fullmatch(r"(\S+) in (\S+):(?: (\S+))?", head).groups()
+            old, new = ("\n".join(line[2:] for line in code if line[0] == sign) for sign in "-+")
+            mutants.append(Mutant(name, why, module, function or "", old, new, f"tests/{test}"))
+    return mutants
 
 
 # ---- Fragments

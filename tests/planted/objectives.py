@@ -1,583 +1,389 @@
 """The objectives: what the libraries have got wrong. See tests/mutants.py."""
 
-from tests.planted.mutant import Mutant
+from tests.planted.mutant import catalogue
 
-MODEL = "tests/test_model.py::"
-LOSSES = "tests/test_losses.py::"
-OBJECTIVES = "tests/test_objectives.py::"
-CLOSED = OBJECTIVES + "test_value_and_gradient_are_the_closed_form"
-STORE = "tests/test_store.py::"
+MUTANTS = catalogue(r"""
+# ---- The objective
 
-MUTANTS = [
-    # ---- The objective
-    Mutant(
-        "beta-forgotten",
-        "The loss starts at ln 2 all the same, and the policy runs away from its reference.",
-        "losses",
-        "sigmoid",
-        "losses = -F.logsigmoid(beta * margins)",
-        "losses = -F.logsigmoid(margins)",
-        LOSSES + "test_gradient_identity_at_the_start",
-    ),
-    Mutant(
-        "reference-sign-flipped",
-        "The reference is added instead of subtracted.",
-        "training.objective",
-        "Pairs.rejected_logratios",
-        "self.policy_rejected_logps - self.reference_rejected_logps",
-        "self.policy_rejected_logps + self.reference_rejected_logps",
-        LOSSES + "test_loss_is_exactly_ln_2_before_the_first_step[forked-fp32]",
-    ),
-    Mutant(
-        "reference-omitted",
-        "Without the reference on one side the loss pushes the policy towards short answers.",
-        "training.objective",
-        "Pairs.chosen_logratios",
-        "self.policy_chosen_logps - self.reference_chosen_logps",
-        "self.policy_chosen_logps",
-        LOSSES + "test_loss_by_hand",
-    ),
-    Mutant(
-        "margin-turned",
-        "Rejected minus chosen: the loss starts at ln 2 and falls, the model gets worse.",
-        "training.objective",
-        "Objective.__call__",
-        "self.derivative(chosen) - self.derivative(rejected)",
-        "self.derivative(rejected) - self.derivative(chosen)",
-        LOSSES + "test_gradient_is_minus_beta_sigmoid",
-    ),
-    Mutant(
-        "log-of-sigmoid",
-        "log(sigmoid(z)) is -inf where sigmoid(z) rounds to 0, and its gradient NaN.",
-        "losses",
-        "sigmoid",
-        "losses = -F.logsigmoid(beta * margins)",
-        "losses = -(beta * margins).sigmoid().log()",
-        LOSSES + "test_extremes_are_finite[dtype0]",
-    ),
-    Mutant(
-        "rewards-with-gradient",
-        "Rewards that keep their graph hold the memory of every micro-batch until they are logged.",
-        "losses",
-        "reward_metrics",
-        "value.detach().sum",
-        "value.sum",
-        LOSSES + "test_rewards_carry_no_gradient",
-    ),
-    Mutant(
-        "tie-counted-as-loss",
-        "Before the first step every pair is a tie; an accuracy of 0 there is an artefact.",
-        "losses",
-        "reward_metrics",
-        "(margins > 0).float() + 0.5 * (margins == 0).float()",
-        "(margins > 0).float()",
-        LOSSES + "test_metrics_are_sums_and_a_tie_is_half",
-    ),
-    # ---- Other objectives
-    Mutant(
-        "cdpo-ignored",
-        "The option is accepted, and the loss is DPO's all the same: what TRL does since 0.29.",
-        "losses",
-        "sigmoid",
-        "1 - label_smoothing",
-        "1.0",
-        CLOSED + "[sigmoid-0.2-0.1]",
-    ),
-    Mutant(
-        "soft-label-made-hard",
-        "A pair that wins by a hair is learned like one that wins for sure.",
-        "losses",
-        "soft",
-        "torch.sigmoid(score_scale * score_margins)",
-        "(score_margins > 0).to(margins)",
-        CLOSED + "[soft-0.1]",
-    ),
-    Mutant(
-        "score-scale-ignored",
-        "Scores on a scale of ten are read as log odds.",
-        "losses",
-        "soft",
-        "score_scale * score_margins",
-        "score_margins",
-        CLOSED + "[soft-0.25-0.1]",
-    ),
-    Mutant(
-        "robust-not-divided",
-        "Without its divisor the loss is biased, and weaker by 1 - 2 epsilon.",
-        "losses",
-        "robust",
-        "(-(1 - flipped) * F.logsigmoid(h) + flipped * F.logsigmoid(-h)) / (1 - 2 * flipped)",
-        "-(1 - flipped) * F.logsigmoid(h) + flipped * F.logsigmoid(-h)",
-        CLOSED + "[robust-0.2-0.1]",
-    ),
-    Mutant(
-        "hinge-without-its-margin",
-        "A pair is let go as soon as it is won by nothing.",
-        "losses",
-        "hinge",
-        "1 - beta * margins",
-        "-beta * margins",
-        OBJECTIVES + "test_constants_where_policy_is_reference[0.1]",
-    ),
-    Mutant(
-        "ipo-target-doubled",
-        "1 / beta instead of 1 / (2 beta): a target twice as far.",
-        "losses",
-        "ipo",
-        "margins - 1 / (2 * beta)",
-        "margins - 1 / beta",
-        CLOSED + "[ipo-0.1]",
-    ),
-    Mutant(
-        "ipo-norm-of-sums",
-        "The averaged variant that forgets to average is the paper's loss under another name.",
-        "losses",
-        "ipo_norm",
-        "chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths",
-        "chosen_logratios - rejected_logratios",
-        CLOSED + "[ipo_norm-0.1]",
-    ),
-    Mutant(
-        "sigmoid-norm-by-one-length",
-        "Both sides are divided by the chosen length, so that padding a rejected answer pays.",
-        "losses",
-        "sigmoid_norm",
-        "beta * (chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths)",
-        "beta * (chosen_logratios - rejected_logratios) / chosen_lengths",
-        CLOSED + "[sigmoid_norm-0.1]",
-    ),
-    Mutant(
-        "exo-forward-kl",
-        "The divergence the other way round is cDPO, but for a constant.",
-        "losses",
-        "exo_pair",
-        "torch.sigmoid(-h) * (F.logsigmoid(-h) - math.log(label_smoothing))",
-        "label_smoothing * (math.log(label_smoothing) - F.logsigmoid(-h))",
-        CLOSED + "[exo_pair-0.1]",
-    ),
-    Mutant(
-        "discopop-in-two-factors",
-        "m e^-h of a lost pair is 0 times infinity: NaN from a log-ratio of -1000 on.",
-        "losses",
-        "discopop",
-        "(F.logsigmoid(h / discopop_tau) - h).exp()",
-        "torch.sigmoid(h / discopop_tau) * (-h).exp()",
-        OBJECTIVES + "test_extremes_are_finite[discopop-reverse_kl-dtype0]",
-    ),
-    Mutant(
-        "dpop-lambda-outside-beta",
-        "The bracketing of the paper's first version, which its authors have withdrawn.",
-        "losses",
-        "dpop",
-        "beta * (chosen_logratios - rejected_logratios - dpop_lambda * fall)",
-        "beta * (chosen_logratios - rejected_logratios) - dpop_lambda * fall",
-        CLOSED + "[dpop-5.0-0.1]",
-    ),
-    Mutant(
-        "dpop-rewards-a-rise",
-        "Without the maximum a chosen side that rises is pushed on by lambda.",
-        "losses",
-        "dpop",
-        "torch.relu(-chosen_logratios)",
-        "-chosen_logratios",
-        OBJECTIVES + "test_laws_between_losses",
-    ),
-    Mutant(
-        "nca-without-halves",
-        "The two noise terms count twice.",
-        "losses",
-        "nca_pair",
-        "(F.logsigmoid(-chosen) + F.logsigmoid(-rejected)) / 2",
-        "F.logsigmoid(-chosen) + F.logsigmoid(-rejected)",
-        CLOSED + "[nca_pair-0.1]",
-    ),
-    Mutant(
-        "bco-without-delta",
-        "The loss of TRL since 0.29: without the paper's shift it is another one.",
-        "losses",
-        "bco_pair",
-        "beta * chosen_logratios - delta",
-        "beta * chosen_logratios",
-        CLOSED + "[bco_pair-0.1]",
-    ),
-    Mutant(
-        "delta-with-gradient",
-        "The shift moves with the rewards it is compared with, and cancels half of their gradient.",
-        "training.objective",
-        "Objective.__call__",
-        '{**vars(pairs), **self.numbers, "delta": self.delta}',
-        "{**vars(pairs), **self.numbers, "
-        '"delta": self.settings.beta * (pairs.chosen_logratios + pairs.rejected_logratios).mean() / 2}',
-        CLOSED + "[bco_pair-0.1]",
-    ),
-    Mutant(
-        "delta-in-evaluation",
-        "Held-out pairs leak into training, as in old TRL, and looking changes the run.",
-        "training.objective",
-        "Objective.__call__",
-        "inputs = ...",
-        "self.add_rewards(pairs)\ninputs = ...",
-        OBJECTIVES + "test_evaluation_leaves_delta_alone",
-    ),
-    Mutant(
-        "delta-never-learned",
-        "The loop forgets to say that it trains: delta stays 0.",
-        "training.objective",
-        "Objective.training_losses",
-        "self.add_rewards(pairs)",
-        "pass",
-        OBJECTIVES + "test_delta_follows_the_rewards_of_the_loop",
-    ),
-    Mutant(
-        "delta-of-one-rank",
-        "Each rank divides good from bad at a place of its own.",
-        "training.objective",
-        "Objective.after_step",
-        "sum_over_ranks(self.step_rewards)",
-        "self.step_rewards",
-        OBJECTIVES + "test_two_ranks_have_one_delta",
-    ),
-    Mutant(
-        "delta-mean-of-means",
-        "Micro-batches count alike, whatever they hold.",
-        "training.objective",
-        "Objective.add_rewards",
-        "[rewards.sum(), rewards.new_tensor(len(rewards))]",
-        "[rewards.mean(), rewards.new_tensor(1.0)]",
-        OBJECTIVES + "test_delta_is_the_mean_reward_of_the_steps_before",
-    ),
-    Mutant(
-        "delta-lost-on-resume",
-        "A resumed run begins with a delta of 0.",
-        "training.objective",
-        "Objective.load_state_dict",
-        'state["reward_sum"]',
-        "0.0",
-        OBJECTIVES + "test_delta_is_kept_in_a_checkpoint_and_has_no_gradient",
-    ),
-    Mutant(
-        "kto-with-gradient",
-        "The point that gains are measured from is itself trained, away from them.",
-        "losses",
-        "kto_pair",
-        "rejected_logratios.mean().clamp(min=0).detach()",
-        "rejected_logratios.mean().clamp(min=0)",
-        CLOSED + "[kto_pair-0.1]",
-    ),
-    Mutant(
-        "kto-kl-of-the-own-side",
-        "Each side is measured against itself.",
-        "losses",
-        "kto_pair",
-        "rejected_kl - chosen_logratios",
-        "chosen_kl - chosen_logratios",
-        CLOSED + "[kto_pair-0.1]",
-    ),
-    Mutant(
-        "apo-down-pushes-up",
-        "APO-zero's first term in APO-down's place.",
-        "losses",
-        "apo_down",
-        "beta * chosen_logratios",
-        "-beta * chosen_logratios",
-        CLOSED + "[apo_down-0.1]",
-    ),
-    Mutant(
-        "sppo-one-target",
-        "Both sides are pulled to the chosen one's target.",
-        "losses",
-        "sppo_hard",
-        "rejected_logratios + 1 / (2 * beta)",
-        "rejected_logratios - 1 / (2 * beta)",
-        CLOSED + "[sppo_hard-0.1]",
-    ),
-    Mutant(
-        "aot-unsorted",
-        "Without sorting it is DPO.",
-        "losses",
-        "aot",
-        "(policy_chosen_logps - policy_rejected_logps).sort().values",
-        "policy_chosen_logps - policy_rejected_logps",
-        OBJECTIVES + "test_aot_is_a_plain_loop_over_quantiles[aot-0.0]",
-    ),
-    Mutant(
-        "simpo-gamma-inside-beta",
-        "The margin shrinks with beta.",
-        "losses",
-        "simpo",
-        "beta * margins - simpo_gamma",
-        "beta * (margins - simpo_gamma)",
-        CLOSED + "[simpo-0.1]",
-    ),
-    Mutant(
-        "simpo-of-sums",
-        "Mean for sum and sum for mean: SimPO's reward is the mean log-prob, or long answers lose.",
-        "losses",
-        "simpo",
-        "policy_chosen_logps / chosen_lengths - policy_rejected_logps / rejected_lengths",
-        "policy_chosen_logps - policy_rejected_logps",
-        CLOSED + "[simpo-0.1]",
-    ),
-    Mutant(
-        "orpo-without-odds",
-        "Log-probs in the place of log odds.",
-        "losses",
-        "log_odds",
-        "logp - (-logp.expm1()).log()",
-        "logp",
-        CLOSED + "[orpo-0.1]",
-    ),
-    Mutant(
-        "orpo-infinite-odds",
-        "A certain answer has infinite odds; two of them differ by NaN.",
-        "losses",
-        "log_odds",
-        "logp = logp.clamp(max=-1e-6)",
-        "",
-        OBJECTIVES + "test_extremes_are_finite[orpo-reverse_kl-dtype0]",
-    ),
-    Mutant(
-        "sft-over-tokens-of-the-batch",
-        "A mean over the batch's tokens: long answers weigh more than in the paper.",
-        "losses",
-        "sft",
-        "-policy_chosen_logps / chosen_lengths",
-        "-policy_chosen_logps / chosen_lengths.mean()",
-        CLOSED + "[sft-0.1]",
-    ),
-    Mutant(
-        "token-zero-skipped",
-        "ignore_index=0 is a habit; 0 is a token like any other, and its log-prob is lost.",
-        "model.transformer",
-        "token_logps",
-        'F.cross_entropy(at_least_float32(logits), targets, reduction="none")',
-        'F.cross_entropy(at_least_float32(logits), targets, reduction="none", ignore_index=0)',
-        MODEL + "test_token_logps_are_finite_at_the_extremes",
-    ),
-    Mutant(
-        "forward-kl-overflows",
-        "e^100 is inf in float32, and inf - inf NaN.",
-        "losses",
-        "expm1",
-        "kept = x.clamp(max=last)",
-        "kept = x",
-        OBJECTIVES + "test_extremes_are_finite[sigmoid-forward_kl-dtype0]",
-    ),
-    Mutant(
-        "divergence-clamped",
-        "A clamp is finite as well, and lets go of the pairs that are most wrong.",
-        "losses",
-        "expm1",
-        "kept.expm1() + kept.exp() * (x - kept)",
-        "kept.expm1()",
-        OBJECTIVES + "test_a_hopeless_answer_is_not_let_go",
-    ),
-    Mutant(
-        "alpha-for-one-minus-alpha",
-        "TRL's alpha: equal to the paper's at the default of one half only.",
-        "losses",
-        "alpha",
-        "-expm1(-divergence_alpha * logratios) / divergence_alpha",
-        "-expm1((divergence_alpha - 1) * logratios) / (1 - divergence_alpha)",
-        OBJECTIVES + "test_a_score_is_the_derivative_of_its_divergence[alpha]",
-    ),
-    Mutant(
-        "divergence-ignored",
-        "The flag is accepted and reverse KL computed, as in TRL for a year.",
-        "training.objective",
-        "Objective.__call__",
-        "self.derivative(chosen) - self.derivative(rejected)",
-        "chosen - rejected",
-        OBJECTIVES + "test_scores_by_hand",
-    ),
-    Mutant(
-        "wpo-unclamped",
-        "A product of weights above 1 makes likely pairs more than pairs.",
-        "training.objective",
-        "wpo_weights",
-        "(chosen / chosen_lengths + rejected / rejected_lengths).clamp(max=0)",
-        "chosen / chosen_lengths + rejected / rejected_lengths",
-        OBJECTIVES + "test_collisions_of_two_tokens_by_hand",
-    ),
-    Mutant(
-        "wpo-of-sums",
-        "Without the mean over tokens the weight of any real answer is 0.",
-        "training.objective",
-        "wpo_weights",
-        "chosen / chosen_lengths + rejected / rejected_lengths",
-        "chosen + rejected",
-        OBJECTIVES + "test_collisions_of_two_tokens_by_hand",
-    ),
-    Mutant(
-        "wpo-with-gradient",
-        "The policy learns to find its own pairs unlikely.",
-        "training.objective",
-        "wpo_pair_weights",
-        "policy_logps.detach()",
-        "policy_logps",
-        OBJECTIVES + "test_pairs_of_a_stream_are_those_of_single_sequences[forked]",
-    ),
-    Mutant(
-        "wpo-without-collisions",
-        "Without the sum of squares the weight is an answer's plain likelihood.",
-        "training.objective",
-        "wpo_pair_weights",
-        "(2 * logps).logsumexp(-1)",
-        "logps.logsumexp(-1)",
-        OBJECTIVES + "test_pairs_of_a_stream_are_those_of_single_sequences[twin]",
-    ),
-    Mutant(
-        "ld-from-the-start-of-the-prompt",
-        "Positions are counted from the prompt on, so an answer counts by alpha from its first token.",
-        "model.stream",
-        "TokenStream.beyond_the_shorter",
-        "torch.arange(len(self.owners), device=self.owners.device) - starts[self.owners]",
-        "self.positions[self.predictors] + 1",
-        OBJECTIVES + "test_pairs_of_a_stream_are_those_of_single_sequences[forked]",
-    ),
-    Mutant(
-        "ld-beyond-the-longer",
-        "Nothing lies beyond the longer answer: the option does nothing.",
-        "model.stream",
-        "TokenStream.beyond_the_shorter",
-        "lengths.view(-1, 2).amin",
-        "lengths.view(-1, 2).amax",
-        OBJECTIVES + "test_pairs_of_a_stream_are_those_of_single_sequences[twin]",
-    ),
-    Mutant(
-        "ld-of-the-policy-only",
-        "The reference stays whole, and log-ratios compare unlike things.",
-        "training.objective",
-        "Pairs.of",
-        "policy_logps - reference_logps",
-        "policy_logps",
-        OBJECTIVES + "test_pairs_of_a_stream_are_those_of_single_sequences[forked]",
-    ),
-    Mutant(
-        "ld-alpha-turned",
-        "alpha for 1 - alpha.",
-        "training.objective",
-        "Objective.__call__",
-        "(1 - self.settings.ld_alpha) * pairs.rejected_tails",
-        "self.settings.ld_alpha * pairs.rejected_tails",
-        OBJECTIVES + "test_ld_dpo_replaces_the_log_ratios[sigmoid]",
-    ),
-    Mutant(
-        "tr-both-variants-at-once",
-        "A share of the way and a period together are neither of the paper's two variants.",
-        "training.options",
-        "check_options",
-        "require(not both, ...)",
-        "require(True, ...)",
-        OBJECTIVES + "test_what_makes_no_sense_is_refused",
-    ),
-    Mutant(
-        "tr-alpha-turned",
-        "The reference keeps the share that it should give away.",
-        "training.objective",
-        "Objective.after_step",
-        "old.lerp_(new, share)",
-        "old.lerp_(new, 1 - share)",
-        OBJECTIVES + "test_tr_dpo_softly_at_every_step",
-    ),
-    Mutant(
-        "tr-copies-the-pointer",
-        "After the first copy the reference is the policy, and the loss ln 2 for ever.",
-        "training.objective",
-        "Objective.after_step",
-        "old.lerp_(new, share)",
-        "old.data = new.data",
-        OBJECTIVES + "test_tr_dpo_by_copies",
-    ),
-    Mutant(
-        "tr-a-step-early",
-        "The first copy comes after one step instead of tau.",
-        "training.objective",
-        "Objective.after_step",
-        "self.moves_reference and step % every == 0",
-        "self.moves_reference and step % every == 1 % every",
-        OBJECTIVES + "test_tr_dpo_by_copies",
-    ),
-    Mutant(
-        "weights-of-losses-ignored",
-        "MPO with three equal weights is another objective.",
-        "training.objective",
-        "Objective.__call__",
-        "weight * call(LOSSES[name], inputs)",
-        "call(LOSSES[name], inputs)",
-        OBJECTIVES + "test_several_losses_are_a_weighted_sum",
-    ),
-    Mutant(
-        "useless-option-accepted",
-        "An option that the loss does not look at is swallowed, and the user believes in it.",
-        "training.options",
-        "check_options",
-        'name == "beta" or name in inputs or not users',
-        "True",
-        OBJECTIVES + "test_what_makes_no_sense_is_refused",
-    ),
-    Mutant(
-        "rewards-by-length",
-        "Rewards that are averaged when the loss is: margins of two runs cannot be compared.",
-        "training.objective",
-        "pair_metrics",
-        "chosen, rejected = pairs.chosen_logratios.detach(), pairs.rejected_logratios.detach()",
-        "chosen = pairs.chosen_logratios.detach() / pairs.chosen_lengths\n"
-        "rejected = pairs.rejected_logratios.detach()",
-        OBJECTIVES + "test_rewards_mean_the_same_whatever_the_loss[ipo_norm]",
-    ),
-    Mutant(
-        "reference-free-copies-a-reference",
-        "A model's worth of memory for nothing.",
-        "training.reference",
-        "make_reference",
-        "not objective.needs_reference",
-        "False",
-        OBJECTIVES + "test_every_objective_trains_and_evaluates[simpo]",
-    ),
-    Mutant(
-        "evaluated-with-another-loss",
-        "The held-out loss is DPO's while another one is trained.",
-        "train_dpo",
-        "train.evaluate_now",
-        "objective, settings.layout, max_tokens",
-        "Objective(ObjectiveSettings(beta=settings.beta)), settings.layout, max_tokens",
-        OBJECTIVES + "test_every_objective_trains_and_evaluates[ipo]",
-    ),
-    Mutant(
-        "evaluation-mean-of-means",
-        "The last, short batch weighs as much as the others, so figures depend on the batch size.",
-        "training.evaluate",
-        "evaluate",
-        "meter.add(len(losses), pair_metrics(losses, batch, settings.beta))",
-        "meter.add(1, {k: v / len(losses) for k, v in pair_metrics(losses, batch, settings.beta).items()})",
-        OBJECTIVES + "test_evaluation_does_not_depend_on_its_batches[sigmoid-plain]",
-    ),
-    Mutant(
-        "labels-of-other-rows",
-        "The first labels of the file instead of those of the micro-batch.",
-        "dataset.packing",
-        "build_stream",
-        "store.score_margins[np.asarray(rows, int)]",
-        "store.score_margins[: len(rows)]",
-        OBJECTIVES + "test_soft_reads_the_labels_of_the_data",
-    ),
-    Mutant(
-        "scores-exchanged",
-        "Rejected minus chosen: the soft labels prefer the wrong side.",
-        "dataset.store",
-        "score_margin",
-        "record.scores[0] - record.scores[1]",
-        "record.scores[1] - record.scores[0]",
-        STORE + "test_score_margins_are_those_of_the_records",
-    ),
-    Mutant(
-        "probability-for-its-logit",
-        "A win probability of 0.5 becomes a label of 0.62.",
-        "dataset.store",
-        "score_margin",
-        "math.log(p) - math.log1p(-p)",
-        "p",
-        STORE + "test_score_margins_are_those_of_the_records",
-    ),
-]
+beta-forgotten in losses: sigmoid
+The loss starts at ln 2 all the same, and the policy runs away from its reference.
+- losses = -F.logsigmoid(beta * margins)
++ losses = -F.logsigmoid(margins)
+test_losses.py::test_gradient_identity[at-the-start]
+
+reference-sign-flipped in training.objective: Pairs.rejected_logratios
+The reference is added instead of subtracted.
+- self.policy_rejected_logps - self.reference_rejected_logps
++ self.policy_rejected_logps + self.reference_rejected_logps
+test_losses.py::test_loss_is_exactly_ln_2_before_the_first_step[forked-fp32]
+
+reference-omitted in training.objective: Pairs.chosen_logratios
+Without the reference on one side the loss pushes the policy towards short answers.
+- self.policy_chosen_logps - self.reference_chosen_logps
++ self.policy_chosen_logps
+test_losses.py::test_loss_by_hand
+
+margin-turned in training.objective: Objective.__call__
+Rejected minus chosen: the loss starts at ln 2 and falls, the model gets worse.
+- self.derivative(chosen) - self.derivative(rejected)
++ self.derivative(rejected) - self.derivative(chosen)
+test_objectives.py::test_value_and_gradient_are_the_closed_form[sigmoid-0.1]
+
+log-of-sigmoid in losses: sigmoid
+log(sigmoid(z)) is -inf where sigmoid(z) rounds to 0, and its gradient NaN.
+- losses = -F.logsigmoid(beta * margins)
++ losses = -(beta * margins).sigmoid().log()
+test_objectives.py::test_extremes_are_finite[sigmoid-reverse_kl-dtype0]
+
+rewards-with-gradient in losses: reward_metrics
+Rewards that keep their graph hold the memory of every micro-batch until they are logged.
+- value.detach().sum
++ value.sum
+test_losses.py::test_rewards_carry_no_gradient
+
+tie-counted-as-loss in losses: reward_metrics
+Before the first step every pair is a tie; an accuracy of 0 there is an artefact.
+- (margins > 0).float() + 0.5 * (margins == 0).float()
++ (margins > 0).float()
+test_losses.py::test_metrics_are_sums_and_a_tie_is_half
+
+# ---- Other objectives
+
+cdpo-ignored in losses: sigmoid
+The option is accepted, and the loss is DPO's all the same: what TRL does since 0.29.
+- 1 - label_smoothing
++ 1.0
+test_objectives.py::test_value_and_gradient_are_the_closed_form[sigmoid-0.2-0.1]
+
+soft-label-made-hard in losses: soft
+A pair that wins by a hair is learned like one that wins for sure.
+- torch.sigmoid(score_scale * score_margins)
++ (score_margins > 0).to(margins)
+test_objectives.py::test_value_and_gradient_are_the_closed_form[soft-0.1]
+
+score-scale-ignored in losses: soft
+Scores on a scale of ten are read as log odds.
+- score_scale * score_margins
++ score_margins
+test_objectives.py::test_value_and_gradient_are_the_closed_form[soft-0.25-0.1]
+
+robust-not-divided in losses: robust
+Without its divisor the loss is biased, and weaker by 1 - 2 epsilon.
+- (-(1 - flipped) * F.logsigmoid(h) + flipped * F.logsigmoid(-h)) / (1 - 2 * flipped)
++ -(1 - flipped) * F.logsigmoid(h) + flipped * F.logsigmoid(-h)
+test_objectives.py::test_value_and_gradient_are_the_closed_form[robust-0.2-0.1]
+
+hinge-without-its-margin in losses: hinge
+A pair is let go as soon as it is won by nothing.
+- 1 - beta * margins
++ -beta * margins
+test_objectives.py::test_constants_where_policy_is_reference[0.1]
+
+ipo-target-doubled in losses: ipo
+1 / beta instead of 1 / (2 beta): a target twice as far.
+- margins - 1 / (2 * beta)
++ margins - 1 / beta
+test_objectives.py::test_value_and_gradient_are_the_closed_form[ipo-0.1]
+
+ipo-norm-of-sums in losses: ipo_norm
+The averaged variant that forgets to average is the paper's loss under another name.
+- chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths
++ chosen_logratios - rejected_logratios
+test_objectives.py::test_value_and_gradient_are_the_closed_form[ipo_norm-0.1]
+
+sigmoid-norm-by-one-length in losses: sigmoid_norm
+Both sides are divided by the chosen length, so that padding a rejected answer pays.
+- beta * (chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths)
++ beta * (chosen_logratios - rejected_logratios) / chosen_lengths
+test_objectives.py::test_value_and_gradient_are_the_closed_form[sigmoid_norm-0.1]
+
+exo-forward-kl in losses: exo_pair
+The divergence the other way round is cDPO, but for a constant.
+- torch.sigmoid(-h) * (F.logsigmoid(-h) - math.log(label_smoothing))
++ label_smoothing * (math.log(label_smoothing) - F.logsigmoid(-h))
+test_objectives.py::test_value_and_gradient_are_the_closed_form[exo_pair-0.1]
+
+discopop-in-two-factors in losses: discopop
+m e^-h of a lost pair is 0 times infinity: NaN from a log-ratio of -1000 on.
+- (F.logsigmoid(h / discopop_tau) - h).exp()
++ torch.sigmoid(h / discopop_tau) * (-h).exp()
+test_objectives.py::test_extremes_are_finite[discopop-reverse_kl-dtype0]
+
+dpop-lambda-outside-beta in losses: dpop
+The bracketing of the paper's first version, which its authors have withdrawn.
+- beta * (chosen_logratios - rejected_logratios - dpop_lambda * fall)
++ beta * (chosen_logratios - rejected_logratios) - dpop_lambda * fall
+test_objectives.py::test_value_and_gradient_are_the_closed_form[dpop-5.0-0.1]
+
+dpop-rewards-a-rise in losses: dpop
+Without the maximum a chosen side that rises is pushed on by lambda.
+- torch.relu(-chosen_logratios)
++ -chosen_logratios
+test_objectives.py::test_laws_between_losses
+
+nca-without-halves in losses: nca_pair
+The two noise terms count twice.
+- (F.logsigmoid(-chosen) + F.logsigmoid(-rejected)) / 2
++ F.logsigmoid(-chosen) + F.logsigmoid(-rejected)
+test_objectives.py::test_value_and_gradient_are_the_closed_form[nca_pair-0.1]
+
+bco-without-delta in losses: bco_pair
+The loss of TRL since 0.29: without the paper's shift it is another one.
+- beta * chosen_logratios - delta
++ beta * chosen_logratios
+test_objectives.py::test_value_and_gradient_are_the_closed_form[bco_pair-0.1]
+
+delta-with-gradient in training.objective: Objective.__call__
+The shift moves with the rewards it is compared with, and cancels half of their gradient.
+- {**vars(pairs), **self.numbers, "delta": self.delta}
++ {**vars(pairs), **self.numbers,
++  "delta": self.settings.beta * (pairs.chosen_logratios + pairs.rejected_logratios).mean() / 2}
+test_objectives.py::test_value_and_gradient_are_the_closed_form[bco_pair-0.1]
+
+delta-in-evaluation in training.objective: Objective.__call__
+Held-out pairs leak into training, as in old TRL, and looking changes the run.
+- inputs = ...
++ self.add_rewards(pairs)
++ inputs = ...
+test_objectives.py::test_evaluation_leaves_delta_alone
+
+delta-never-learned in training.objective: Objective.training_losses
+The loop forgets to say that it trains: delta stays 0.
+- self.add_rewards(pairs)
++ pass
+test_objectives.py::test_delta_follows_the_rewards_of_the_loop
+
+delta-of-one-rank in training.objective: Objective.after_step
+Each rank divides good from bad at a place of its own.
+- sum_over_ranks(self.step_rewards)
++ self.step_rewards
+test_objectives.py::test_two_ranks_have_one_delta
+
+delta-mean-of-means in training.objective: Objective.add_rewards
+Micro-batches count alike, whatever they hold.
+- [rewards.sum(), rewards.new_tensor(len(rewards))]
++ [rewards.mean(), rewards.new_tensor(1.0)]
+test_objectives.py::test_delta_is_the_mean_reward_of_the_steps_before
+
+delta-lost-on-resume in training.objective: Objective.load_state_dict
+A resumed run begins with a delta of 0.
+- state["reward_sum"]
++ 0.0
+test_objectives.py::test_delta_is_kept_in_a_checkpoint_and_has_no_gradient
+
+kto-with-gradient in losses: kto_pair
+The point that gains are measured from is itself trained, away from them.
+- rejected_logratios.mean().clamp(min=0).detach()
++ rejected_logratios.mean().clamp(min=0)
+test_objectives.py::test_value_and_gradient_are_the_closed_form[kto_pair-0.1]
+
+kto-kl-of-the-own-side in losses: kto_pair
+Each side is measured against itself.
+- rejected_kl - chosen_logratios
++ chosen_kl - chosen_logratios
+test_objectives.py::test_value_and_gradient_are_the_closed_form[kto_pair-0.1]
+
+apo-down-pushes-up in losses: apo_down
+APO-zero's first term in APO-down's place.
+- beta * chosen_logratios
++ -beta * chosen_logratios
+test_objectives.py::test_value_and_gradient_are_the_closed_form[apo_down-0.1]
+
+sppo-one-target in losses: sppo_hard
+Both sides are pulled to the chosen one's target.
+- rejected_logratios + 1 / (2 * beta)
++ rejected_logratios - 1 / (2 * beta)
+test_objectives.py::test_value_and_gradient_are_the_closed_form[sppo_hard-0.1]
+
+aot-unsorted in losses: aot
+Without sorting it is DPO.
+- (policy_chosen_logps - policy_rejected_logps).sort().values
++ policy_chosen_logps - policy_rejected_logps
+test_objectives.py::test_aot_is_a_plain_loop_over_quantiles[aot-0.0]
+
+simpo-gamma-inside-beta in losses: simpo
+The margin shrinks with beta.
+- beta * margins - simpo_gamma
++ beta * (margins - simpo_gamma)
+test_objectives.py::test_value_and_gradient_are_the_closed_form[simpo-0.1]
+
+simpo-of-sums in losses: simpo
+Mean for sum and sum for mean: SimPO's reward is the mean log-prob, or long answers lose.
+- policy_chosen_logps / chosen_lengths - policy_rejected_logps / rejected_lengths
++ policy_chosen_logps - policy_rejected_logps
+test_objectives.py::test_value_and_gradient_are_the_closed_form[simpo-0.1]
+
+orpo-without-odds in losses: log_odds
+Log-probs in the place of log odds.
+- logp - (-logp.expm1()).log()
++ logp
+test_objectives.py::test_value_and_gradient_are_the_closed_form[orpo-0.1]
+
+orpo-infinite-odds in losses: log_odds
+A certain answer has infinite odds; two of them differ by NaN.
+- logp = logp.clamp(max=-1e-6)
+test_objectives.py::test_extremes_are_finite[orpo-reverse_kl-dtype0]
+
+sft-over-tokens-of-the-batch in losses: sft
+A mean over the batch's tokens: long answers weigh more than in the paper.
+- -policy_chosen_logps / chosen_lengths
++ -policy_chosen_logps / chosen_lengths.mean()
+test_objectives.py::test_value_and_gradient_are_the_closed_form[sft-0.1]
+
+token-zero-skipped in model.transformer: token_logps
+ignore_index=0 is a habit; 0 is a token like any other, and its log-prob is lost.
+- F.cross_entropy(at_least_float32(logits), targets, reduction="none")
++ F.cross_entropy(at_least_float32(logits), targets, reduction="none", ignore_index=0)
+test_model.py::test_token_logps_are_finite_at_the_extremes
+
+forward-kl-overflows in losses: expm1
+e^100 is inf in float32, and inf - inf NaN.
+- kept = x.clamp(max=last)
++ kept = x
+test_objectives.py::test_extremes_are_finite[sigmoid-forward_kl-dtype0]
+
+divergence-clamped in losses: expm1
+A clamp is finite as well, and lets go of the pairs that are most wrong.
+- kept.expm1() + kept.exp() * (x - kept)
++ kept.expm1()
+test_objectives.py::test_a_hopeless_answer_is_not_let_go
+
+alpha-for-one-minus-alpha in losses: alpha
+TRL's alpha: equal to the paper's at the default of one half only.
+- -expm1(-divergence_alpha * logratios) / divergence_alpha
++ -expm1((divergence_alpha - 1) * logratios) / (1 - divergence_alpha)
+test_objectives.py::test_a_score_is_the_derivative_of_its_divergence[alpha]
+
+divergence-ignored in training.objective: Objective.__call__
+The flag is accepted and reverse KL computed, as in TRL for a year.
+- self.derivative(chosen) - self.derivative(rejected)
++ chosen - rejected
+test_objectives.py::test_scores_by_hand
+
+wpo-unclamped in training.objective: wpo_weights
+A product of weights above 1 makes likely pairs more than pairs.
+- (chosen / chosen_lengths + rejected / rejected_lengths).clamp(max=0)
++ chosen / chosen_lengths + rejected / rejected_lengths
+test_objectives.py::test_collisions_of_two_tokens_by_hand
+
+wpo-of-sums in training.objective: wpo_weights
+Without the mean over tokens the weight of any real answer is 0.
+- chosen / chosen_lengths + rejected / rejected_lengths
++ chosen + rejected
+test_objectives.py::test_collisions_of_two_tokens_by_hand
+
+wpo-with-gradient in training.objective: wpo_pair_weights
+The policy learns to find its own pairs unlikely.
+- policy_logps.detach()
++ policy_logps
+test_objectives.py::test_pairs_of_a_stream_are_those_of_single_sequences[forked]
+
+wpo-without-collisions in training.objective: wpo_pair_weights
+Without the sum of squares the weight is an answer's plain likelihood.
+- (2 * logps).logsumexp(-1)
++ logps.logsumexp(-1)
+test_objectives.py::test_pairs_of_a_stream_are_those_of_single_sequences[twin]
+
+ld-from-the-start-of-the-prompt in model.stream: TokenStream.beyond_the_shorter
+Positions are counted from the prompt on, so an answer counts by alpha from its first token.
+- torch.arange(len(self.owners), device=self.owners.device) - starts[self.owners]
++ self.positions[self.predictors] + 1
+test_objectives.py::test_pairs_of_a_stream_are_those_of_single_sequences[forked]
+
+ld-beyond-the-longer in model.stream: TokenStream.beyond_the_shorter
+Nothing lies beyond the longer answer: the option does nothing.
+- lengths.view(-1, 2).amin
++ lengths.view(-1, 2).amax
+test_objectives.py::test_pairs_of_a_stream_are_those_of_single_sequences[twin]
+
+ld-of-the-policy-only in training.objective: Pairs.of
+The reference stays whole, and log-ratios compare unlike things.
+- policy_logps - reference_logps
++ policy_logps
+test_objectives.py::test_pairs_of_a_stream_are_those_of_single_sequences[forked]
+
+ld-alpha-turned in training.objective: Objective.__call__
+alpha for 1 - alpha.
+- (1 - self.settings.ld_alpha) * pairs.rejected_tails
++ self.settings.ld_alpha * pairs.rejected_tails
+test_objectives.py::test_ld_dpo_replaces_the_log_ratios[sigmoid]
+
+tr-both-variants-at-once in training.options: check_options
+A share of the way and a period together are neither of the paper's two variants.
+- require(not both, ...)
++ require(True, ...)
+test_objectives.py::test_what_makes_no_sense_is_refused
+
+tr-alpha-turned in training.objective: Objective.after_step
+The reference keeps the share that it should give away.
+- old.lerp_(new, share)
++ old.lerp_(new, 1 - share)
+test_objectives.py::test_tr_dpo_softly_at_every_step
+
+tr-copies-the-pointer in training.objective: Objective.after_step
+After the first copy the reference is the policy, and the loss ln 2 for ever.
+- old.lerp_(new, share)
++ old.data = new.data
+test_objectives.py::test_the_reference_follows_in_the_loop
+
+tr-a-step-early in training.objective: Objective.after_step
+The first copy comes after one step instead of tau.
+- self.moves_reference and step % every == 0
++ self.moves_reference and step % every == 1 % every
+test_objectives.py::test_the_reference_follows_in_the_loop
+
+weights-of-losses-ignored in training.objective: Objective.__call__
+MPO with three equal weights is another objective.
+- weight * call(LOSSES[name], inputs)
++ call(LOSSES[name], inputs)
+test_objectives.py::test_several_losses_are_a_weighted_sum
+
+useless-option-accepted in training.options: check_options
+An option that the loss does not look at is swallowed, and the user believes in it.
+- name == "beta" or name in inputs or not users
++ True
+test_objectives.py::test_what_makes_no_sense_is_refused
+
+rewards-by-length in training.objective: pair_metrics
+Rewards that are averaged when the loss is: margins of two runs cannot be compared.
+- chosen, rejected = pairs.chosen_logratios.detach(), pairs.rejected_logratios.detach()
++ chosen = pairs.chosen_logratios.detach() / pairs.chosen_lengths
++ rejected = pairs.rejected_logratios.detach()
+test_objectives.py::test_rewards_mean_the_same_whatever_the_loss[ipo_norm]
+
+reference-free-copies-a-reference in training.reference: make_reference
+A model's worth of memory for nothing.
+- not objective.needs_reference
++ False
+test_objectives.py::test_every_objective_trains_and_evaluates[simpo]
+
+evaluated-with-another-loss in train_dpo: train.evaluate_now
+The held-out loss is DPO's while another one is trained.
+- objective, settings.layout, max_tokens
++ Objective(ObjectiveSettings(beta=settings.beta)), settings.layout, max_tokens
+test_objectives.py::test_every_objective_trains_and_evaluates[ipo]
+
+evaluation-mean-of-means in training.evaluate: evaluate
+The last, short batch weighs as much as the others, so figures depend on the batch size.
+- meter.add(len(losses), pair_metrics(losses, batch, settings.beta))
++ meter.add(1, {k: v / len(losses) for k, v in pair_metrics(losses, batch, settings.beta).items()})
+test_objectives.py::test_evaluation_does_not_depend_on_its_batches[sigmoid-plain]
+
+labels-of-other-rows in dataset.packing: build_stream
+The first labels of the file instead of those of the micro-batch.
+- store.score_margins[np.asarray(rows, int)]
++ store.score_margins[: len(rows)]
+test_objectives.py::test_soft_reads_the_labels_of_the_data
+
+scores-exchanged in dataset.store: score_margin
+Rejected minus chosen: the soft labels prefer the wrong side.
+- record.scores[0] - record.scores[1]
++ record.scores[1] - record.scores[0]
+test_store.py::test_score_margins_are_those_of_the_records
+
+probability-for-its-logit in dataset.store: score_margin
+A win probability of 0.5 becomes a label of 0.62.
+- math.log(p) - math.log1p(-p)
++ p
+test_store.py::test_score_margins_are_those_of_the_records
+""")
