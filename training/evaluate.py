@@ -9,7 +9,7 @@ from dataset.packing import build_stream, share, stream_lengths
 from dataset.store import TokenStore
 from losses import bradley_terry_loss, reward_metrics
 from model.reward import RewardModel
-from model.stream import sides
+from model.stream import TokenStream, sides
 from model.transformer import Transformer
 from training.distributed import World
 from training.metrics import Meter
@@ -68,11 +68,15 @@ def evaluate_kl(
     meter = Meter(world)
     for _, stream in batches(pairs, world, max_tokens, layout):
         with torch.autocast(world.device.type, enabled=False):
-            both = zip(policy.log_distributions(stream), reference.log_distributions(stream), strict=True)
-            # Σ_v π(v) [log π(v) − log π_ref(v)] at each predictor, (N,)
-            kl = torch.cat([(log_p.exp() * (log_p - log_q)).sum(dim=-1) for log_p, log_q in both])
+            kl = next_token_kl(policy, reference, stream)
         meter.add(len(kl), {"kl_per_token": kl.sum()})
     return meter.mean()
+
+
+def next_token_kl(policy: Transformer, reference: Transformer, stream: TokenStream) -> Tensor:
+    """KL(π ‖ π_ref) = Σ_v π(v) [log π(v) − log π_ref(v)] at each predictor, (N,), in nats."""
+    both = zip(policy.log_distributions(stream), reference.log_distributions(stream), strict=True)
+    return torch.cat([(log_p.exp() * (log_p - log_q)).sum(dim=-1) for log_p, log_q in both])
 
 
 @torch.no_grad()

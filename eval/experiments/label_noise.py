@@ -16,9 +16,10 @@ from statistics import mean
 
 import train_dpo
 import train_reward
-from dataset.records import DataError, Preference, read_records
+from dataset.records import Preference
 from errors import InputError, run_script
 from eval import score
+from eval.experiments.common import read_all, write_lines
 from eval.experiments.real_data import as_json
 from eval.report import BLUE, INK, ORANGE, PALE, VIOLET, canvas, need_matplotlib, plain
 from files import write_json
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = parse(Settings, __doc__.split("\n")[0], arguments)
     need_matplotlib()
     out = Path(settings.out)
-    pairs, held_out = read(settings.data), read(settings.eval_data)[: settings.eval_pairs]
+    pairs, held_out = read_all(settings.data), read_all(settings.eval_data)[: settings.eval_pairs]
     if len(pairs) < settings.pairs:
         raise InputError(f"{settings.data}: has {len(pairs)} pairs, fewer than --pairs {settings.pairs}")
     write(out / "heldout.jsonl", held_out)
@@ -72,19 +73,9 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{name:<14}{share:>4} flipped {mean(runs):>8.3f}  ({min(runs):.3f} to {max(runs):.3f})")
 
 
-def read(path: str) -> list[Preference]:
-    """The pairs of a file. Raises `InputError` at the first bad record."""
-    records = list(read_records(path))
-    if bad := next((record for record in records if isinstance(record, DataError)), None):
-        raise InputError(str(bad))
-    return records
-
-
 def write(path: Path, records: list[Preference]) -> None:
     """Write pairs as JSON lines. Creates the folder if necessary."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(as_json(record), ensure_ascii=False) + "\n" for record in records)
-    path.write_text("".join(lines), encoding="utf-8")
+    write_lines(path, map(as_json, records))
 
 
 def flipped(pairs: list[Preference], count: int, share: float, seed: int) -> list[Preference]:

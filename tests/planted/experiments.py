@@ -5,8 +5,8 @@ from tests.planted.mutant import catalogue
 MUTANTS = catalogue(r"""
 rewards-shown-as-log-ratios in eval.experiments.edit_distance: run
 A reward is beta times a log-ratio: the fall of the chosen answers looks ten times smaller.
-- mean(row[f"rewards/{side}"] for row in epoch) / settings.beta
-+ mean(row[f"rewards/{side}"] for row in epoch)
+- row[f"logratios/{side}"]
++ row[f"rewards/{side}"]
 test_experiments.py::test_edit_distance
 
 held-out-labels-flipped in eval.experiments.label_noise: main
@@ -20,6 +20,36 @@ Soft labels win because only their reward model has seen the true labels.
 - train_reward.main([*common, *data, ...])
 + train_reward.main([*common, *data, f"--data={settings.data}", ...])
 test_experiments.py::test_label_noise
+
+kl-from-the-references-answers in eval.experiments.frontier: measure
+From answers of the reference the mean log-ratio is −KL(π_ref ‖ π): a frontier at a wrong place.
+- generate(policy, task.prompts, **...)
++ generate(reference, task.prompts, **...)
+test_experiment_figures.py::test_the_mean_log_ratio_of_the_policys_own_answers_estimates_kl
+
+interval-over-runs-with-n in eval.experiments.common: over_runs
+With three runs the interval is a fifth too narrow, and chance looks like a difference.
+- stdev(values)
++ stdev(values) * math.sqrt((len(values) - 1) / len(values))
+test_experiment_figures.py::test_the_interval_over_runs_is_students_with_n_minus_1
+
+end-token-that-was-not-drawn in eval.experiments.common: Generated.__init__
+An answer that did not end gets an end token: its log-ratio contains a token that was not drawn.
+- [end_id] * a.finished
++ [end_id]
+test_experiment_figures.py::test_log_ratios_of_generated_answers
+
+weight-of-the-won-pairs in eval.experiments.weights: weight
+The sigmoid of the margin, not of its negative: easy pairs seem to weigh the most.
+- -beta * step.margins
++ beta * step.margins
+test_experiment_figures.py::test_the_weight_is_the_derivative_of_the_loss
+
+held-out-starts-in-training in eval.experiments.sentiment: read_sentences
+The policy has seen the sentences that it is measured on.
+- [words for words in sentences if ...]
++ sentences
+test_experiment_figures.py::test_no_start_of_a_held_out_sentence_is_trained_on
 
 every-run-measured-with-default-beta in eval.preference: choose_objective
 Rewards and loss of a run with another beta differ from its own log, and look plausible.
