@@ -1,7 +1,4 @@
-"""The report's page in headless Chromium: its boxes, its colours, its keys, and hostile text.
-
-python -m pytest -m slow tests/test_page_in_chromium.py
-"""
+"""The report's page in headless Chromium: its boxes, its colours, its keys, and hostile text."""
 
 import dataclasses
 import re

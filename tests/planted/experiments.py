@@ -86,4 +86,10 @@ After a dropped record every answer stands below a wrong prompt.
 - store.records[rows]
 + rows
 test_report.py::test_a_pair_has_its_own_prompt
+
+report-draws-the-same-answers-twice in eval.figures: judge_charts
+The bars before training show the trained model: DPO seems to change nothing.
+- (f"before: {before}", "pale", before)
++ (f"before: {before}", "pale", after)
+test_report.py::test_bars_have_the_heights_of_the_judges_figures
 """)
