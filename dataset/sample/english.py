@@ -123,7 +123,7 @@ CONVERSATION = (
           "I am {0}, by the way.\nassistant: Noted.\nWho am I?"),
          ("Your name is {value}.", "You told me that your name is {value}.", "You are {value}.")),
     Task("own name", "en", "word", 5, pair_rows({name: name for name in NAMES}),
-         ("system: Your name is {0}.\nWhat is your name?", "system: You are {0}, an assistant.\nWho are you?",
+         ("system: Your name is {0}.\nWhat is your name?", "system: You are {0}, an assistant.\nWho is speaking?",
           "system: You are called {0}.\nTell me your name.",
           "system: Your name is {0}.\nMay I ask your name?"),
          ("My name is {value}.", "I am called {value}.", "People call me {value}.")),
