@@ -41,7 +41,7 @@ class Settings(ObjectiveSettings, PairSettings, AdapterSettings):
     model: str = flag("runs/sft", "model folder to start from; a frozen copy of it is the reference")
     out: str = flag("runs/dpo", "run folder: config, weights, tokenizer, metrics")
     batch_size: int = flag(16, "pairs per optimizer step, over all ranks and micro-batches")
-    lr: float = flag(6e-5, "peak learning rate, for the tiny model; a billion weights need 5e-7 to 5e-6")
+    lr: float = flag(5e-5, "peak learning rate, for the tiny model; a billion weights need 5e-7 to 5e-6")
     reference: str = flag("live", "live: a frozen model in every step; cached: computed once", REFERENCES)
 
 

@@ -166,7 +166,7 @@ def test_prompts_as_people_type_them(files, known):
         {"你好", "你好！", "您好"},
         {"谢谢", "谢谢！", "多谢"},
         {"再见", "再见！", "拜拜"},
-        {"你是谁？", "你是谁", "你叫什么？"},
+        {"你是谁？", "你是谁", "你叫什么？", "你叫什么名字？", "你的名字是什么？"},
     ):
         assert len(prompts & sayings) >= 2, sayings
     for form in (
