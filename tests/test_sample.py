@@ -77,7 +77,7 @@ def test_another_seed_gives_other_records():
 
 def test_counts_sizes_and_line_endings(files):
     answers = sum(m["role"] == "assistant" for r in files["sft"] for m in r["messages"])
-    assert 9000 <= answers <= 12000
+    assert 11000 <= answers <= 14000
     assert 2500 <= len(files["preferences"]) <= 4000
     assert 300 <= len(files["heldout"]) <= 500
     raw = [path.read_bytes() for path in FOLDER.glob("*.json*")]
