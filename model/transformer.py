@@ -163,8 +163,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_output_bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], context, index: int) -> Tensor:
         """(T, d) to (T, d). A KV cache keeps the keys of each layer under its `index`."""
@@ -175,6 +175,13 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (heads, T, D)
         return self.o_proj(context.attend(index, q, k, v).transpose(0, 1).flatten(1))  # (T, d)
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm of each query or key head, computed in float32 also under autocast (Qwen3)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(at_least_float32(x)).to(x.dtype)
 
 
 class FeedForward(nn.Module):

@@ -77,7 +77,7 @@ def test_another_seed_gives_other_records():
 
 def test_counts_sizes_and_line_endings(files):
     answers = sum(m["role"] == "assistant" for r in files["sft"] for m in r["messages"])
-    assert 10000 <= answers <= 14000
+    assert 11000 <= answers <= 14000
     assert 2500 <= len(files["preferences"]) <= 4000
     assert 300 <= len(files["heldout"]) <= 500
     raw = [path.read_bytes() for path in FOLDER.glob("*.json*")]
@@ -159,14 +159,24 @@ def test_prompts_as_people_type_them(files, known):
     """Each casual form is trained, for some of the facts; a chat begins with such messages."""
     prompts = {m["content"] for r in files["sft"] for m in r["messages"] if m["role"] == "user"}
     for sayings in (
-        {"hello", "Hi", "hi!", "Hey"}, {"Thanks!", "thanks", "Thank you"}, {"Bye!", "bye", "Goodbye"},
-        {"Who are you?", "who are you", "What is your name?"}, {"你好", "你好！", "您好"},
-        {"谢谢", "谢谢！", "多谢"}, {"再见", "再见！", "拜拜"}, {"你是谁？", "你是谁", "你叫什么？"},
+        {"hello", "Hi", "hi!", "Hey"},
+        {"Thanks!", "thanks", "Thank you"},
+        {"Bye!", "bye", "Goodbye"},
+        {"Who are you?", "who are you", "What is your name?", "What are you?", "What's your name?"},
+        {"你好", "你好！", "您好"},
+        {"谢谢", "谢谢！", "多谢"},
+        {"再见", "再见！", "拜拜"},
+        {"你是谁？", "你是谁", "你叫什么？", "你叫什么名字？", "你的名字是什么？"},
     ):
         assert len(prompts & sayings) >= 2, sayings
     for form in (
-        r"\d\+\d=\?", r"\d\+\d", r"\d\+\d等于几？", r"Capital of [A-Z][a-z]+\?", r"what is \d plus \d",
-        r"[a-z]+ in Chinese\?", r".{1,3}的英文？",
+        r"\d\+\d=\?",
+        r"\d\+\d",
+        r"\d\+\d等于几？",
+        r"Capital of [A-Z][a-z]+\?",
+        r"what is \d plus \d",
+        r"[a-z]+ in Chinese\?",
+        r".{1,3}的英文？",
     ):
         assert sum(re.fullmatch(form, prompt) is not None for prompt in prompts) >= 5, form
 

@@ -99,7 +99,7 @@ CONVERSATION = (
           "我是{0}。\nassistant: 知道了。\n我是谁？"),
          ("您的名字是{value}。", "你叫{value}。", "你说过你叫{value}。")),
     Task("own name", "zh", "word", 5, pair_rows({name: name for name in NAMES}),
-         ("system: 你的名字叫{0}。\n你叫什么名字？", "system: 你是助手{0}。\n你是谁？",
+         ("system: 你的名字叫{0}。\n你叫什么名字？", "system: 你是助手{0}。\n请问你是哪位？",
           "system: 你叫{0}。\n请说出你的名字。",
           "system: 你的名字叫{0}。\n请问怎么称呼你？"),
          ("我的名字叫{value}。", "我叫{value}。", "我是{value}。")),
