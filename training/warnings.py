@@ -21,7 +21,8 @@ SMALLEST_LR = 1e-10  # A smaller step of AdamW leaves a float32 weight of 0.001 
 FALL_NATS = 20.0  # On close pairs, chosen answers that were still learned well fell by 5 nats.
 DECIDED = 5.0  # A pair with this reward margin has σ(−5) = 0.7 % of its first gradient: it is won.
 STANDS = 0.01  # Of the accuracy on 400 held-out pairs the standard error is 0.015.
-LONG_TOKENS = 32  # Politeness alone doubles an answer of five tokens. Two more sentences are not politeness.
+# Politeness alone doubles an answer of five tokens, and the answers of a weak model double by chance.
+LONGER, LONG_TOKENS = 2.5, 32
 # Share of an answer's 10-character pieces that occurred before, as seq-rep-n (Welleck et al. 2020, arXiv
 # 1908.04319). Of 1,996 UltraFeedback answers 0.3 % reach it, of 6,000 bundled ones none.
 REPEATED, PIECE, SHORTEST = 0.5, 10, 60
@@ -134,11 +135,11 @@ def exploding(evaluations: list[dict]) -> str | None:
 
 
 def longer(first: list[dict], last: list[dict] = ()) -> str | None:
-    """The median length of the answers doubled, and grew by `LONG_TOKENS`."""
+    """The median length of the answers grew to `LONGER` times, and by `LONG_TOKENS`."""
     if not last:
         return None
     before, now = (median(answer["tokens"] for answer in answers) for answers in (first, last))
-    if now < max(2 * before, before + LONG_TOKENS):
+    if now < max(LONGER * before, before + LONG_TOKENS):
         return None
     return (
         f"answers to held-out prompts grew from {before:.0f} to {now:.0f} tokens by step {last[0]['step']}: "
@@ -147,9 +148,9 @@ def longer(first: list[dict], last: list[dict] = ()) -> str | None:
 
 
 def repeating(first: list[dict], last: list[dict] = ()) -> str | None:
-    """More answers than at the first evaluation repeat themselves."""
+    """At least half of the answers repeat themselves, more than at the first evaluation."""
     before, now = (sum(repeated(a["answer"]) >= REPEATED for a in answers) for answers in (first, last))
-    if now <= before:
+    if now <= before or 2 * now < len(last):
         return None
     return (
         f"{now} of {len(last)} answers to held-out prompts repeat themselves at step {last[0]['step']} (see "
