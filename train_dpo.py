@@ -32,9 +32,9 @@ from training.precision import Precision
 from training.reference import REFERENCES, cache_references, make_reference
 from training.run import RunFolder
 from training.samples import greedy_answers, held_out_prompts
-from training.schedule import adamw, clip_gradients, cosine_lr, require_finite, set_lr
+from training.schedule import clip_gradients, cosine_lr, require_finite, set_lr
 from training.settings import AdapterSettings, PairSettings, flag, parse
-from training.setup import describe_run, load_policy, open_data
+from training.setup import describe_run, load_policy, make_optimizer, open_data
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Settings(ObjectiveSettings, PairSettings, AdapterSettings):
     model: str = flag("runs/sft", "model folder to start from; a frozen copy of it is the reference")
     out: str = flag("runs/dpo", "run folder: config, weights, tokenizer, metrics")
     batch_size: int = flag(16, "pairs per optimizer step, over all ranks and micro-batches")
-    lr: float = flag(5e-5, "peak learning rate, for the tiny model; a billion weights need 5e-7 to 5e-6")
+    lr: float = flag(2e-4, "peak learning rate, for the tiny model; a billion weights need 5e-7 to 5e-6")
     sample_prompts: int = flag(4, "held-out prompts to answer at every evaluation (samples.jsonl); 0: none")
     reference: str = flag("live", "live: a frozen model in every step; cached: computed once", REFERENCES)
 
@@ -68,7 +68,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     max_tokens = micro_batch_tokens(settings, model, world, pairs, precision, reference)  # in one forward
     cached = cache_references(settings, model, pairs, eval_pairs, world, precision, max_tokens)
     prompts = held_out_prompts(settings, eval_pairs, model, world)  # to be answered at every evaluation
-    optimizer, meter = adamw(model, settings.weight_decay), Meter(world)
+    optimizer, meter = make_optimizer(settings, model), Meter(world)
     plain_dpo = objective.is_dpo and not model.config.num_experts
     describe_run(settings, world, precision, model, f"DPO, --loss {settings.loss}, beta {settings.beta:g}")
 

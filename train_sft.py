@@ -25,9 +25,9 @@ from training.memory import micro_batch_tokens
 from training.metrics import Meter, MetricsLog
 from training.precision import Precision
 from training.run import RunFolder
-from training.schedule import MuonWithAdamW, adamw, clip_gradients, cosine_lr, require_finite, set_lr
+from training.schedule import clip_gradients, cosine_lr, require_finite, set_lr
 from training.settings import SAMPLE, AdapterSettings, flag, parse
-from training.setup import describe_run, load_policy, open_data, prepare
+from training.setup import describe_run, load_policy, make_optimizer, open_data, prepare
 
 
 @dataclass
@@ -41,22 +41,6 @@ class Settings(AdapterSettings):
     batch_size: int = flag(32, "conversations per optimizer step, over all ranks and micro-batches")
     lr: float = flag(4e-3, "peak learning rate, for the tiny model; a billion weights need 1e-5")
     warmup_steps: int = flag(20, "steps of linear warm-up before the cosine")
-    optimizer: str = flag(
-        "auto",
-        "adamw, or muon: Muon for the matrices of the layers, AdamW for the rest; not with --shard. "
-        "auto: muon for a new model, adamw for a model folder",
-        ("auto", "adamw", "muon"),
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.optimizer != "muon" or not self.shard, "optimizer", "adamw beside --shard")
-
-    @property
-    def uses_muon(self) -> bool:
-        return self.optimizer == "muon" or (
-            self.optimizer == "auto" and self.model in PRESETS and not self.shard
-        )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -76,8 +60,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     total_steps = settings.max_steps or settings.epochs * windows.per_epoch
     precision = Precision(settings.precision, world.device, settings.matmul_precision)
     max_tokens = micro_batch_tokens(settings, model, world, data, precision)  # in one forward
-    optimizer = (MuonWithAdamW if settings.uses_muon else adamw)(model, settings.weight_decay)
-    meter = Meter(world)
+    optimizer, meter = make_optimizer(settings, model), Meter(world)
     describe_run(settings, world, precision, model, "supervised fine-tuning")
 
     # ---- where a stopped run continues; `state` is what a checkpoint contains

@@ -14,9 +14,13 @@ import train_sft
 from errors import InputError
 from losses import LOSSES
 from model.config import ModelConfig
+from model.weights import save_model
+from tests.conftest import make_model
 from tests.loops import ROOT
 from tests.ranks import forked
+from training.schedule import MuonWithAdamW
 from training.settings import learning_rate_advice, parse
+from training.setup import make_optimizer
 
 OBJECTIVES = ROOT / "docs" / "OBJECTIVES.md"
 FLAGS = ROOT / "docs" / "FLAGS.md"
@@ -84,15 +88,25 @@ def test_values_out_of_range_are_refused_by_name(arguments, reason):
     assert reason in str(refusal.value)
 
 
-def test_muon_is_for_whole_matrices():
-    """Muon on a rank's part of a matrix is another update than on the matrix."""
+def test_muon_is_for_whole_matrices(tmp_path):
+    """Muon on a rank's part of a matrix is another update than on the matrix. And Muon stays with a model:
+    AdamW's steps disturb weights that Muon has trained."""
     with pytest.raises(InputError, match="--optimizer must be adamw beside --shard, not muon"):
         train_sft.Settings(optimizer="muon", shard=True)
+    model = make_model(9)
+    folders = {name: tmp_path / name for name in ("muon", "adamw", "other")}
+    for name, folder in folders.items():
+        save_model(folder, model, **({} if name == "other" else {"settings": {"optimizer": name}}))
     for options, expected in [
-        ({}, True), ({"shard": True}, False), ({"model": "runs/sft"}, False), ({"optimizer": "adamw"}, False),
-        ({"model": "runs/sft", "optimizer": "muon"}, True),
+        ({"model": "tiny"}, "muon"), ({"model": "tiny", "shard": True}, "adamw"),
+        ({"model": "tiny", "optimizer": "adamw"}, "adamw"), ({"model": folders["muon"]}, "muon"),
+        ({"model": folders["muon"], "lora_rank": 2}, "adamw"), ({"model": folders["adamw"]}, "adamw"),
+        ({"model": folders["other"]}, "adamw"), ({"model": folders["other"], "optimizer": "muon"}, "muon"),
     ]:  # fmt: skip
-        assert train_sft.Settings(**options).uses_muon is expected, options
+        settings = train_dpo.Settings(**{**options, "model": str(options["model"])})
+        optimizer = make_optimizer(settings, model)
+        assert isinstance(optimizer, MuonWithAdamW) is (expected == "muon"), options
+        assert settings.optimizer == expected, "config.json keeps the choice"
 
 
 @pytest.mark.parametrize(

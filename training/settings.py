@@ -121,11 +121,18 @@ class AdapterSettings(TrainSettings):
     lora_rank: int = flag(0, "rank of the adapters to train (LoRA); 0: train all weights")
     lora_alpha: float = flag(32.0, "adapter output is scaled by alpha / rank")
     lora_targets: str = flag("all", "layers with an adapter: all (linear) layers, or names: q_proj,v_proj")
+    optimizer: str = flag(
+        "auto",
+        "adamw, or muon: Muon for the matrices of the layers, AdamW for the rest. auto: muon for a new model "
+        "and for a model that muon trained, without --shard and adapters; else adamw",
+        ("auto", "adamw", "muon"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(0, "lora_rank")
         self.require(0 < self.lora_alpha < math.inf, "lora_alpha", "above 0")
+        self.require(self.optimizer != "muon" or not self.shard, "optimizer", "adamw beside --shard")
 
 
 LARGE = 100_000_000  # weights

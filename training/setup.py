@@ -3,14 +3,18 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError
+from model.config import PRESETS
 from model.lora import add_adapters
 from model.transformer import Transformer
-from model.weights import load_model
+from model.weights import load_model, read_json
 from training.distributed import World, first_device
 from training.precision import Precision
+from training.schedule import MuonWithAdamW, adamw
 from training.settings import SAMPLE, AdapterSettings, TrainSettings, learning_rate_advice
 
 
@@ -34,6 +38,26 @@ def prepare(model: Transformer, tokenizer: ChatTokenizer, settings: TrainSetting
     if getattr(settings, "lora_rank", 0):
         add_adapters(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
     return max_length
+
+
+def make_optimizer(settings: AdapterSettings, model: Transformer) -> torch.optim.Optimizer:
+    """The optimizer of --optimizer. The choice of `auto` replaces it, so that config.json keeps it.
+
+    Muon stays with a model: AdamW's steps of the same size disturb weights that Muon has trained (see "What
+    was tried" in docs/RESULTS.md).
+    """
+    if settings.optimizer == "auto":
+        whole = not settings.shard and not settings.lora_rank
+        settings.optimizer = "muon" if whole and trained_by_muon(settings.model) else "adamw"
+    return (MuonWithAdamW if settings.optimizer == "muon" else adamw)(model, settings.weight_decay)
+
+
+def trained_by_muon(model: str) -> bool:
+    """Whether the model is new, or a folder whose run used Muon."""
+    if model in PRESETS:
+        return True
+    settings = read_json(Path(model) / "config.json").get("settings")
+    return isinstance(settings, dict) and settings.get("optimizer") == "muon"
 
 
 def open_data(

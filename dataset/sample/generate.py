@@ -20,7 +20,7 @@ from dataset.sample import chinese, english
 from dataset.sample.manners import STYLES, Style
 from dataset.sample.task import Case, Task, cases
 
-SFT, PAIRS, HELD_OUT, CLOSE = 12000, 3000, 420, 256  # SFT counts exchanges: a prompt and its answer
+SFT, PAIRS, HELD_OUT, CLOSE = 9000, 2400, 420, 256  # SFT counts exchanges: a prompt and its answer
 ENGLISH_SHARE = 0.6
 WRONG_PAIRS = 0.05  # pairs whose sides have the same good manners, and whose rejected side is wrong
 # Exchanges in a conversation, and how often. The longest ones are for people who go on asking.
@@ -28,7 +28,7 @@ TURNS = {1: 82, 2: 4, 3: 4, 4: 3, 6: 3, 8: 2, 12: 1, 22: 1}
 MIXED_SHARE = 0.25  # conversations in which the languages change
 SYSTEM_SHARE = 0.1  # conversations that begin with a system message
 CASUAL_SHARE = 0.12  # prompts in lower case and without their final punctuation mark
-PAIRS_WITH_TURNS = 0.35  # pairs whose prompt has earlier exchanges
+PAIRS_WITH_TURNS = 0.25  # pairs whose prompt has earlier exchanges
 
 
 def split_cases(task: Task, held_out: int, rng: random.Random) -> tuple[list[Case], list[Case]]:
@@ -174,7 +174,7 @@ def earlier_exchanges(case: Case, training: list[Case], rng: random.Random) -> l
     """Messages of a few unrelated exchanges before the prompt of a pair; often empty."""
     if case.has_system_message or rng.random() >= PAIRS_WITH_TURNS:
         return []
-    few = rng.sample(training, rng.randint(1, 5))
+    few = rng.sample(training, rng.randint(1, 3))
     return [m for c in few if not c.has_system_message for m in exchange(c, rng.random() < 0.5, rng)]
 
 
