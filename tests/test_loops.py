@@ -126,7 +126,7 @@ def test_reference_is_frozen_and_shares_nothing(dpo, monkeypatch):
         return seen["optimizer"]
 
     monkeypatch.setattr(reference_module, "copy", SimpleNamespace(deepcopy=copying))
-    monkeypatch.setattr(train_dpo, "adamw", optimizing)
+    monkeypatch.setattr(setup, "adamw", optimizing)
     dpo(out="frozen")
     policy, reference = dict(seen["policy"].named_parameters()), dict(seen["reference"].named_parameters())
     assert not {p.data_ptr() for p in policy.values()} & {p.data_ptr() for p in reference.values()}
