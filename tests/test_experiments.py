@@ -153,8 +153,10 @@ def test_overoptimisation(start, tmp_path):
     assert first["margin"][2] != second["margin"][2]
 
 
-def test_bugs(start, tmp_path, capsys):
+def test_bugs(start, tmp_path, capsys, monkeypatch):
     """An aliased reference logs ln 2 while the policy moves; a rate of 1e-8 does not move it."""
+    # In bf16 a weight that moves by 1e-8 may round to its neighbour, and the margin is not 0.
+    monkeypatch.setattr("training.precision.cpu_multiplies_bf16", lambda: False)
     found = quick(bugs, start, tmp_path / "out", "--lr", "3e-2")["runs"]
     assert list(found) == list(bugs.VARIANTS)
     aliased, slow, right = (found[name][0] for name in ("aliased reference", "learning rate 1e-8", "right"))

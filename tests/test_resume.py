@@ -57,9 +57,9 @@ def flags(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "script, options",
     [
-        *((name, {}) for name in MODULES),
-        ("train_dpo", {"precision": "bf16"}),
-        ("train_sft", {"optimizer": "muon"}),
+        *(pytest.param(name, {}, id=f"{name}-fp32") for name in MODULES),
+        pytest.param("train_dpo", {"precision": "bf16"}, id="train_dpo-bf16"),
+        pytest.param("train_sft", {"optimizer": "muon"}, id="train_sft-muon"),
     ],
 )
 def test_resuming_at_any_step_changes_no_bit(script, options, flags, tmp_path):
