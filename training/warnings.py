@@ -12,7 +12,7 @@ from statistics import median
 
 # ---- Thresholds, and why
 
-PATIENCE = 50  # steps. With a learning rate that suits the model, the demo's margin is 1.3 nats by then.
+PATIENCE = 50  # steps. With a learning rate that suits the model, the demo's margin is above 2 nats by then.
 STILL_NATS, STILL_REWARD = 0.02, 0.002  # A margin below both has moved the loss by less than 0.001.
 NO_GRADIENT = (
     1e-5  # AdamW adds 1e-8 to each weight's gradient; over a million weights that is a norm of 1e-5.
