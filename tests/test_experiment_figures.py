@@ -54,14 +54,16 @@ def test_figures_are_shown_with_their_interval():
 # ---- Training
 
 
-def test_the_short_loop_is_the_loop_of_train_dpo(tmp_path, ragged, tokenizer, pairs, monkeypatch):
-    """A second loop that drifts from the first would explain another algorithm."""
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_short_loop_is_the_loop_of_train_dpo(optimizer, tmp_path, ragged, tokenizer, pairs, monkeypatch):
+    """A second loop that drifts from the first, by its optimizer too, would explain another algorithm."""
     monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: False)
     model = make_model(tokenizer.vocab_size, torch.float32)
-    save_folder(tmp_path / "start", tokenizer, model)
+    save_folder(tmp_path / "start", tokenizer, model, settings={"optimizer": optimizer})
     flags = dict(epochs=3, batch_size=4, lr=3e-3, beta=0.3)
     folder = common.train(tmp_path / "run", 5, model=tmp_path / "start", data=ragged, log_every=1, **flags)
-    steps = list(dpo_steps(model, copy.deepcopy(model), pairs, 5, **flags))
+    start = str(tmp_path / "start")
+    steps = list(dpo_steps(model, copy.deepcopy(model), pairs, 5, model=start, **flags))
     for row, step in zip(metrics(folder), steps, strict=True):
         assert row["step"] == step.number
         assert row["loss"] == pytest.approx(step.losses.mean().item(), rel=1e-4)

@@ -35,7 +35,7 @@ GREEN, ROSE = "#3f7d58", "#b0406a"
 
 
 @dataclass
-class Settings(common.Settings):
+class Settings(common.DPOSettings):
     data: str = flag(str(SAMPLE / "preferences.jsonl"), "training pairs")
     held_out: str = flag(str(SAMPLE / "heldout.jsonl"), "held-out pairs with a `judge` field")
     out: str = flag("runs/bugs", "folder for the figures and the picture")
@@ -43,9 +43,7 @@ class Settings(common.Settings):
     prompts: int = flag(200, "held-out pairs and prompts, from the start of the file")
     points: int = flag(4, "evaluations during a run, at equal distances")
     epochs: int = flag(2, "passes over the pairs")
-    batch_size: int = flag(16, "pairs per optimizer step")
     lr: float = flag(2e-4, "peak learning rate")
-    beta: float = flag(0.1, "KL strength: a larger beta keeps the policy closer to the reference")
 
 
 # ---- The bugs
@@ -122,7 +120,7 @@ def run(settings: Settings, variant: Variant, seed: int) -> dict[str, list[float
     pairs = open_first(settings.held_out, out / "heldout.jsonl", settings.prompts, tokenizer)
 
     reference = policy if variant.aliased else frozen
-    flags = {key: getattr(settings, key) for key in ("epochs", "batch_size", "beta")}
+    flags = {key: getattr(settings, key) for key in ("model", "epochs", "batch_size", "beta")}
     flags |= dict(lr=variant.lr or settings.lr, pair_logps=variant.pair_logps)
     total = settings.epochs * math.ceil(len(training) / settings.batch_size)
     measured_at = {round(total * (i + 1) / settings.points) for i in range(settings.points)}

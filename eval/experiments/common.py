@@ -1,7 +1,7 @@
 """What the experiments share: runs with seeds, means with intervals, log-ratios of generated answers, tables.
 
-folder = train(out / "dpo-0", seed=0, model="runs/sft", data="pairs.jsonl", beta=0.1)
-over_runs([0.71, 0.74, 0.70])                       # Estimate(0.717, 0.665, 0.768)
+    folder = train(out / "dpo-0", seed=0, model="runs/sft", data="pairs.jsonl", beta=0.1)
+    over_runs([0.71, 0.74, 0.70])                       # Estimate(0.717, 0.665, 0.768)
 """
 
 import json
@@ -28,8 +28,9 @@ from model.generate import Answer
 from model.stream import TokenStream
 from model.transformer import Transformer
 from training.precision import Precision
-from training.schedule import adamw, clip_gradients, cosine_lr, set_lr
+from training.schedule import clip_gradients, cosine_lr, set_lr
 from training.settings import flag
+from training.setup import make_optimizer
 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 2 to 10 runs
 MAX_TOKENS = 8192  # in a forward
@@ -45,6 +46,14 @@ class Settings:
     quick: bool = flag(
         False, "a few steps of two runs, to see that everything works; the figures mean nothing"
     )
+
+
+@dataclass
+class DPOSettings(Settings):
+    """The flags of the experiments that train with DPO alone."""
+
+    batch_size: int = flag(16, "pairs per optimizer step")
+    beta: float = flag(0.1, "KL strength: a larger beta keeps the policy closer to the reference")
 
 
 def shortened(settings, **smaller):
@@ -124,6 +133,7 @@ def dpo_steps(
     pairs: TokenStore,
     seed: int,
     *,
+    model: str,
     epochs: int,
     batch_size: int,
     lr: float,
@@ -132,10 +142,12 @@ def dpo_steps(
 ) -> Iterator[Step]:
     """Train `policy` with DPO and yield each step: the loop of `train_dpo.py` without what is around it.
 
-    For experiments that look at every pair or stop after every epoch. `pair_logps` computes the log-probs of
-    a stream's pairs. A test compares the weights with those of `train_dpo.py`.
+    For experiments that look at every pair or stop after every epoch. `model` is the folder of the policy,
+    which decides the optimizer. `pair_logps` computes the log-probs of a stream's pairs. A test compares
+    losses and log-ratios with those of `train_dpo.py`.
     """
-    windows, optimizer = Windows(len(pairs), batch_size, seed), adamw(policy, 0.0)
+    windows = Windows(len(pairs), batch_size, seed)
+    optimizer = make_optimizer(train_dpo.Settings(model=model), policy)
     precision = Precision("auto", policy.embed_tokens.weight.device)
     total_steps = epochs * windows.per_epoch
     for step in range(total_steps):

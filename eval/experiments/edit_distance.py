@@ -40,15 +40,13 @@ SETS = {  # what the rejected side has of its own, beside the value
 
 
 @dataclass
-class Settings(common.Settings):
+class Settings(common.DPOSettings):
     data: str = flag(str(SAMPLE / "close.jsonl"), "pairs whose sides differ in one value")
     bundled: str = flag(str(SAMPLE / "preferences.jsonl"), "pairs of the fourth set")
     out: str = flag("runs/edit_distance", "folder for the runs, the figures and the picture")
     pairs: int = flag(128, "pairs of each set, from the start of the file")
     epochs: int = flag(8, "passes over the pairs")
-    batch_size: int = flag(16, "pairs per optimizer step")
     lr: float = flag(5e-4, "peak learning rate")
-    beta: float = flag(0.1, "KL strength: a larger beta keeps the policy closer to the reference")
 
 
 def main(arguments: list[str] | None = None) -> None:

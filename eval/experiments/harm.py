@@ -40,15 +40,13 @@ TRANSCRIPTS = 3  # of each kind
 
 
 @dataclass
-class Settings(common.Settings):
+class Settings(common.DPOSettings):
     data: str = flag(str(SAMPLE / "preferences.jsonl"), "training pairs")
     held_out: str = flag(str(SAMPLE / "heldout.jsonl"), "held-out pairs with a `judge` field")
     out: str = flag("runs/harm", "folder for the runs, the figures and the picture")
     pairs: int = flag(3000, "training pairs, from the start of the file")
     prompts: int = flag(0, "prompts of each kind, from the start of their list; 0: all")
-    batch_size: int = flag(16, "pairs per optimizer step")
     lr: float = flag(1e-4, "peak learning rate")
-    beta: float = flag(0.1, "KL strength: a larger beta keeps the policy closer to the reference")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -44,16 +44,14 @@ CURVES = {  # figure: title, unit, colour
 
 
 @dataclass
-class Settings(common.Settings):
+class Settings(common.DPOSettings):
     data: str = flag(str(SAMPLE / "preferences.jsonl"), "training pairs")
     held_out: str = flag(str(SAMPLE / "heldout.jsonl"), "held-out pairs with a `judge` field")
     out: str = flag("runs/overoptimisation", "folder for the figures and the picture")
     pairs: int = flag(300, "training pairs, from the start of the file")
     prompts: int = flag(200, "held-out pairs and prompts, from the start of the file")
     epochs: int = flag(8, "passes over the pairs")
-    batch_size: int = flag(16, "pairs per optimizer step")
     lr: float = flag(5e-4, "peak learning rate")
-    beta: float = flag(0.1, "KL strength: a larger beta keeps the policy closer to the reference")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -83,7 +81,7 @@ def run(settings: Settings, seed: int) -> dict[str, list[float]]:
 
     figures = [measured()]
     per_epoch = math.ceil(len(training) / settings.batch_size)
-    flags = {key: getattr(settings, key) for key in ("epochs", "batch_size", "lr", "beta")}
+    flags = {key: getattr(settings, key) for key in ("model", "epochs", "batch_size", "lr", "beta")}
     for step in dpo_steps(policy.requires_grad_(True), reference, training, seed, **flags):
         if step.number % per_epoch == 0:
             figures.append(measured())

@@ -34,15 +34,13 @@ GROUPS = {"manners": BLUE, "value": VIOLET, "flipped": ORANGE}
 
 
 @dataclass
-class Settings(common.Settings):
+class Settings(common.DPOSettings):
     data: str = flag(str(SAMPLE / "preferences.jsonl"), "pairs of the groups manners and value")
     out: str = flag("runs/weights", "folder for the figures and the picture")
     pairs: int = flag(400, "pairs of the group manners, flipped ones included")
     flipped: float = flag(0.1, "share of them whose sides are exchanged")
     epochs: int = flag(4, "passes over the pairs; each is one point of the curves")
-    batch_size: int = flag(16, "pairs per optimizer step")
     lr: float = flag(2e-4, "peak learning rate")
-    beta: float = flag(0.1, "KL strength: a larger beta keeps the policy closer to the reference")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -65,7 +63,7 @@ def run(settings: Settings, seed: int) -> dict[str, dict[str, list[float]]]:
     policy, tokenizer = load_model_and_tokenizer(settings.model, pick_device("auto"))
     pairs = open_store(str(path), "preferences", tokenizer, 512)
     owners = [names[line - 1] for line in pairs.lines]  # a dropped pair has no row
-    flags = {key: getattr(settings, key) for key in ("epochs", "batch_size", "lr", "beta")}
+    flags = {key: getattr(settings, key) for key in ("model", "epochs", "batch_size", "lr", "beta")}
     reference = copy.deepcopy(policy)
     steps = list(dpo_steps(policy.requires_grad_(True), reference, pairs, seed, **flags))
     per_epoch = len(steps) // settings.epochs
