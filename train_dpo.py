@@ -42,7 +42,7 @@ class Settings(ObjectiveSettings, PairSettings, AdapterSettings):
     model: str = flag("runs/sft", "model folder to start from; a frozen copy of it is the reference")
     out: str = flag("runs/dpo", "run folder: config, weights, tokenizer, metrics")
     batch_size: int = flag(16, "pairs per optimizer step, over all ranks and micro-batches")
-    lr: float = flag(2e-4, "peak learning rate, for the tiny model; a billion weights need 5e-7 to 5e-6")
+    lr: float = flag(2e-4, "peak learning rate for the tiny model with muon; a billion weights: 5e-7 to 5e-6")
     sample_prompts: int = flag(4, "held-out prompts to answer at every evaluation (samples.jsonl); 0: none")
     reference: str = flag("live", "live: a frozen model in every step; cached: computed once", REFERENCES)
 

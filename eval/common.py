@@ -13,7 +13,7 @@ from dataset.tokenizer import ChatTokenizer
 from errors import require
 from model.config import PRESETS, ModelConfig
 from model.transformer import Transformer
-from model.weights import load_model, read_json, require_folder
+from model.weights import load_model, run_settings
 from training import settings
 from training.settings import SAMPLE, Flags, default_length, flag
 
@@ -81,16 +81,6 @@ def print_note(text: str) -> None:
 
 
 # ---- The run that trained a model
-
-
-def run_settings(folder: str | Path) -> dict:
-    """The settings of the run that wrote a model folder; {} for a folder from Hugging Face.
-
-    Raises `InputError` if the folder is missing or has no readable config.json.
-    """
-    require_folder(Path(folder))
-    run = read_json(Path(folder) / "config.json").get("settings")
-    return run if isinstance(run, dict) else {}
 
 
 def length_limit(asked: int, folder: str | Path, config: ModelConfig) -> int:

@@ -127,6 +127,16 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def run_settings(folder: str | Path) -> dict:
+    """The settings of the run that wrote a model folder; {} for a folder from Hugging Face.
+
+    Raises `InputError` if the folder is missing or has no readable config.json.
+    """
+    require_folder(Path(folder))
+    run = read_json(Path(folder) / "config.json").get("settings")
+    return run if isinstance(run, dict) else {}
+
+
 def model_config(folder: Path, config: dict) -> ModelConfig:
     try:
         return ModelConfig(**config["model"])

@@ -55,8 +55,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, model: nn.Module, weight_decay: float):
-        named = model.named_parameters()
-        matrices = {name: p for name, p in named if name.startswith("layers.") and p.dim() == 2}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        matrices = {name: p for name, p in trained.items() if name.startswith("layers.") and p.dim() == 2}
         options = dict(lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self.muon = torch.optim.Muon(matrices.items(), **options)
         self.adamw = adamw(model, weight_decay, leave_out=matrices)

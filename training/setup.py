@@ -11,7 +11,7 @@ from errors import InputError
 from model.config import PRESETS
 from model.lora import add_adapters
 from model.transformer import Transformer
-from model.weights import load_model, read_json
+from model.weights import load_model, run_settings
 from training.distributed import World, first_device
 from training.precision import Precision
 from training.schedule import MuonWithAdamW, adamw
@@ -54,10 +54,7 @@ def make_optimizer(settings: AdapterSettings, model: Transformer) -> torch.optim
 
 def trained_by_muon(model: str) -> bool:
     """Whether the model is new, or a folder whose run used Muon."""
-    if model in PRESETS:
-        return True
-    settings = read_json(Path(model) / "config.json").get("settings")
-    return isinstance(settings, dict) and settings.get("optimizer") == "muon"
+    return model in PRESETS or run_settings(model).get("optimizer") == "muon"
 
 
 def open_data(
