@@ -63,6 +63,15 @@ def write_json(path: str | Path, value: dict) -> None:
     write_whole(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
+def unwritable(path: Path, error: BaseException) -> BaseException:
+    """An `InputError` with the system's reason why a file cannot be written; other errors unchanged."""
+    # torch.save raises RuntimeError("unexpected pos"); the error of the disk is its context.
+    reason = error.__context__ if isinstance(error, RuntimeError) else error
+    if not isinstance(reason, OSError):
+        return error
+    return InputError(f"{path}: cannot be written ({reason.strerror}); earlier files are intact")
+
+
 def append_synced(file, data: bytes, path: str | Path) -> None:
     """Append to an unbuffered binary file; `data` is on the disk when this returns.
 
@@ -77,15 +86,6 @@ def append_synced(file, data: bytes, path: str | Path) -> None:
         with contextlib.suppress(OSError):
             file.truncate(length)  # Half a line would spoil the next one.
         raise unwritable(Path(path), error) from None
-
-
-def unwritable(path: Path, error: BaseException) -> BaseException:
-    """An `InputError` with the system's reason why a file cannot be written; other errors unchanged."""
-    # torch.save raises RuntimeError("unexpected pos"); the error of the disk is its context.
-    reason = error.__context__ if isinstance(error, RuntimeError) else error
-    if not isinstance(reason, OSError):
-        return error
-    return InputError(f"{path}: cannot be written ({reason.strerror}); earlier files are intact")
 
 
 def sync(path: Path) -> None:
