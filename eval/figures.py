@@ -138,7 +138,7 @@ def histogram(title: str, unit: str, series: list[tuple], mark: str = "") -> str
     size = (high - low) / BINS
     edges = np.arange(np.floor(low / size), np.ceil(high / size) + 1) * size
     counts = [np.histogram(values, edges)[0] for *_, values in series]
-    plot = Plot((edges[0], edges[-1]), (0, 1.12 * max(map(max, counts))), "nats")
+    plot = Plot((edges[0], edges[-1]), (0, 1.12 * max(map(max, counts))), tr("nats"))
     plot.upright(0, mark)
     for (_, css, _), heights in zip(series, counts, strict=True):
         steps = zip(np.repeat(edges, 2), [0, *np.repeat(heights, 2), 0], strict=True)
@@ -148,7 +148,7 @@ def histogram(title: str, unit: str, series: list[tuple], mark: str = "") -> str
         for name, _, values in series
     )
     unit = f"{unit}; {tr('pairs')} {legend(series)}"
-    return figure(title, unit, plot.svg(f"{title}: {'; '.join(ranges)} nats"))
+    return figure(title, unit, plot.svg(f"{title}: {'; '.join(ranges)} {tr('nats')}"))
 
 
 def length_scatter(measured: Measured, of: str) -> str:
@@ -162,7 +162,7 @@ def length_scatter(measured: Measured, of: str) -> str:
     plot = Plot((0, max(lengths) * 1.04), around([0.0, *logratios]), tr("tokens"))
     plot.level(0.0, "")
     for length, logratio, css in points:
-        plot.dot(length, logratio, f"{css} faint", f"{length} {tr('tokens')}, {signed(logratio)} nats")
+        plot.dot(length, logratio, f"{css} faint", f"{length} {tr('tokens')}, {signed(logratio)} {tr('nats')}")
     title = tr("Log-ratio against length")
     unit = tr("log π/π_ref of an answer, nats")
     return figure(title, f"{esc(of)}{unit} {legend(SIDES)}", plot.svg(title))
