@@ -12,6 +12,7 @@ from tests.loops import ROOT
 
 TABLE = ROOT / "eval" / "words.zh.json"
 SCRIPT = r'\btr\(("(?:[^"\\]|\\.)*")'  # a call in JavaScript
+ELEMENT = r"<[^<>]+ data-tr>([^<>]+)<"  # an element whose text the script of its page translates
 
 
 def literals(source: str) -> set[str]:
@@ -25,8 +26,10 @@ def translated() -> set[str]:
     """Every English text that is translated somewhere: literals, and the names of two tables."""
     folder = ROOT / "eval"
     found = set().union(*(literals(path.read_text("utf-8")) for path in folder.rglob("*.py")))
-    for path in folder.glob("*.js"):
-        found |= {json.loads(text) for text in re.findall(SCRIPT, path.read_text("utf-8"))}
+    for path in (*folder.glob("*.js"), *folder.glob("*.html")):
+        source = path.read_text("utf-8")
+        found |= {json.loads(text) for text in re.findall(SCRIPT, source)}
+        found |= {*re.findall(ELEMENT, source)}
     for panel in curves.PREFERENCE_PANELS + curves.SFT_PANELS:
         found |= {panel.title, panel.unit, panel.mark_label} - {""}
     return found | {*turns.LANGUAGES} | {*common.LANGUAGES.values()}
