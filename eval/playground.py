@@ -228,11 +228,9 @@ class Handler(BaseHTTPRequestHandler):
     def stream(self, id: str) -> None:
         """Server-sent events: a view of the comparison at each step until it is complete."""
         comparison = self.server.play.comparisons.get(id)
-        if comparison is None:
-            return self.reply(404, {"error": "not found"})
-        self.start(200, "text/event-stream")
         with suppress(OSError):  # The tab was closed or reloaded.
-            for view in comparison.views():
+            self.start(200, "text/event-stream")
+            for view in comparison.views() if comparison else [{"gone": True}]:
                 self.wfile.write(f"data: {json.dumps(view)}\n\n".encode())
 
     def reply(self, status: int, content: dict | bytes, kind: str = "application/json") -> None:
