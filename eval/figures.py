@@ -162,7 +162,8 @@ def length_scatter(measured: Measured, of: str) -> str:
     plot = Plot((0, max(lengths) * 1.04), around([0.0, *logratios]), tr("tokens"))
     plot.level(0.0, "")
     for length, logratio, css in points:
-        plot.dot(length, logratio, f"{css} faint", f"{length} {tr('tokens')}, {signed(logratio)} {tr('nats')}")
+        label = f"{length} {tr('tokens')}, {signed(logratio)} {tr('nats')}"
+        plot.dot(length, logratio, f"{css} faint", label)
     title = tr("Log-ratio against length")
     unit = tr("log π/π_ref of an answer, nats")
     return figure(title, f"{esc(of)}{unit} {legend(SIDES)}", plot.svg(title))

@@ -50,7 +50,7 @@ if "MINIDPO_TEST_BF16" in os.environ:  # 0 or 1: as on a CPU without, or with, b
 
 @pytest.fixture(scope="session", autouse=True)
 def machine(tmp_path_factory):
-    """One thread, so that sums repeat bit for bit; a cache of the session's own; no network; English words."""
+    """One thread, so that sums repeat bit for bit; a cache of our own; no network; English words."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINIDPO_CACHE", str(tmp_path_factory.mktemp("cache")))

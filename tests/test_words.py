@@ -1,6 +1,7 @@
-"""The words for readers in two languages: eval/words.py and its table, words.zh.json."""
+"""The words for readers in two languages: eval/words.py and its table, words.zh.json; docs/GLOSSARY.md."""
 
 import ast
+import importlib
 import json
 import re
 import string
@@ -9,6 +10,7 @@ import pytest
 
 from eval import common, curves, turns, words
 from tests.loops import ROOT
+from tests.test_docs import CHINESE, page
 
 TABLE = ROOT / "eval" / "words.zh.json"
 SCRIPT = r'\btr\(("(?:[^"\\]|\\.)*")'  # a call in JavaScript
@@ -73,3 +75,62 @@ def test_a_text_is_translated_and_filled():
         with words.language(name):
             assert words.tr("{count} runs", count=7) == expected
             assert words.tr("not in the table {x}", x=1) == "not in the table 1"
+
+
+# ---- The glossary
+
+ROWS = [line.strip("| ").split(" | ") for line in page("docs/GLOSSARY.md").splitlines() if line[:1] == "|"]
+TERMS = ROWS[2:]  # below the heads
+# Other words for a term of the glossary. One word a term: a reader takes two words for two things.
+OTHERS = {
+    "参考模型": ["参照模型", "基准模型", "参考策略"],
+    "提示": ["提示词", "题面"],
+    "回答": ["回复", "响应", "应答", "答复"],
+    "偏好数据": ["偏好集"],
+    "对数概率": ["概率对数", "log 概率", "对数似然"],
+    "对数比": ["对数比率", "对数比值", "log 比"],
+    "隐式奖励": ["隐含奖励", "内隐奖励"],
+    "配分函数": ["划分函数", "归一化常数"],
+    "梯度累积": ["梯度累加", "累积梯度"],
+    "差值": ["间隔", "边际"],
+    "留出数据": ["保留数据", "验证数据"],
+    "结束符": ["终止符", "结束标记"],
+    "奖励模型": ["打分模型", "回报模型"],
+    "目标函数": ["代价函数"],
+    "评判程序": ["裁判", "评委"],
+    "检查点": ["存档点"],
+}
+
+
+@pytest.mark.parametrize("row", TERMS, ids=lambda row: row[0])
+def test_a_term_of_the_glossary_is_in_the_code(row):
+    """A module, a name in it, or a flag; tests/test_docs.py checks the flags."""
+    assert len(row) == 4 and all(row)
+    code = re.fullmatch("`(.*)`", row[3])[1]
+    if not code.startswith("--"):
+        assert resolves(code), code
+
+
+def resolves(code: str) -> bool:
+    """Whether a dotted name is a module, or a name or a field in one."""
+    parts, found = code.split("."), None
+    while parts and found is None:
+        try:
+            found = importlib.import_module(".".join(parts))
+        except ModuleNotFoundError:
+            parts.pop()
+    for part in code.split(".")[len(parts) :]:
+        if found is None or not hasattr(found, part):
+            return part in getattr(found, "__annotations__", {})
+        found = getattr(found, part)
+    return found is not None
+
+
+def test_the_chinese_pages_use_the_words_of_the_glossary():
+    words_of_it = {word for row in TERMS for word in re.split("[，；]", row[1])}
+    assert {*OTHERS} <= words_of_it and len(TERMS) == len({row[0] for row in TERMS})
+    texts = {name: page(name) for name in CHINESE} | {"words.zh.json": TABLE.read_text("utf-8")}
+    for name, text in texts.items():
+        for term, others in OTHERS.items():
+            for other in others:
+                assert other not in text, f"{name}: {other}; the glossary has {term}"
