@@ -149,13 +149,17 @@ def test_a_reload_gets_the_answers_again(client):
 
 def test_the_order_is_random_and_the_record_names_the_model_of_its_text(client, folders):
     """Were the policy always A, a person who likes A would train it on nothing. Two in 10^9 runs fail."""
-    seen = Counter(client.pick("left")["chosen"] for _ in range(30))
-    assert {*seen} == {"The first.", "The second."}
+    left, chosen = set(), Counter()
+    for number in range(30):
+        id, texts = client.ask()
+        left.add(texts[0])
+        chosen[client.post("/pick", id=id, choice=("left", "right")[number % 2])["chosen"]] += 1
+    assert left == {"The first.", "The second."}
     named = {"The first.": folders[0], "The second.": folders[1]}
     for record in lines(client.play.picks.pairs):
         assert record["model_chosen"] == named[record["chosen"]]
         assert record["model_rejected"] == named[record["rejected"]]
-    assert dict(client.state()["wins"]) == {named[text]: count for text, count in seen.items()}
+    assert dict(client.state()["wins"]) == {named[text]: count for text, count in chosen.items()}
 
 
 def test_nothing_names_the_models_before_the_pick(client, folders):
