@@ -41,18 +41,6 @@ def sigmoid(margins: Tensor, beta: float, label_smoothing: float = 0.0) -> Tenso
 # ---- Other losses of the margin: y_w above y_l
 
 
-def soft(margins: Tensor, beta: float, score_margins: Tensor, score_scale: float = 1.0) -> Tensor:
-    """DPO with soft labels: the data gives each pair a probability p that y_w wins.
-
-        −p log σ(h) − (1 − p) log σ(−h),    h = β (a − b),    p = σ(scale (s_w − s_l))
-
-    Scores s come from a reward model or from several judges. The minimum is at h = logit p, not at infinity.
-    p = 1 is DPO, p = 1 − ε is cDPO. Up to a constant the loss is KL(p ‖ σ(h)).
-    """
-    h, p = beta * margins, torch.sigmoid(score_scale * score_margins)
-    return -p * F.logsigmoid(h) - (1 - p) * F.logsigmoid(-h)
-
-
 def robust(margins: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """Robust DPO (Chowdhury et al. 2024, arXiv 2403.00409).
 
@@ -123,7 +111,43 @@ def dpop(
     return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - dpop_lambda * fall))
 
 
-# ---- Means over tokens: a long answer has no more weight than a short one
+# ---- Losses that use scores: by how much is y_w better?
+
+
+def soft(margins: Tensor, beta: float, score_margins: Tensor, score_scale: float = 1.0) -> Tensor:
+    """DPO with soft labels: the data gives each pair a probability p that y_w wins.
+
+        −p log σ(h) − (1 − p) log σ(−h),    h = β (a − b),    p = σ(scale (s_w − s_l))
+
+    Scores s come from a reward model or from several judges. The minimum is at h = logit p, not at infinity.
+    p = 1 is DPO, p = 1 − ε is cDPO. Up to a constant the loss is KL(p ‖ σ(h)).
+    """
+    h, p = beta * margins, torch.sigmoid(score_scale * score_margins)
+    return -p * F.logsigmoid(h) - (1 - p) * F.logsigmoid(-h)
+
+
+def rebel(margins: Tensor, beta: float, score_margins: Tensor, score_scale: float = 1.0) -> Tensor:
+    """REBEL (Gao et al. 2024, arXiv 2404.16767); as reward distillation Fisch et al. 2024, 2405.19316.
+
+        (h − scale (s_w − s_l))²,    h = β (a − b)
+
+    Regression of the implicit reward on the scores. Z(x) is the same for both answers of a prompt and cancels
+    in the gap, so the size of a reward can be fitted without a model of Z(x).
+    """
+    return (beta * margins - score_scale * score_margins) ** 2
+
+
+def odpo(margins: Tensor, beta: float, score_margins: Tensor, odpo_alpha: float = 1.0) -> Tensor:
+    """DPO with an offset (Amini et al. 2024, arXiv 2402.10571).
+
+        −log σ(h − α log(s_w − s_l)),    h = β (a − b)
+
+    An answer that is much better must win by more. Equal scores have the offset −∞, and so no loss.
+    """
+    return -F.logsigmoid(beta * margins - odpo_alpha * score_margins.clamp(min=0).log())
+
+
+# ---- Length: a long answer has no more weight than a short one
 
 
 def sigmoid_norm(
@@ -153,6 +177,19 @@ def ipo_norm(
     """
     margins = chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths
     return (margins - 1 / (2 * beta)) ** 2
+
+
+def rdpo(
+    margins: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor, beta: float, rdpo_alpha: float
+) -> Tensor:
+    """Length-regularised DPO, R-DPO (Park et al. 2024, arXiv 2403.19159).
+
+        −log σ( h + α (|y_w| − |y_l|) ),    h = β (a − b)
+
+    The policy maximises the reward minus α |y|, so the reward that is fitted is β log π/π_ref + α |y|.
+    Length explains a part of the win of a longer y_w, which needs a smaller margin.
+    """
+    return -F.logsigmoid(beta * margins + rdpo_alpha * (chosen_lengths - rejected_lengths))
 
 
 # ---- Each answer on its own: y_w up, y_l down
@@ -186,7 +223,8 @@ def kto_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) 
 
     Gains and losses saturate, as in prospect theory. KL_w and KL_l are the mean log-ratios of the chosen and
     the rejected side over the micro-batch, without gradient: the losses depend on the other pairs in it.
-    The author has since disowned this paired form: KTO is meant for unpaired feedback.
+    Its author advises against this paired form (huggingface/trl issue 1387): a simplified version that does
+    not work as well as KTO, which takes single answers.
     """
     chosen_kl = chosen_logratios.mean().clamp(min=0).detach()
     rejected_kl = rejected_logratios.mean().clamp(min=0).detach()
@@ -258,6 +296,27 @@ def aot_unpaired(
     return sigmoid(quantiles, beta, label_smoothing)
 
 
+# ---- Whole next-token distributions
+
+
+def tdpo2(
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    chosen_kl: Tensor,
+    rejected_kl: Tensor,
+    beta: float,
+    tdpo_alpha: float = 0.5,
+) -> Tensor:
+    """TDPO₂ (Zeng et al. 2024, arXiv 2404.11999).
+
+        −log σ( β [a − b − α (D_l − sg D_w)] ),    D = Σ_t KL( π_ref(·|x, y_<t) ‖ π(·|x, y_<t) )
+
+    Keeps the policy near π_ref along y_l as well as along y_w. sg is "no gradient": else D_w would be raised.
+    """
+    gap = rejected_kl - chosen_kl.detach()
+    return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - tdpo_alpha * gap))
+
+
 # ---- Without a reference
 
 
@@ -277,6 +336,22 @@ def simpo(
     """
     margins = policy_chosen_logps / chosen_lengths - policy_rejected_logps / rejected_lengths
     return -F.logsigmoid(beta * margins - simpo_gamma)
+
+
+def simper(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+) -> Tensor:
+    """SimPER (Xiao et al. 2025, arXiv 2502.00883): inverse perplexities, without a hyperparameter.
+
+        −p_w + p_l,    p = π(y)^(1/|y|)
+
+    Bounded by −1 and 1. The gradient of an answer is proportional to p, so unlikely answers are left alone.
+    """
+    chosen = (policy_chosen_logps / chosen_lengths).exp()
+    return (policy_rejected_logps / rejected_lengths).exp() - chosen
 
 
 def orpo(
@@ -316,8 +391,9 @@ def sft(policy_chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
 LOSSES = {
     loss.__name__: loss
     for loss in (
-        *(sigmoid, soft, robust, hinge, ipo, exo_pair, discopop, dpop, sigmoid_norm, ipo_norm),
-        *(nca_pair, bco_pair, kto_pair, apo_zero, apo_down, sppo_hard, aot, aot_unpaired, simpo, orpo, sft),
+        *(sigmoid, robust, hinge, ipo, exo_pair, discopop, dpop, soft, rebel, odpo),
+        *(sigmoid_norm, ipo_norm, rdpo, nca_pair, bco_pair, kto_pair, apo_zero, apo_down, sppo_hard),
+        *(aot, aot_unpaired, tdpo2, simpo, simper, orpo, sft),
     )
 }
 
@@ -346,6 +422,11 @@ def alpha(logratios: Tensor, divergence_alpha: float = 0.5) -> Tensor:
     return -expm1(-divergence_alpha * logratios) / divergence_alpha
 
 
+def chi2_kl(logratios: Tensor) -> Tensor:
+    """χ² + KL (χPO, Huang et al. 2024, arXiv 2407.13399): f'(u) = u + log u. Penalises a large π / π_ref."""
+    return expm1(logratios) + logratios
+
+
 def expm1(x: Tensor, last: float = 20.0) -> Tensor:
     """e^x − 1 up to x = `last`, then its tangent: no overflow, and a gradient that stays e^last.
 
@@ -355,7 +436,7 @@ def expm1(x: Tensor, last: float = 20.0) -> Tensor:
     return kept.expm1() + kept.exp() * (x - kept)
 
 
-DIVERGENCES = {divergence.__name__: divergence for divergence in (reverse_kl, forward_kl, js, alpha)}
+DIVERGENCES = {divergence.__name__: divergence for divergence in (reverse_kl, forward_kl, js, alpha, chi2_kl)}
 
 
 # ---- A reward model instead of a policy

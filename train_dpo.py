@@ -120,7 +120,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
                 losses = sigmoid(margins, settings.beta)  # (B,) −log σ(β (a − b)), eq. 7
             else:
                 inputs = stream, policy_logps, reference_logps, balances
-                losses = objective.training_losses(*inputs, model, precision, meter)
+                losses = objective.training_losses(*inputs, model, reference, precision, meter)
 
             # The mean over the window's pairs. Ranks average their gradients, hence the factor.
             precision.backward(losses.sum() * world.ranks / len(window))
