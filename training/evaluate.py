@@ -41,13 +41,13 @@ def evaluate(
     `max_tokens` does not change them, except for the losses of `kto_pair`, `aot` and `aot_unpaired`: there
     the pairs of a batch depend on one another.
     """
-    meter = Meter(world)
+    meter, settings = Meter(world), objective.settings
     for _, stream in batches(pairs, world, max_tokens, layout):
         with precision.autocast():
             policy_logps = policy(stream)
             batch = objective.pairs(stream, policy_logps, reference(stream), policy, reference)
         losses = objective(batch)
-        meter.add(len(losses), pair_metrics(losses, batch, objective.settings.beta))
+        meter.add(len(losses), pair_metrics(losses, batch, settings.beta))
     return meter.mean()
 
 
