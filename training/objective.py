@@ -177,6 +177,11 @@ class Objective:
         return call(self.divergence, {**self.numbers, "logratios": logratios})
 
     @property
+    def forwards(self) -> int:
+        """The forwards of the policy with gradient in a step: TDPO₂'s KL takes a second one."""
+        return 1 + ("rejected_kl" in self.inputs)
+
+    @property
     def needs_reference(self) -> bool:
         return bool(self.inputs & options.REFERENCE_INPUTS)
 
