@@ -6,6 +6,8 @@ A pair is a prompt x with a chosen answer y_w ("won") and a rejected answer y_l 
     chosen_logratios    a = log π(y_w|x) − log π_ref(y_w|x), (B,); β a is the implicit reward of y_w
     rejected_logratios  b, the same for y_l
     margins             a − b, (B,)
+    mean_margins        a / |y_w| − b / |y_l|, (B,)
+    chosen_mean_logps   log π(y_w|x) / |y_w|, (B,), the mean log-prob of a token; rejected_mean_logps: of y_l
 
 The parameters of a function are what it needs: `training/objective.py` passes them by name. Values and
 gradients are finite at log-ratios of ±1e4: no function takes the logarithm of a rounded probability.
@@ -150,33 +152,20 @@ def odpo(margins: Tensor, beta: float, score_margins: Tensor, odpo_alpha: float 
 # ---- Length: a long answer has no more weight than a short one
 
 
-def sigmoid_norm(
-    chosen_logratios: Tensor,
-    rejected_logratios: Tensor,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-    beta: float,
-) -> Tensor:
+def sigmoid_norm(mean_margins: Tensor, beta: float) -> Tensor:
     """Length-normalised DPO, `dpo_norm` of Tülu 3 (Lambert et al. 2024, arXiv 2411.15124; β is 5 there).
 
     −log σ( β (a / |y_w| − b / |y_l|) )
     """
-    return -F.logsigmoid(beta * (chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths))
+    return -F.logsigmoid(beta * mean_margins)
 
 
-def ipo_norm(
-    chosen_logratios: Tensor,
-    rejected_logratios: Tensor,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-    beta: float,
-) -> Tensor:
+def ipo_norm(mean_margins: Tensor, beta: float) -> Tensor:
     """IPO with means over tokens. Several libraries implement this; the paper has sums.
 
     (a / |y_w| − b / |y_l| − 1 / (2 β))²
     """
-    margins = chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths
-    return (margins - 1 / (2 * beta)) ** 2
+    return (mean_margins - 1 / (2 * beta)) ** 2
 
 
 def rdpo(
@@ -321,12 +310,7 @@ def tdpo2(
 
 
 def simpo(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-    beta: float,
-    simpo_gamma: float = 0.5,
+    chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, beta: float, simpo_gamma: float = 0.5
 ) -> Tensor:
     """SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 6; β is 2 to 2.5 and γ/β 0.25 there).
 
@@ -334,42 +318,28 @@ def simpo(
 
     The reward is the mean log-prob of a token, by which generation ranks. γ is the required margin.
     """
-    margins = policy_chosen_logps / chosen_lengths - policy_rejected_logps / rejected_lengths
-    return -F.logsigmoid(beta * margins - simpo_gamma)
+    return -F.logsigmoid(beta * (chosen_mean_logps - rejected_mean_logps) - simpo_gamma)
 
 
-def simper(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-) -> Tensor:
+def simper(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor) -> Tensor:
     """SimPER (Xiao et al. 2025, arXiv 2502.00883): inverse perplexities, without a hyperparameter.
 
         −p_w + p_l,    p = π(y)^(1/|y|)
 
     Bounded by −1 and 1. The gradient of an answer is proportional to p, so unlikely answers are left alone.
     """
-    chosen = (policy_chosen_logps / chosen_lengths).exp()
-    return (policy_rejected_logps / rejected_lengths).exp() - chosen
+    return rejected_mean_logps.exp() - chosen_mean_logps.exp()
 
 
-def orpo(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-    beta: float,
-) -> Tensor:
+def orpo(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, beta: float) -> Tensor:
     """ORPO (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7); beta is the paper's λ.
 
         −log p_w − β log σ( log odds_w − log odds_l ),    odds = p / (1 − p)
 
     p is the geometric mean of an answer's token probabilities. One stage: fine-tuning and preference.
     """
-    chosen_means = policy_chosen_logps / chosen_lengths
-    margins = log_odds(chosen_means) - log_odds(policy_rejected_logps / rejected_lengths)
-    return -chosen_means - beta * F.logsigmoid(margins)
+    margins = log_odds(chosen_mean_logps) - log_odds(rejected_mean_logps)
+    return -chosen_mean_logps - beta * F.logsigmoid(margins)
 
 
 def log_odds(logp: Tensor) -> Tensor:
@@ -378,14 +348,14 @@ def log_odds(logp: Tensor) -> Tensor:
     return logp - (-logp.expm1()).log()
 
 
-def sft(policy_chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
+def sft(chosen_mean_logps: Tensor) -> Tensor:
     """Negative log-likelihood of y_w, −log π(y_w|x) / |y_w|: the mean over each answer's own tokens.
 
     "sigmoid,sft" is RPO (Pang et al. 2024, arXiv 2404.19733v3, eq. 1). "sigmoid,bco_pair,sft" with weights
     0.8,0.2,1 is MPO (Wang et al. 2024, arXiv 2411.10442). A mean over all tokens of a batch, as in some
     libraries, gives long answers more weight than the paper does.
     """
-    return -policy_chosen_logps / chosen_lengths
+    return -chosen_mean_logps
 
 
 LOSSES = {

@@ -72,6 +72,18 @@ class Pairs:
         return self.policy_rejected_logps - self.reference_rejected_logps
 
 
+def means(pairs: Pairs) -> dict[str, Tensor]:
+    """The inputs of losses that take means over the tokens of an answer, (B,) each; {} without lengths."""
+    w, r = pairs.chosen_lengths, pairs.rejected_lengths
+    if w is None or r is None:
+        return {}
+    return {
+        "mean_margins": pairs.chosen_logratios / w - pairs.rejected_logratios / r,
+        "chosen_mean_logps": pairs.policy_chosen_logps / w,
+        "rejected_mean_logps": pairs.policy_rejected_logps / r,
+    }
+
+
 def pair_metrics(losses: Tensor, pairs: Pairs, beta: float) -> dict[str, Tensor]:
     """Sums over B pairs under the field's names, without gradient.
 
@@ -120,7 +132,7 @@ class Objective:
             chosen = chosen - (1 - self.settings.ld_alpha) * pairs.chosen_tails
             rejected = rejected - (1 - self.settings.ld_alpha) * pairs.rejected_tails
         inputs = {**vars(pairs), **self.numbers, "delta": self.delta}
-        inputs |= {"chosen_logratios": chosen, "rejected_logratios": rejected}
+        inputs |= {"chosen_logratios": chosen, "rejected_logratios": rejected, **means(pairs)}
         inputs["margins"] = self.derivative(chosen) - self.derivative(rejected)
         if self.settings.chi2_clip is not None:  # χPO: no reward gap is larger, so none is fitted.
             limit = self.settings.chi2_clip / self.settings.beta

@@ -12,7 +12,7 @@ from training.settings import flag
 
 # A loss with one of these parameters compares the policy with a reference.
 REFERENCE_INPUTS = {
-    *("margins", "chosen_logratios", "rejected_logratios"),
+    *("margins", "mean_margins", "chosen_logratios", "rejected_logratios"),
     *("reference_chosen_logps", "reference_rejected_logps"),
 }
 SORTING = ("aot", "aot_unpaired")  # Their losses belong to quantiles, not to pairs.
@@ -137,11 +137,10 @@ def check_options(settings: ObjectiveSettings) -> None:
     require(not split, f"{loss} compares whole distributions, which --shard splits among the ranks")
 
     if settings.ld_alpha is not None:
-        useless = not inputs & {"margins", "chosen_logratios"}
+        useless = not inputs & {"margins", "mean_margins", "chosen_logratios"}
         require(not useless, f"--ld-alpha changes log-ratios, which {loss} does not use")
         for name in losses:
-            uses = parameters(LOSSES[name])
-            twice = "chosen_lengths" in uses and uses & {"margins", "chosen_logratios"}
+            twice = {"mean_margins", "chosen_lengths"} & parameters(LOSSES[name])
             require(not twice, f"--ld-alpha and --loss {name} would both correct for length")
 
     both = settings.tr_alpha is not None and settings.tr_every is not None

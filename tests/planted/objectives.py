@@ -144,10 +144,10 @@ The reference's hidden states are the policy's: D is always 0.
 + torch.no_grad()
 test_objectives.py::test_tdpo2_with_adapters
 
-simper-of-sums in losses: simper
-The probability of a whole answer is 0 for any real one, and so is its gradient.
-- (policy_chosen_logps / chosen_lengths).exp()
-+ policy_chosen_logps.exp()
+simper-of-logs in losses: simper
+Without the exponential it is a difference of log-probs, which has no lower bound.
+- rejected_mean_logps.exp() - chosen_mean_logps.exp()
++ rejected_mean_logps - chosen_mean_logps
 test_objectives.py::test_value_and_gradient_are_the_closed_form[simper-0.1]
 
 chi2-without-its-logarithm in losses: chi2_kl
@@ -180,16 +180,16 @@ ipo-target-doubled in losses: ipo
 + margins - 1 / beta
 test_objectives.py::test_value_and_gradient_are_the_closed_form[ipo-0.1]
 
-ipo-norm-of-sums in losses: ipo_norm
+ipo-norm-of-sums in training.objective: means
 The averaged variant that forgets to average is the paper's loss under another name.
-- chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths
-+ chosen_logratios - rejected_logratios
+- pairs.chosen_logratios / w - pairs.rejected_logratios / r
++ pairs.chosen_logratios - pairs.rejected_logratios
 test_objectives.py::test_value_and_gradient_are_the_closed_form[ipo_norm-0.1]
 
-sigmoid-norm-by-one-length in losses: sigmoid_norm
+sigmoid-norm-by-one-length in training.objective: means
 Both sides are divided by the chosen length, so that padding a rejected answer pays.
-- beta * (chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths)
-+ beta * (chosen_logratios - rejected_logratios) / chosen_lengths
+- pairs.rejected_logratios / r
++ pairs.rejected_logratios / w
 test_objectives.py::test_value_and_gradient_are_the_closed_form[sigmoid_norm-0.1]
 
 exo-forward-kl in losses: exo_pair
@@ -298,14 +298,14 @@ test_objectives.py::test_aot_is_a_plain_loop_over_quantiles[aot-0.0]
 
 simpo-gamma-inside-beta in losses: simpo
 The margin shrinks with beta.
-- beta * margins - simpo_gamma
-+ beta * (margins - simpo_gamma)
+- beta * (chosen_mean_logps - rejected_mean_logps) - simpo_gamma
++ beta * (chosen_mean_logps - rejected_mean_logps - simpo_gamma)
 test_objectives.py::test_value_and_gradient_are_the_closed_form[simpo-0.1]
 
-simpo-of-sums in losses: simpo
+simpo-of-sums in training.objective: means
 Mean for sum and sum for mean: SimPO's reward is the mean log-prob, or long answers lose.
-- policy_chosen_logps / chosen_lengths - policy_rejected_logps / rejected_lengths
-+ policy_chosen_logps - policy_rejected_logps
+- pairs.policy_rejected_logps / r
++ pairs.policy_rejected_logps
 test_objectives.py::test_value_and_gradient_are_the_closed_form[simpo-0.1]
 
 orpo-without-odds in losses: log_odds
@@ -319,10 +319,10 @@ A certain answer has infinite odds; two of them differ by NaN.
 - logp = logp.clamp(max=-1e-6)
 test_objectives.py::test_extremes_are_finite[orpo-reverse_kl-dtype0]
 
-sft-over-tokens-of-the-batch in losses: sft
+sft-over-tokens-of-the-batch in training.objective: means
 A mean over the batch's tokens: long answers weigh more than in the paper.
-- -policy_chosen_logps / chosen_lengths
-+ -policy_chosen_logps / chosen_lengths.mean()
+- pairs.policy_chosen_logps / w
++ pairs.policy_chosen_logps / w.mean()
 test_objectives.py::test_value_and_gradient_are_the_closed_form[sft-0.1]
 
 token-zero-skipped in model.transformer: token_logps
