@@ -8,9 +8,10 @@ import string
 
 import pytest
 
-from eval import common, curves, turns, words
+from eval import common, curves, judge, terminal, turns, words
 from tests.loops import ROOT
 from tests.test_docs import CHINESE, page
+from tests.test_report import judged_figures
 
 TABLE = ROOT / "eval" / "words.zh.json"
 SCRIPT = r'\btr\(("(?:[^"\\]|\\.)*")'  # a call in JavaScript
@@ -134,3 +135,16 @@ def test_the_chinese_pages_use_the_words_of_the_glossary():
         for term, others in OTHERS.items():
             for other in others:
                 assert other not in text, f"{name}: {other}; the glossary has {term}"
+
+
+# ---- Tables on a terminal
+
+
+@pytest.mark.parametrize("name", ["en", "zh"])
+def test_columns_of_the_closing_words_are_straight(name):
+    """A Chinese character takes two cells; Python's own padding counts it as one."""
+    with words.language(name):
+        summary = judge.summary(judged_figures("dpo", "sft"))
+        by_turn = turns.table({"mixed": [0.5, 1.0]})
+    for table in (summary.split("\n\n")[1], by_turn):
+        assert len({terminal.cells(line) for line in table.splitlines()}) == 1, table
