@@ -75,19 +75,19 @@ def cache_references(
     settings,
     model: Transformer,
     pairs: TokenStore,
-    eval_pairs: TokenStore | None,
+    held_out: dict[str, TokenStore],
     world: World,
     precision: Precision,
     max_tokens: int,
 ) -> str | None:
-    """With --reference cached, fill the caches of both data files; return the digest of the first.
+    """With --reference cached, fill the caches of all data; return the digest of the training data.
 
     The digest belongs to the identity of a run: the last bits of a log-prob depend on the other pairs of its
     forward, so a cache that was computed again could change a resumed run.
     """
     if settings.reference != "cached":
         return None
-    for store in filter(None, (eval_pairs, pairs)):
+    for store in (*held_out.values(), pairs):
         digest = cache_reference(model, store, world, precision, settings.layout, max_tokens)
     return digest
 

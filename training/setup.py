@@ -1,5 +1,6 @@
 """What the training scripts do before their loops: load a model, open data, describe the run in a line."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 
 from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
-from errors import InputError
+from errors import InputError, require
 from model.config import PRESETS
 from model.lora import add_adapters
 from model.transformer import Transformer
@@ -16,7 +17,7 @@ from training.distributed import World, first_device
 from training.muon import MuonWithAdamW
 from training.precision import Precision
 from training.schedule import adamw
-from training.settings import SAMPLE, AdapterSettings, TrainSettings, learning_rate_advice
+from training.settings import SAMPLE, AdapterSettings, TrainSettings, each, learning_rate_advice
 
 
 def load_policy(settings: AdapterSettings, world: World) -> tuple[Transformer, ChatTokenizer, int]:
@@ -70,10 +71,10 @@ def open_data(
     max_length: int,
     world: World,
     check: Callable[[TokenStore, str], None] = lambda store, path: None,
-) -> tuple[TokenStore, TokenStore | None]:
-    """The training data, and the held-out data or None. `kind` is "preferences" or "conversations".
+) -> tuple[TokenStore, dict[str, TokenStore]]:
+    """The training data, and the held-out sets by name. `kind` is "preferences" or "conversations".
 
-    Held out is the file of --eval-data; or, with --eval-share, that share of the prompts of --data.
+    Held out are the files of --eval-data; or, with --eval-share, that share of the prompts of --data.
     `check` raises `InputError` for a store that the objective cannot use.
     """
 
@@ -84,21 +85,41 @@ def open_data(
         world.print(f"{path}: {store.report}")
         return store
 
-    settings.eval_data = held_out_path(settings)  # as config.json keeps it
+    settings.eval_data = held_out_data(settings)  # as config.json keeps it
+    files = named_files(settings.eval_data)
+    is_evaluated = bool(files or settings.eval_share)
+    require(is_evaluated or not settings.keep_best, "--keep-best needs --eval-data or --eval-share")
     data = open_one(settings.data)
     if settings.eval_share:
-        return data.split(settings.eval_share)
-    return data, open_one(settings.eval_data) if settings.eval_data else None
+        data, held_out = data.split(settings.eval_share)
+        return data, {"": held_out}
+    return data, {name: open_one(path) for name, path in files.items()}
 
 
-def held_out_path(settings: TrainSettings) -> str:
-    """The file of held-out data; "" for none. ``auto`` is the bundled file beside the bundled pairs."""
+def held_out_data(settings: TrainSettings) -> str | tuple[str, ...]:
+    """The value of --eval-data; "" for none. ``auto`` is the bundled file beside the bundled pairs."""
     if settings.eval_data != "auto":
         if settings.eval_data and settings.eval_share:
             raise InputError("--eval-data names held-out data and --eval-share splits it off: choose one")
         return settings.eval_data
     bundled = Path(settings.data).resolve() == SAMPLE / "preferences.jsonl"
     return str(SAMPLE / "heldout.jsonl") if bundled and not settings.eval_share else ""
+
+
+def named_files(eval_data: str | tuple[str, ...]) -> dict[str, str]:
+    """The files of --eval-data by name; a file without a name has the name "", which one file may have.
+
+    A path that exists is a path, also with an equals sign.
+    """
+    files: dict[str, str] = {}
+    for entry in each(eval_data):
+        name, equals, path = entry.partition("=")
+        if not equals or not re.fullmatch(r"[\w.-]+", name) or Path(entry).exists():
+            name, path = "", entry
+        advice = f"has the name of another one ({name})" if name else "needs a name of its own: NAME=FILE"
+        require(name not in files, f"--eval-data {entry}: a held-out set {advice}")
+        files[name] = path
+    return files
 
 
 def describe_run(
