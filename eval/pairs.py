@@ -19,8 +19,8 @@ from dataset.tokenizer import ChatTokenizer
 from eval.common import length_limit, load_policy_and_reference, print_start, run_settings, starting_model
 from eval.curves import Curve, last_finite
 from eval.explain import Answer, explain_rows, signed
-from eval.judge import Z95, wilson, win_interval
 from eval.preference import Settings, choose_objective, held_out_pairs
+from eval.win_rate import Z95, wilson, win_interval
 from training.distributed import pick_device
 from training.evaluate import next_token_kl
 from training.options import ObjectiveSettings

@@ -128,10 +128,15 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     batch_size: int = 64,
+    uniforms: Tensor | None = None,
 ) -> list[Answer]:
-    """One `Answer` for each prompt, in the order of the prompts; the same for every `batch_size`."""
+    """One `Answer` for each prompt, in the order of the prompts; the same for every `batch_size`.
+
+    `uniforms`, (answers, max_new_tokens), are the draws in place of those of `seed`.
+    """
     answers = [Answer() for _ in prompts]
-    uniforms = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    if uniforms is None:
+        uniforms = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
         steps = decode_steps(

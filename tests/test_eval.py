@@ -14,8 +14,9 @@ from dataset.store import open_store
 from dataset.tokenizer import ChatTokenizer, train
 from errors import InputError, run_script
 from eval import chat, common, demo, explain, judge, preference, report, score
-from eval.judge import Reply, compare, win_interval
+from eval.judge import Reply, compare
 from eval.verdict import Verdict
+from eval.win_rate import win_interval
 from model import transformer
 from model.reward import RewardModel
 from model.weights import save_model
