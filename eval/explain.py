@@ -25,8 +25,8 @@ from errors import InputError, run_script
 from eval.common import (
     load_policy_and_reference,
     print_start,
+    reference_of,
     run_settings,
-    starting_model,
 )
 from eval.preference import choose_objective, held_out_pairs
 from eval.terminal import cells, terminal_width, text_pieces, wrap
@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = parse(Settings, __doc__.split("\n")[0], arguments)
     device = pick_device(settings.device)
     run = run_settings(settings.model)
-    folder = settings.reference or starting_model(settings.model, "--reference")
+    folder = settings.reference or reference_of(settings.model)
     policy, reference, tokenizer = load_policy_and_reference(settings.model, folder, device)
     print_start({settings.model: policy, folder: reference}, device, "fp32")
     data = "--text" if settings.text else settings.data or held_out_pairs(settings.model, run)[0]

@@ -168,17 +168,14 @@ def details(records: list[dict], replies: dict[str, list[list[Reply]]]) -> dict:
     return {"tasks": compare_tasks(records, replies), "answers": answers}
 
 
-def compare_scores(settings, models: dict[str, tuple], records: list[dict], scorer: Scorer) -> dict:
+def compare_scores(models: dict[str, tuple], records: list[dict], scorer: Scorer, **sampling) -> dict:
     """Figures of the first model against the second, by the scores of sampled answers to any prompts.
 
     Sample i of the first is compared with sample i of the second: the higher score wins, equal ones tie.
+    `models` has a model and its tokenizer for each name, `sampling` the options of `answer_all`.
     """
-    sampling = {
-        name: getattr(settings, name) for name in ("samples", "temperature", "max_new_tokens", "seed")
-    }
     answers = {
-        name: answer_all(model, tokenizer, records, settings.batch_size, **sampling)
-        for name, (model, tokenizer) in models.items()
+        name: answer_all(model, tokenizer, records, **sampling) for name, (model, tokenizer) in models.items()
     }
     scores = {
         name: scorer([{**record, "answers": row} for record, row in zip(records, rows, strict=True)])
@@ -197,7 +194,7 @@ def compare_scores(settings, models: dict[str, tuple], records: list[dict], scor
     tokens = {name: [[answer["tokens"] for answer in row] for row in rows] for name, rows in answers.items()}
     return {
         "prompts": len(records),
-        "samples": settings.samples,
+        "samples": sampling["samples"],
         **contest(differences(scores), differences(tokens)),
         "mean_score": {name: mean(values) for name, values in flat.items()},
         "finished": means(lambda answer: answer["finished"]),
@@ -255,14 +252,14 @@ def main(arguments: list[str] | None = None) -> None:
     loaded = [load_model_and_tokenizer(folder, device) for folder in folders]
     print_start({folder: model for folder, (model, _) in zip(folders, loaded, strict=True)}, device, "fp32")
     models = dict(zip(("model", "versus"), loaded, strict=True))
+    names = "samples", "temperature", "max_new_tokens", "seed", "batch_size"
+    options = {name: getattr(settings, name) for name in names}
     if settings.scorer or settings.reward:
         scorer = make_scorer(settings.scorer, settings.reward, settings.pessimism, World(0, 1, device))
         records = read_prompts(settings.data)[: settings.prompts or None]
-        figures = compare_scores(settings, models, records, scorer)
+        figures = compare_scores(models, records, scorer, **options)
     else:
         records = read_judged(settings.data)[: settings.prompts or None]
-        names = "samples", "temperature", "max_new_tokens", "seed", "batch_size"
-        options = {name: getattr(settings, name) for name in names}
         replies = {name: answer(*pair, records, **options) for name, pair in models.items()}
         figures = compare(records, replies) | details(records, replies)
     if settings.json:
