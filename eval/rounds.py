@@ -74,7 +74,10 @@ def main(arguments: list[str] | None = None) -> None:
         policy = settings.model
         for number in range(1, settings.rounds + 1):
             world.print(f"\nround {number} of {settings.rounds}: {policy} answers")
-            policy = one_round(settings, policy, number, world)
+            policy = next_policy(settings, policy, number, world)
+            judged = Path(policy).parent / "judge.json"
+            once(judged, world, lambda: world.from_main(lambda: judge(settings, policy, judged)))  # noqa: B023
+            world.print(summary(read_json(judged)))
 
 
 def require_same_settings(settings: Settings) -> None:
@@ -88,26 +91,23 @@ def require_same_settings(settings: Settings) -> None:
     write_json(path, now)
 
 
-def one_round(settings: Settings, policy: str, number: int, world: World) -> str:
-    """Sample, score, pair, train and judge; return the folder of the next policy. Finished parts stay."""
+def next_policy(settings: Settings, policy: str, number: int, world: World) -> str:
+    """Sample, score, pair and train; return the folder of the next policy. Finished parts stay."""
     folder, seed = Path(settings.out) / f"round-{number}", settings.seed + number
-    answers, scored, pairs, judged = (
-        folder / name for name in ("answers.jsonl", "scored.jsonl", "pairs.jsonl", "judge.json")
-    )
-
-    def once(file: Path, work: Callable[[], None]) -> None:
-        if not world.from_main(file.exists):
-            work()
-
-    once(answers, lambda: sample.sample(sampling(settings, policy, answers, seed), world))
-    once(scored, lambda: score.score(scoring(settings, answers, scored), world))
-    once(pairs, lambda: world.from_main(lambda: pair(pairing(settings, scored, pairs, seed))))
+    answers, scored, pairs = (folder / f"{name}.jsonl" for name in ("answers", "scored", "pairs"))
+    once(answers, world, lambda: sample.sample(sampling(settings, policy, answers, seed), world))
+    once(scored, world, lambda: score.score(scoring(settings, answers, scored), world))
+    once(pairs, world, lambda: world.from_main(lambda: pair(pairing(settings, scored, pairs, seed))))
     dpo = training(settings, policy, pairs, folder / "dpo", seed)
     with RunFolder(dpo, world) as run:
         train_dpo.train(dpo, world, run)
-    once(judged, lambda: world.from_main(lambda: judge(settings, dpo.out, judged)))
-    world.print(summary(read_json(judged)))
     return dpo.out
+
+
+def once(file: Path, world: World, work: Callable[[], None]) -> None:
+    """Call `work`, which writes the file, unless the file is there."""
+    if not world.from_main(file.exists):
+        work()
 
 
 # ---- The settings of each part

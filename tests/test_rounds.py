@@ -12,6 +12,7 @@ from dataset.store import open_store
 from errors import InputError
 from eval import judge, rounds, sample
 from eval.common import load_model, reference_of
+from eval.experiments import rounds as experiment
 from eval.win_rate import contest, length_controlled, win_interval
 from tests.conftest import make_model, plain_hidden, save_folder
 from tests.loops import metrics
@@ -211,3 +212,27 @@ def test_rounds_on_two_ranks(flags, whole, tmp_path):
     for name in FILES[:3]:
         assert (tmp_path / "round-1" / name).read_bytes() == (whole / "round-1" / name).read_bytes()
     assert (tmp_path / "round-1/judge.json").exists()
+
+
+@pytest.mark.slow
+def test_the_experiment(start, tmp_path, monkeypatch, capsys):
+    """Every arm begins at the same answers and KL 0, and its policies differ from round to round."""
+    pytest.importorskip("matplotlib")
+    few = {"three reward models": ("three", "rso", "black")}
+    monkeypatch.setattr(experiment, "ARMS", few)
+    monkeypatch.setattr("eval.scorers.judge", lambda record, answer: float(len(answer["text"])))
+    experiment.main(["--quick", "--model", start, "--out", str(tmp_path), "--lr", "3e-3"])
+    found = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert len(found) == 2
+    for run in found:
+        assert set(run["arms"]) == {experiment.OFFLINE, *experiment.ARMS}
+        for arm, rows in run["arms"].items():
+            assert rows[0]["kl"] == rows[0]["one"] == 0 and len(rows) == (
+                2 if arm == experiment.OFFLINE else 3
+            )
+            assert (abs(rows[1]["kl"]) > 0 and rows[1]["kl"] != rows[-1]["kl"]) or len(rows) == 2
+        assert [kl for kl, _ in run["best of"]][:2] == [0, pytest.approx(np.log(2) - 0.5)]
+        assert [points for _, points in run["best of"]] == sorted(points for _, points in run["best of"])
+    printed = capsys.readouterr().out
+    assert "| three reward models, round 2 |" in printed and "| best of 8 |" in printed
+    assert (tmp_path / "rounds.png").read_bytes().startswith(b"\x89PNG")
