@@ -14,6 +14,7 @@ Writes the records as JSON lines in their order, with all their fields. Each ans
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -26,6 +27,7 @@ from eval.common import PairFlags, length_limit, load_model_and_tokenizer, print
 from eval.scorers import PESSIMISM_WHY, SCORER_WHY, ensemble, make_scorer
 from files import write_lines
 from model.reward import RewardModel
+from model.weights import require_folder
 from training.distributed import World, join
 from training.evaluate import evaluate_rewards, score_pairs
 from training.precision import Precision
@@ -57,6 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def score(settings: Settings, world: World) -> None:
     """Write the scored records, and print a line about the scores."""
+    for folder in [] if settings.scorer else settings.model.split(","):
+        require_folder(Path(folder))
     if is_answers(settings.data):
         score_answers(settings, world)
         return
