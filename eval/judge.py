@@ -87,8 +87,7 @@ def answer(
     prompts = [tokenizer.prompt(record["prompt"]) for record in records]
     options = dict(end_id=tokenizer.end_id, max_new_tokens=max_new_tokens, batch_size=batch_size)
     greedy = generate(model, prompts, temperature=0, **options)
-    repeated = [prompt for prompt in prompts for _ in range(samples)]
-    sampled = generate(model, repeated, temperature=temperature, seed=seed, **options)
+    sampled = generate(model, prompts, temperature=temperature, seed=seed, samples=samples, **options)
 
     def judged(record: dict, reply: Answer) -> Reply:
         text = tokenizer.decode(reply.tokens)

@@ -12,10 +12,10 @@ PROMPTS = [[1, 2, 3, 4, 5, 6], [9], [11, 12, 13], [9, 8], [30, 31, 32, 33, 34, 3
 
 def cached_logits(model, chunks: list[list[int]]) -> torch.Tensor:
     """Feed one sequence to a cache, chunk by chunk; the scores at every position, (L, V)."""
-    cache, logits, start = KVCache(model.config, 3, 20, like=model.embed_tokens.weight), [], 0
+    cache, logits, start = KVCache(model, 3, 20), [], 0
     for chunk in chunks:
         positions = torch.arange(start, start + len(chunk))
-        cache.place(torch.ones_like(positions), positions)  # Row 1 of three, so that a wrong row shows.
+        cache.prefill([(1, start, start + len(chunk))])  # Row 1 of three, so that a wrong row shows.
         logits.append(model.logits(model.hidden(torch.tensor(chunk), positions, cache)))
         start += len(chunk)
     return torch.cat(logits)
@@ -135,9 +135,10 @@ def test_sampling_follows_the_intended_distribution(temperature, top_k, top_p):
 
 
 def test_sampling_at_the_edges_of_a_draw():
-    """A draw of 0 gives the likeliest token; the largest draw below 1 gives the last one."""
+    """A draw of 0 gives the first token, or the likeliest if they are sorted; the largest gives the last."""
     logits = torch.tensor([[0.0, 1.0, -1.0], [0.0, 1.0, -1.0]])
-    assert sample(logits, torch.tensor([0.0, 1 - 2**-24]), 1.0).tolist() == [1, 2]
+    assert sample(logits, torch.tensor([0.0, 1 - 2**-24]), 1.0).tolist() == [0, 2]
+    assert sample(logits, torch.tensor([0.0, 1 - 2**-24]), 1.0, top_k=3).tolist() == [1, 2]
     impossible = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]] * 2)
     assert set(sample(impossible, torch.tensor([0.0, 1 - 2**-24]), 1.0).tolist()) <= {0, 2}
 
