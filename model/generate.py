@@ -1,7 +1,7 @@
 """Generation of answers: a KV cache, sampling, and batches in which a seed repeats every answer.
 
 A prompt is computed once, in blocks, also if it gets several answers. Then each step computes one token of
-every answer. It runs under the caller's autocast: in bf16 where the machine multiplies it.
+every answer. Matrices are multiplied in the precision of the caller's autocast, as in training.
 """
 
 from collections.abc import Iterator
@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.attention import attention, causal_bias
-from model.transformer import Transformer, at_least_float32
+from model.lora import AdaptedLinear
+from model.rotary import rotary, rotate
+from model.transformer import Layer, Transformer, at_least_float32
 
 ROOM = 64  # The cache grows by this many tokens.
 PREFILL = 512  # tokens of prompts in one forward: 8 heads of 512 x 8,192 scores are 134 MB
@@ -26,9 +28,7 @@ class KVCache:
     """
 
     def __init__(self, model: Transformer, rows: int, length: int):
-        config, like = model.config, model.embed_tokens.weight
-        device = like.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
+        config, like, dtype = model.config, model.embed_tokens.weight, precision(model)
         shape = rows, config.num_key_value_heads, rounded(length), config.head_dim
         layers = range(config.num_hidden_layers)
         self.keys = [like.new_zeros(shape, dtype=dtype) for _ in layers]  # each (rows, G, capacity, D)
@@ -85,6 +85,78 @@ class KVCache:
         grouped = q.transpose(0, 1).unflatten(1, (keys.shape[1], -1)).to(keys.dtype)  # (rows, G, H/G, D)
         output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.bias)
         return output.flatten(1, 2).transpose(0, 1)
+
+
+class DecodingLayer:
+    """A layer whose queries, keys and values are one product, and whose gate and up are another.
+
+    The matrices are copies, with their adapters merged, in the precision of the products: autocast would
+    convert them again for every token.
+    """
+
+    def __init__(self, layer: Layer, dtype: torch.dtype):
+        attention, self.layer, self.dtype = layer.self_attn, layer, dtype
+        self.qkv = stacked([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
+        self.o = stacked([attention.o_proj], dtype)
+        if not layer.has_experts:
+            self.gate_up = stacked([layer.mlp.gate_proj, layer.mlp.up_proj], dtype)
+            self.down = stacked([layer.mlp.down_proj], dtype)
+
+    def __call__(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache, index: int) -> Tensor:
+        """(A, d) to (A, d): one token of each of A rows, the same sums as in `Layer`."""
+        attention, groups = self.layer.self_attn, cache.keys[index].shape[1]
+        h = self.layer.input_layernorm(x).to(self.dtype)
+        heads = F.linear(h, *self.qkv).unflatten(-1, (-1, attention.head_dim))  # (A, H + G + G, D)
+        q, k, v = heads.tensor_split((-2 * groups, -groups), dim=1)
+        q, k = rotate(attention.q_norm(q), rotation), rotate(attention.k_norm(k), rotation)
+        attended = cache.attend(index, *(x.transpose(0, 1) for x in (q, k, v)))  # (H, A, D)
+        x = x + F.linear(attended.transpose(0, 1).flatten(1), *self.o)
+        h = self.layer.post_attention_layernorm(x)
+        if self.layer.has_experts:
+            return x + self.layer.mlp(h)[0]
+        gate, up = F.linear(h.to(self.dtype), *self.gate_up).chunk(2, dim=-1)
+        return x + F.linear(F.silu(gate) * up, *self.down)
+
+
+class Decoder:
+    """A model made ready for steps of one token a row; build it once for many answers."""
+
+    def __init__(self, model: Transformer):
+        self.model, dtype = model, precision(model)
+        with torch.inference_mode():
+            self.layers = [DecodingLayer(layer, dtype) for layer in model.layers]
+            tied = model.config.tie_word_embeddings
+            self.vocabulary = (model.embed_tokens if tied else model.lm_head).weight.to(dtype)  # (V, d)
+
+    def hidden(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """Final hidden states, (A, d), of the next token of each row: as `Transformer.hidden`."""
+        config = self.model.config
+        x = self.model.embed_tokens(tokens)
+        rotation = rotary(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rotation, cache, index)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token, (A, d) to (A, V)."""
+        return F.linear(hidden.to(self.vocabulary.dtype), self.vocabulary)
+
+
+def precision(model: Transformer) -> torch.dtype:
+    """The dtype in which the caller's autocast multiplies matrices; without autocast the model's."""
+    weight = model.embed_tokens.weight
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def stacked(linears: list[nn.Linear], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of one product in place of several; the outputs follow one another."""
+    weights = [
+        linear.merged() if isinstance(linear, AdaptedLinear) and linear.on else linear.weight
+        for linear in linears
+    ]
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    return torch.cat(weights).to(dtype), torch.cat(biases).to(dtype) if biases else None
 
 
 def rounded(length: int) -> int:
@@ -156,7 +228,7 @@ def prefill(model: Transformer, prompts: list[list[int]], cache: KVCache) -> Ten
 
 @torch.inference_mode()
 def decode_steps(
-    model: Transformer,
+    decoder: Decoder,
     prompts: list[list[int]],
     uniforms: Tensor,
     end_id: int,
@@ -168,7 +240,8 @@ def decode_steps(
     Answer `samples` * i + j is number j of prompt i. `uniforms` is (answers, max_new_tokens). An answer ends
     with `end_id`.
     """
-    device, steps = model.embed_tokens.weight.device, uniforms.shape[1]
+    model, steps = decoder.model, uniforms.shape[1]
+    device = model.embed_tokens.weight.device
     lengths = [len(prompt) for prompt in prompts]
     model.config.check_fits(length=max(lengths) + steps)
     if steps == 0:
@@ -181,7 +254,7 @@ def decode_steps(
     running = set(answers)
     cache.resize(origins, max(lengths) + 1)
     for step in range(steps):
-        tokens = sample(model.logits(hidden), uniforms[:, step], **sampling)  # (rows,)
+        tokens = sample(decoder.logits(hidden), uniforms[:, step], **sampling)  # (rows,)
         ids = tokens.tolist()
         new = {answer: ids[row] for row, answer in enumerate(answers) if answer in running}
         yield list(new), list(new.values())
@@ -197,7 +270,7 @@ def decode_steps(
             tokens, positions, uniforms = tokens[rows], positions[rows], uniforms[rows]
             cache.resize(rows, longest)
         cache.decode(positions)
-        hidden = model.hidden(tokens, positions, cache)  # (rows, d)
+        hidden = decoder.hidden(tokens, positions, cache)  # (rows, d)
         positions = positions + 1
 
 
@@ -229,13 +302,13 @@ def generate(
     answers = [Answer() for _ in range(len(prompts) * samples)]
     uniforms = torch.rand(len(answers), max_new_tokens, generator=torch.Generator().manual_seed(seed))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # Equal lengths waste no attention.
-    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    decoder, sampling = Decoder(model), dict(temperature=temperature, top_k=top_k, top_p=top_p)
     size = max(1, batch_size // samples)
     for start in range(0, len(prompts), size):
         batch = order[start : start + size]
         places = [i * samples + j for i in batch for j in range(samples)]
         steps = decode_steps(
-            model, [prompts[i] for i in batch], uniforms[places], end_id, samples, **sampling
+            decoder, [prompts[i] for i in batch], uniforms[places], end_id, samples, **sampling
         )
         for rows, tokens in steps:
             for row, token in zip(rows, tokens, strict=True):

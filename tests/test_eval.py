@@ -429,7 +429,7 @@ def test_sampled_replies_belong_to_their_prompts(tokenizer, judged, monkeypatch)
 
     monkeypatch.setattr(judge, "generate", echo)
     records = judge.read_judged(judged)
-    rows = judge.answer(None, tokenizer, records, samples=3, temperature=0.5)
+    rows = judge.answer(make_model(8), tokenizer, records, samples=3, temperature=0.5)
     assert temperatures == [0, 0.5]
     for record, row in zip(records, rows, strict=True):
         prompt = tokenizer.decode(tokenizer.prompt(record["prompt"]))

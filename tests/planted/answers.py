@@ -62,4 +62,46 @@ Apple's MPS has no float64: every chat there ends at its first token.
 - at_least_float32(logits)
 + logits.double()
 test_generate.py::test_generation_needs_no_float64[sampling0]
+
+samples-of-another-prompt in model.generate: decode_steps
+Each row starts from the keys of another prompt, and from the last state of its own.
+- cache.resize(origins, max(lengths) + 1)
++ cache.resize(origins.flip(0), max(lengths) + 1)
+test_generate.py::test_samples_are_those_of_a_repeated_prompt[sampling0]
+
+samples-at-wrong-positions in model.generate: decode_steps
+The positions of the prompts repeat as a whole, not one by one.
+- torch.tensor(lengths, device=device)[origins]
++ torch.tensor(lengths, device=device).repeat(samples)
+test_generate.py::test_samples_are_those_of_a_repeated_prompt[sampling0]
+
+an-ended-row-writes-on in model.generate: decode_steps
+An answer that ended, but whose row has not left, gets more tokens.
+- enumerate(answers) if answer in running
++ enumerate(answers)
+test_generate.py::test_answers_equal_the_plain_loop_while_rows_leave_and_the_cache_grows[plain]
+
+rows-leave-without-their-draws in model.generate: decode_steps
+After a row has left, the others continue with the draws of their neighbours.
+- uniforms[rows]
++ uniforms[: len(rows)]
+test_generate.py::test_samples_are_those_of_a_repeated_prompt[sampling0]
+
+a-larger-cache-loses-a-token in model.generate: KVCache.resize
+The newest token before each growth is not copied.
+- kept = min(capacity, rounded(length))
++ kept = min(capacity, rounded(length)) - 1
+test_generate.py::test_answers_equal_the_plain_loop_while_rows_leave_and_the_cache_grows[plain]
+
+a-piece-at-the-wrong-place in model.generate: prefill
+The second piece of a long prompt has the positions of the first.
+- torch.arange(first, last)
++ torch.arange(last - first)
+test_generate.py::test_answers_equal_the_plain_loop_while_rows_leave_and_the_cache_grows[plain]
+
+a-key-length-for-each-batch in model.generate: rounded
+For other lengths SDPA adds in another order: in bf16 an answer depends on its batch.
+- -(-length // ROOM) * ROOM
++ length
+test_generate.py::test_bf16_answers_are_the_same_for_every_batch_size
 """)
