@@ -77,8 +77,8 @@ test_generate.py::test_samples_are_those_of_a_repeated_prompt[sampling0]
 
 an-ended-row-writes-on in model.generate: decode_steps
 An answer that ended, but whose row has not left, gets more tokens.
-- enumerate(answers) if answer in running
-+ enumerate(answers)
+- {answer: ids[row] for row, answer in enumerate(answers) if answer in running}
++ {answer: ids[row] for row, answer in enumerate(answers)}
 test_generate.py::test_answers_equal_the_plain_loop_while_rows_leave_and_the_cache_grows[plain]
 
 rows-leave-without-their-draws in model.generate: decode_steps
