@@ -18,7 +18,7 @@ from dataset.prompts import read_prompts
 from dataset.records import read_preferences
 from dataset.tokenizer import ChatTokenizer
 from errors import require, run_script
-from eval.common import load_model_and_tokenizer, print_start, starting_model
+from eval.common import generating, load_model_and_tokenizer, print_start, starting_model
 from eval.sample import answer_all
 from eval.scorers import Scorer, ScorerFlags, make_scorer
 from eval.verdict import Verdict, rule_fault, score
@@ -27,6 +27,7 @@ from files import write_json
 from model.generate import Answer, generate
 from model.transformer import Transformer
 from training.distributed import World, pick_device
+from training.precision import Precision
 from training.settings import DEVICE_WHY, DEVICES, SAMPLE, flag, parse
 
 KEPT = 200  # prompts whose replies are written beside the figures
@@ -92,9 +93,9 @@ def answer(
     """For each record the judged replies of the model: the greedy one, then `samples` sampled ones."""
     prompts = [tokenizer.prompt(record["prompt"]) for record in records]
     options = dict(end_id=tokenizer.end_id, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    greedy = generate(model, prompts, temperature=0, **options)
-    repeated = [prompt for prompt in prompts for _ in range(samples)]
-    sampled = generate(model, repeated, temperature=temperature, seed=seed, **options)
+    with generating(model):
+        greedy = generate(model, prompts, temperature=0, **options)
+        sampled = generate(model, prompts, temperature=temperature, seed=seed, samples=samples, **options)
 
     def judged(record: dict, reply: Answer) -> Reply:
         text = tokenizer.decode(reply.tokens)
@@ -250,7 +251,8 @@ def main(arguments: list[str] | None = None) -> None:
     device = pick_device(settings.device)
     folders = settings.model, settings.versus or starting_model(settings.model, "--versus")
     loaded = [load_model_and_tokenizer(folder, device) for folder in folders]
-    print_start({folder: model for folder, (model, _) in zip(folders, loaded, strict=True)}, device, "fp32")
+    named = {folder: model for folder, (model, _) in zip(folders, loaded, strict=True)}
+    print_start(named, device, Precision("auto", device).reason)
     models = dict(zip(("model", "versus"), loaded, strict=True))
     names = "samples", "temperature", "max_new_tokens", "seed", "batch_size"
     options = {name: getattr(settings, name) for name in names}

@@ -23,12 +23,13 @@ from dataset.jsonl import printable
 from dataset.prompts import as_messages, read_prompts
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, require, run_script
-from eval.common import load_model_and_tokenizer, print_note, print_start
+from eval.common import generating, load_model_and_tokenizer, print_note, print_start
 from files import json_line, write_lines
 from model.generate import generate
 from model.transformer import Transformer
 from model.weights import weights_hash
 from training.distributed import World, join
+from training.precision import Precision
 from training.settings import DEVICE_WHY, DEVICES, Flags, flag, parse
 
 Models = dict[str, tuple[Transformer, ChatTokenizer]]  # by their folders
@@ -76,8 +77,9 @@ def sample(settings: Settings, world: World) -> None:
     records = read_prompts(settings.data)[: settings.prompts or None]
     folders = [folder for folder in (settings.model, settings.against) if folder]
     models = {folder: load_model_and_tokenizer(folder, world.device) for folder in folders}
+    reason = Precision("auto", world.device).reason
     if world.is_main:
-        print_start({folder: model for folder, (model, _) in models.items()}, world.device, "fp32")
+        print_start({folder: model for folder, (model, _) in models.items()}, world.device, reason)
     if settings.out:
         answer_into_file(settings, models, records, world)
         return
@@ -120,18 +122,11 @@ def answer(
     The draws of a prompt depend on the seed and on its place.
     """
     prompts = [tokenizer.prompt(as_messages(records[place])) for place in places]
-    repeated = [prompt for prompt in prompts for _ in range(samples)]
     sources = (torch.Generator().manual_seed(seed * 1_000_003 + place) for place in places)
     uniforms = torch.cat([torch.rand(samples, max_new_tokens, generator=source) for source in sources])
-    found = generate(
-        model,
-        repeated,
-        tokenizer.end_id,
-        max_new_tokens,
-        uniforms=uniforms,
-        batch_size=len(repeated),
-        **sampling,
-    )
+    options = {"samples": samples, "uniforms": uniforms, "batch_size": len(uniforms), **sampling}
+    with generating(model):
+        found = generate(model, prompts, tokenizer.end_id, max_new_tokens, **options)
     answers = [
         {"text": tokenizer.decode(a.tokens), "tokens": len(a.tokens), "finished": a.finished} for a in found
     ]

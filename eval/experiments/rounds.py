@@ -24,7 +24,7 @@ import train_reward
 from dataset.jsonl import read_values
 from errors import run_script
 from eval import rounds
-from eval.common import load_model_and_tokenizer
+from eval.common import generating, load_model_and_tokenizer
 from eval.experiments import common
 from eval.experiments.common import answer_logratios, draw_curve, over_runs, shown, table, write_lines
 from eval.judge import read_judged
@@ -172,9 +172,10 @@ class Seed:
 
     def answers(self, model, samples: int) -> tuple[list, list, list[str]]:
         """Prompts, `samples` answers to each held-out one, and their texts."""
-        prompts = [self.tokenizer.prompt(record["prompt"]) for record in self.records for _ in range(samples)]
-        options = dict(max_new_tokens=64, seed=self.seed, batch_size=200)
-        answers = generate(model, prompts, self.tokenizer.end_id, **options)
+        prompts = [self.tokenizer.prompt(record["prompt"]) for record in self.records]
+        options = dict(max_new_tokens=64, seed=self.seed, batch_size=200, samples=samples)
+        with generating(model):
+            answers = generate(model, prompts, self.tokenizer.end_id, **options)
         return prompts, answers, [self.tokenizer.decode(answer.tokens) for answer in answers]
 
     def best_of(self) -> list[list[float]]:
