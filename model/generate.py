@@ -298,8 +298,8 @@ def generate(
     """`samples` answers for each prompt: answer j of prompt i is number i * `samples` + j of the list.
 
     A batch has at most `batch_size` answers, or those of one prompt. The answers are the same for every batch
-    size, and those of each prompt repeated `samples` times. `uniforms`, (answers, max_new_tokens), are draws in
-    place of those of `seed`.
+    size, and those of each prompt repeated `samples` times. `uniforms` are the draws in place of those of
+    `seed`, (answers, max_new_tokens).
     """
     answers = [Answer() for _ in range(len(prompts) * samples)]
     if uniforms is None:

@@ -10,6 +10,7 @@ from tests.planted import (
     objectives,
     resume,
     reward,
+    rounds,
     shard,
     speed,
     stream,
@@ -17,7 +18,7 @@ from tests.planted import (
 )
 
 ROOMS = (
-    stream, transformer, objectives, reward, answers, data, loops, folders, resume, shard, speed,
+    stream, transformer, objectives, reward, rounds, answers, data, loops, folders, resume, shard, speed,
     experiments, log,
 )  # fmt: skip
 MUTANTS = [mutant for room in ROOMS for mutant in room.MUTANTS]
