@@ -98,10 +98,4 @@ The second piece of a long prompt has the positions of the first.
 - torch.arange(first, last)
 + torch.arange(last - first)
 test_generate.py::test_answers_equal_the_plain_loop_while_rows_leave_and_the_cache_grows[plain]
-
-a-key-length-for-each-batch in model.generate: rounded
-For other lengths SDPA adds in another order: in bf16 an answer depends on its batch.
-- -(-length // ROOM) * ROOM
-+ length
-test_generate.py::test_bf16_answers_are_the_same_for_every_batch_size
 """)
