@@ -237,7 +237,7 @@ def draw(runs: list[dict], out: Path) -> None:
         best = [[over_runs(values).value for values in zip(*points, strict=True)]
                 for points in zip(*(run["best of"] for run in runs), strict=True)]  # fmt: skip
         frontier.plot(*zip(*best, strict=True), color=PALE, linestyle=":", marker=".")
-        for n, at in zip(BEST_OF, best, strict=True):
+        for n, at in list(zip(BEST_OF, best, strict=True))[1:]:
             frontier.annotate(f"best of {n}", at, (0, 5), textcoords="offset points", size=8, color=PALE)
         frontier.set_xlabel("KL(π ‖ π_ref), nats per answer", color=PALE)
         handles, labels = true.get_legend_handles_labels()
