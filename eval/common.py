@@ -16,6 +16,7 @@ from model.config import PRESETS, ModelConfig
 from model.transformer import Transformer
 from model.weights import load_model, run_settings
 from training import settings
+from training.precision import Precision
 from training.settings import SAMPLE, Flags, default_length, flag
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
@@ -74,6 +75,11 @@ def print_start(models: dict[str, Transformer], device: torch.device, precision:
     counts = {name: sum(weight.numel() for weight in model.parameters()) for name, model in models.items()}
     sizes = ", ".join(f"{name} ({count:,} parameters)" for name, count in counts.items())
     print_note(f"{sizes} on {device.type}, {precision}")
+
+
+def generating(model: Transformer) -> torch.autocast:
+    """The context in which a model generates answers: autocast to bf16 if its device multiplies bf16."""
+    return Precision("auto", model.embed_tokens.weight.device).autocast()
 
 
 def print_note(text: str) -> None:

@@ -12,7 +12,7 @@ from dataset.jsonl import DataError, printable, read_values, show
 from dataset.records import read_preferences
 from dataset.tokenizer import ChatTokenizer
 from errors import run_script
-from eval.common import load_model_and_tokenizer, print_start, starting_model
+from eval.common import generating, load_model_and_tokenizer, print_start, starting_model
 from eval.terminal import cells
 from eval.verdict import CHECKS, Verdict, score
 from eval.words import tr
@@ -20,6 +20,7 @@ from files import write_json
 from model.generate import Answer, generate
 from model.transformer import Transformer
 from training.distributed import pick_device
+from training.precision import Precision
 from training.settings import DEVICE_WHY, DEVICES, SAMPLE, Flags, flag, parse
 
 Z95 = 1.959964  # A normal variable lies within ± this many standard deviations 95 times in 100.
@@ -88,9 +89,9 @@ def answer(
     """For each record the judged replies of the model: the greedy one, then `samples` sampled ones."""
     prompts = [tokenizer.prompt(record["prompt"]) for record in records]
     options = dict(end_id=tokenizer.end_id, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    greedy = generate(model, prompts, temperature=0, **options)
-    repeated = [prompt for prompt in prompts for _ in range(samples)]
-    sampled = generate(model, repeated, temperature=temperature, seed=seed, **options)
+    with generating(model):
+        greedy = generate(model, prompts, temperature=0, **options)
+        sampled = generate(model, prompts, temperature=temperature, seed=seed, samples=samples, **options)
 
     def judged(record: dict, reply: Answer) -> Reply:
         text = tokenizer.decode(reply.tokens)
@@ -235,7 +236,8 @@ def main(arguments: list[str] | None = None) -> None:
     device = pick_device(settings.device)
     folders = settings.model, settings.versus or starting_model(settings.model, "--versus")
     loaded = [load_model_and_tokenizer(folder, device) for folder in folders]
-    print_start({folder: model for folder, (model, _) in zip(folders, loaded, strict=True)}, device, "fp32")
+    models = {folder: model for folder, (model, _) in zip(folders, loaded, strict=True)}
+    print_start(models, device, Precision("auto", device).reason)
     records = read_judged(settings.data)[: settings.prompts or None]
     names = "samples", "temperature", "max_new_tokens", "seed", "batch_size"
     options = {name: getattr(settings, name) for name in names}
