@@ -37,6 +37,18 @@ def test_loss_and_gradients_equal_the_streams(options, tokenizer, ragged):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-9, atol=1e-12)
 
 
+def test_a_scored_prompt_cancels_in_the_margin(tokenizer, ragged):
+    """docs/TOUR.md states it: both answers have the same prompt, so only the rewards would be wrong."""
+    policy, reference = (make_model(tokenizer.vocab_size, seed=seed) for seed in (1, 2))
+    ids, mask = textbook.collate(textbook.read_pairs(ragged, tokenizer))
+    to_the_last = mask | (mask.int().flip(1).cummax(1).values.flip(1) > 0)  # from index 0 to the last scored
+    assert to_the_last.sum() > mask.sum()
+    losses = [textbook.dpo_loss(policy, reference, ids, each, beta=0.3).item() for each in (mask, to_the_last)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-9)
+    logps = [textbook.answer_logps(policy, ids, each) for each in (mask, to_the_last)]
+    assert (logps[1] < logps[0]).all()
+
+
 def test_three_steps_equal_those_of_the_real_loop(tokenizer, tmp_path, monkeypatch):
     """The page is a bridge only if both loops arrive at the same weights."""
     of = run_flags(tmp_path, tokenizer)
