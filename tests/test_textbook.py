@@ -43,9 +43,10 @@ def test_a_scored_prompt_cancels_in_the_margin(tokenizer, ragged):
     ids, mask = textbook.collate(textbook.read_pairs(ragged, tokenizer))
     to_the_last = mask | (mask.int().flip(1).cummax(1).values.flip(1) > 0)  # from index 0 to the last scored
     assert to_the_last.sum() > mask.sum()
-    losses = [textbook.dpo_loss(policy, reference, ids, each, beta=0.3).item() for each in (mask, to_the_last)]
+    both = mask, to_the_last
+    losses = [textbook.dpo_loss(policy, reference, ids, each, beta=0.3).item() for each in both]
     assert losses[0] == pytest.approx(losses[1], abs=1e-9)
-    logps = [textbook.answer_logps(policy, ids, each) for each in (mask, to_the_last)]
+    logps = [textbook.answer_logps(policy, ids, each) for each in both]
     assert (logps[1] < logps[0]).all()
 
 
