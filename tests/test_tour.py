@@ -10,6 +10,7 @@ from dataset.packing import Windows
 from dataset.tokenizer import ChatTokenizer
 from docs import textbook
 from eval import walkthrough
+from eval.explain import signed
 from tests.conftest import ROOT, save_folder
 from training.settings import SAMPLE
 
@@ -78,6 +79,9 @@ def test_the_numbers_of_the_page_belong_together():
         assert [policy, reference, ratio] == pytest.approx(columns, abs=0.05)
         assert reward == pytest.approx(beta * ratio, abs=0.001)
         totals.append(ratio)
+    for readme in ("README.md", "README.zh.md"):  # The README tells of the same pair and the same models.
+        text = (ROOT / readme).read_text("utf-8")
+        assert all(signed(total) in text for total in totals), f"{readme} has other log-ratios: {totals}"
     margin = totals[0] - totals[1]
     assert beta_margin == pytest.approx(beta * margin, abs=0.0015)
     assert numbers(loss)[-1] == pytest.approx(math.log1p(math.exp(-beta_margin)), abs=0.0005)
