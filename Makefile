@@ -32,7 +32,7 @@ bench: $(PARITY_READY)
 	$(PYTHON) -m bench.run $(BENCH)
 
 # A wrong answer is not an error of make.
-exercise: $(DEV_READY)
+exercise: $(RUN_READY)
 	@$(PYTHON) -m tests.exercises.checks $(N) || true
 
 lint: $(DEV_READY)

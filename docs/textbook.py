@@ -1,6 +1,6 @@
 """The DPO of tutorials on this project's model: padded rectangles, a loss mask, a DataLoader.
 
-    python -m docs.textbook runs/demo/sft dataset/sample/preferences.jsonl          # 20 steps
+    python -m docs.textbook runs/demo/sft dataset/sample/preferences.jsonl          # 10 steps
 
 A page to compare train_dpo.py with. Losses, gradients and weights are those of the real loop, and
 tests/test_textbook.py shows it. What differs is the batch. Here it is a rectangle of B rows and L columns: a
@@ -95,11 +95,11 @@ def train(policy: Transformer, loader, beta: float, lr: float, warmup_steps: int
         print(f"step {step + 1}: loss {loss.item():.4f}, {mask.numel()} places for {mask.sum()} tokens")
 
 
-def main(model: str, data: str, steps: int = 20, batch_size: int = 16) -> None:
+def main(model: str, data: str, steps: int = 10, batch_size: int = 16) -> None:
     policy, tokenizer = load_model(model), ChatTokenizer(f"{model}/tokenizer.json")
     pairs = read_pairs(data, tokenizer)[: steps * batch_size]
     loader = DataLoader(pairs, batch_size, shuffle=True, collate_fn=collate)
-    train(policy, loader, beta=0.1, lr=2e-5, warmup_steps=10, total_steps=steps)
+    train(policy, loader, beta=0.1, lr=2e-5, warmup_steps=2, total_steps=steps)
 
 
 if __name__ == "__main__":

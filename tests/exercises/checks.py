@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
@@ -152,6 +153,7 @@ def check_8(namespace: dict) -> None:
     known = re.fullmatch(r"tests/test_\w+\.py", file) and (ROOT / file).is_file()
     name = name.partition("[")[0]
     need(known and f"def {name}(" in (ROOT / file).read_text("utf-8"), f"There is no test {node!r}.")
+    need(find_spec("pytest") is not None, "This exercise needs pytest: `make lint` installs it.")
     status = run_with(namespace["__file__"], node)
     need(status != 0, "This test stays green with your mask. Which file is about the mask?")
     need(status == 1, "pytest could not run this test.")
