@@ -32,11 +32,12 @@ SEGMENTS = ("prompt", *SIDES)
 def walk(opened: Opened) -> Iterator[str]:
     """The lines of the whole walk: record, text, stream, token log-probs, sums, loss, gradient."""
     stream = build_stream(opened.pair, [0])
+    placed = stream.to(opened.policy.embed_tokens.weight.device)
     with torch.no_grad():
-        placed = stream.to(opened.policy.embed_tokens.weight.device)
-        policy_logps, reference_logps = opened.policy(placed).cpu(), opened.reference(placed).cpu()  # (N,)
-        settings = opened.objective.settings
-        weights = wpo_pair_weights(opened.policy, placed, policy_logps) if settings.wpo else None
+        policy_logps, reference_logps = opened.policy(placed), opened.reference(placed)  # (N,)
+        weighted = opened.objective.settings.wpo
+        weights = wpo_pair_weights(opened.policy, placed, policy_logps).cpu() if weighted else None
+    policy_logps, reference_logps = policy_logps.cpu(), reference_logps.cpu()
     policy_logps.requires_grad_()  # as if it came from a model in training
     loss = opened.objective(Pairs.of(stream, policy_logps, reference_logps, weights)).sum()
     (gradient,) = torch.autograd.grad(loss, policy_logps)  # (N,) dloss / dlog π(y_t | x, y_<t)

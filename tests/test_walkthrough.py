@@ -118,6 +118,18 @@ def test_another_loss_has_its_own_gradient_and_no_formula_of_dpo(walk, ragged):
     assert slopes[-1] == -slopes[0] and "formula" not in gradient and "ipo" in loss
 
 
+def test_a_wpo_run_has_its_weight_in_the_gradient(walk, folders, ragged, tokenizer, tmp_path):
+    """WPO multiplies a pair's loss by a weight of at most 1, and its gradient by the same."""
+    settings = {"model": folders[1], "beta": BETA, "loss": "sigmoid", "wpo": True}
+    policy = str(save_folder(tmp_path / "run", tokenizer, settings=settings, seed=2))
+    *_, plain_loss, plain = walk("--data", ragged)
+    *_, loss, gradient = walk("--data", ragged, "--model", policy)
+    weight = float(loss.split("= ")[-1]) / float(plain_loss.split("= ")[-1])
+    assert 0.02 < weight < 1 and "formula" not in gradient
+    for row, plain_row in zip(rows(gradient), rows(plain), strict=True):
+        assert row[1] == pytest.approx(weight * plain_row[1], abs=2e-4)
+
+
 def test_a_typed_pair(walk, folders, monkeypatch, capsys):
     record = explain.Preference(tuple(turns("Hi")), "Hello.", "No.", 1)
     monkeypatch.setattr(explain, "read_typed", lambda: record)

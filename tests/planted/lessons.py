@@ -10,7 +10,7 @@ A hidden state that predicts the token it has read: the classic error of a first
 test_textbook.py::test_loss_and_gradients_equal_the_streams[plain]
 
 textbook-without-the-end-token in docs.textbook: collate
-The end token is not in the loss. (A scored prompt would change nothing: it cancels in the margin.)
+The end token is not in the loss. A scored prompt would change nothing, since it cancels in the margin.
 - mask[row, len(prompt) : end] = True
 + mask[row, len(prompt) : end - 1] = True
 test_textbook.py::test_three_steps_equal_those_of_the_real_loop
@@ -41,8 +41,8 @@ test_walkthrough.py::test_the_numbers_are_those_of_a_plain_loop[1]
 
 walk-swaps-the-models in eval.walkthrough: walk
 The log-probs of the reference stand in the policy's column.
-- opened.policy(placed).cpu(), opened.reference(placed).cpu()
-+ opened.reference(placed).cpu(), opened.policy(placed).cpu()
+- opened.policy(placed), opened.reference(placed)
++ opened.reference(placed), opened.policy(placed)
 test_walkthrough.py::test_the_numbers_are_those_of_a_plain_loop[1]
 
 explained-without-wpos-weights in eval.explain: explain_rows
