@@ -5,7 +5,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dataset.jsonl import kind, show
-from dataset.turns import Read, answers, conversations, is_transcript, ranked_pair, text_pair, transcript_pair
+from dataset.turns import (
+    Read,
+    answers,
+    conversations,
+    is_transcript,
+    judged_pair,
+    ranked_pair,
+    text_pair,
+    transcript_pair,
+)
 
 # The prompt of a record with one of these keys is there: it must not be cut out of chosen and rejected.
 PROMPT_KEYS = ("prompt", "question", "instruction", "input", "query", "conversations", "messages", "history")
@@ -23,6 +32,7 @@ class Format:
     read: Read
     absent: tuple[str, ...] = ()
     test: Callable[[dict], bool] = bool  # a further condition; `bool` holds for every record
+    verdict: str = ""  # the key that prefers one of two answers
 
     def fits(self, record: dict) -> bool:
         has_keys = all(isinstance(record.get(key), types) for key, types in self.keys.items())
@@ -72,6 +82,17 @@ PREFERENCE_FORMATS = {
         "instruction, input and a list of output replies, the best one first",
         {"instruction": "Add.", "input": "2 + 2", "output": ["4", "four?", "5"], "history": [["Hi", "Hi!"]]},
         {"instruction": str, "output": list}, ranked_pair,
+    ),
+    "output_1": Format(
+        "output_1, output_2 and label: 1, 2, 'tie' or a list of votes; the prompt as in alpaca or text",
+        {"input": "2 + 2?", "output_1": "5", "output_2": "4", "label": 2},
+        {"output_1": SIDE, "output_2": SIDE}, judged_pair("output_1", "output_2", "label"), verdict="label",
+    ),
+    "response_a": Format(
+        "response_a, response_b and winner: 'model_a', 'model_b', 'tie' or a list of votes",
+        {"prompt": "2 + 2?", "response_a": "4", "response_b": "5", "winner": ["model_a", "tie"]},
+        {"response_a": SIDE, "response_b": SIDE}, judged_pair("response_a", "response_b", "winner"),
+        verdict="winner",
     ),
     "chosen_messages": Format(
         "chosen_messages and rejected_messages are whole conversations",
@@ -147,7 +168,7 @@ def detect_format(record: dict, formats: dict[str, Format] | None = None) -> str
 
 def is_unpaired(record: dict) -> bool:
     labelled = isinstance(record.get("label"), bool) or ("label" in record and "completion" in record)
-    return labelled and "chosen" not in record
+    return labelled and not {"chosen", "output_1"} & record.keys()
 
 
 def describe(record: dict) -> str:

@@ -16,7 +16,15 @@ from dataclasses import dataclass, field
 from dataset import formats
 from dataset.formats import PREFERENCE_FORMATS, SFT_FORMATS, Format, detect_format
 from dataset.jsonl import DataError, kind, read_values, show
-from dataset.turns import Fault, Message, checked_turns, refuse_unsupported, split_pair, system_message
+from dataset.turns import (
+    Fault,
+    Message,
+    checked_turns,
+    first_wins,
+    refuse_unsupported,
+    split_pair,
+    system_message,
+)
 from errors import InputError
 
 SCORE_KEYS = ("score_chosen", "score_rejected")
@@ -41,6 +49,7 @@ class Preference:
     line: int
     scores: tuple[float, float] | None = None  # (score_chosen, score_rejected), if the record has both
     win_probability: float | None = None  # P(chosen beats rejected), a soft label
+    tie: bool = False  # whether a verdict prefers neither; such a pair is dropped and counted
     format: str = field(default="", compare=False)  # its name in PREFERENCE_FORMATS
 
 
@@ -97,9 +106,16 @@ def _read(path, shape: str, table: dict[str, Format], build: Callable) -> Iterat
 
 def _preference(record: dict, line: int, name: str) -> Preference:
     system = system_message(record)
-    chosen, rejected = PREFERENCE_FORMATS[name].read(record)
-    prompt, chosen, rejected = split_pair(system + chosen, system + rejected)
-    return Preference(prompt, chosen, rejected, line, scores(record), win_probability(record), name)
+    format = PREFERENCE_FORMATS[name]
+    chosen, rejected = format.read(record)
+    sides = split_pair(system + chosen, system + rejected)
+    wins, tie = win_probability(record), False
+    if format.verdict:
+        share = first_wins(record, format.verdict)
+        tie = share == 0.5
+        if isinstance(record[format.verdict], list):
+            wins = max(share, 1 - share)
+    return Preference(*sides, line, scores(record), wins, tie, name)
 
 
 def _conversation(record: dict, line: int, name: str) -> Conversation:

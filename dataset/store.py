@@ -65,6 +65,8 @@ def encode_or_drop(
     length = len(branches[0][0]) + max(len(ids) for ids, _ in branches[1:])
     if length > max_length:
         return branches, length, "too long"
+    if pair and record.tie:
+        return branches, length, "the verdict is a tie"
     equal = pair and branches[1] == branches[2]
     return branches, length, "chosen equals rejected" if equal else None
 

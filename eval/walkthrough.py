@@ -22,7 +22,7 @@ from errors import run_script
 from eval.explain import SIDES, Opened, Settings, open_pair, signed
 from eval.terminal import cells, terminal_width, wrap
 from model.stream import TokenStream
-from training.objective import Objective, Pairs, wpo_pair_weights
+from training.objective import Objective
 from training.settings import parse
 
 LONGEST_PROMPT, ENDS = 16, 4  # A longer prompt is shown by this many tokens of its start and its end.
@@ -31,15 +31,12 @@ SEGMENTS = ("prompt", *SIDES)
 
 def walk(opened: Opened) -> Iterator[str]:
     """The lines of the whole walk: record, text, stream, token log-probs, sums, loss, gradient."""
-    stream = build_stream(opened.pair, [0])
-    placed = stream.to(opened.policy.embed_tokens.weight.device)
+    stream = build_stream(opened.pair, [0]).to(opened.policy.embed_tokens.weight.device)
     with torch.no_grad():
-        policy_logps, reference_logps = opened.policy(placed), opened.reference(placed)  # (N,)
-        weighted = opened.objective.settings.wpo
-        weights = wpo_pair_weights(opened.policy, placed, policy_logps).cpu() if weighted else None
-    policy_logps, reference_logps = policy_logps.cpu(), reference_logps.cpu()
+        policy_logps, reference_logps = opened.policy(stream), opened.reference(stream)  # (N,)
     policy_logps.requires_grad_()  # as if it came from a model in training
-    loss = opened.objective(Pairs.of(stream, policy_logps, reference_logps, weights)).sum()
+    models = opened.policy, opened.reference
+    loss = opened.objective(opened.objective.pairs(stream, policy_logps, reference_logps, *models)).sum()
     (gradient,) = torch.autograd.grad(loss, policy_logps)  # (N,) dloss / dlog π(y_t | x, y_<t)
 
     width = terminal_width()

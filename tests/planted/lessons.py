@@ -41,15 +41,9 @@ test_walkthrough.py::test_the_numbers_are_those_of_a_plain_loop[1]
 
 walk-swaps-the-models in eval.walkthrough: walk
 The log-probs of the reference stand in the policy's column.
-- opened.policy(placed), opened.reference(placed)
-+ opened.reference(placed), opened.policy(placed)
+- opened.policy(stream), opened.reference(stream)
++ opened.reference(stream), opened.policy(stream)
 test_walkthrough.py::test_the_numbers_are_those_of_a_plain_loop[1]
-
-explained-without-wpos-weights in eval.explain: explain_rows
-A pair of a WPO run cannot be explained.
-- wpo_pair_weights(policy, stream, policy_logps) if objective.settings.wpo else None
-+ None
-test_explain.py::test_a_pair_of_a_wpo_run_has_its_weight
 
 exercise-mean-accepted in tests.exercises.checks: check_3
 A mean in place of a sum passes.
