@@ -225,6 +225,25 @@ def sppo_hard(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float)
     return (chosen_logratios - 1 / (2 * beta)) ** 2 + (rejected_logratios + 1 / (2 * beta)) ** 2
 
 
+# ---- More than two answers
+
+
+def plackett_luce(reply_logratios: Tensor, beta: float) -> Tensor:
+    """DPO of K ranked replies, the best one first (Rafailov et al. 2023, arXiv 2305.18290, appendix A.3).
+
+        −Σ_{k<K} log [ e^{r_k} / Σ_{j≥k} e^{r_j} ]  =  −Σ_{k<K} log σ( −log Σ_{j>k} e^{r_j − r_k} )
+
+    `reply_logratios` are l, (B, K), NaN where a prompt has fewer replies; r = β l. Plackett-Luce: the best
+    reply is chosen among all, the second among the rest, and so on (Plackett 1975). K = 2 is `sigmoid`.
+    """
+    present = ~reply_logratios.isnan()
+    margins = reply_logratios[:, :, None] - reply_logratios[:, None, :]  # (B, K, K) l_k − l_j
+    worse = (present[:, :, None] & present[:, None, :]).triu(1)  # (B, K, K) j > k
+    # A reply without worse ones gets −log σ(huge) = 0, and no NaN of a sum over nothing.
+    terms = (-beta * margins).masked_fill(~worse, torch.finfo(margins.dtype).min)
+    return -F.logsigmoid(-terms.logsumexp(2)).sum(1)
+
+
 # ---- Whole distributions: the pairs of a micro-batch are sorted, so they depend on one another
 
 
@@ -317,7 +336,8 @@ LOSSES = {
     loss.__name__: loss
     for loss in (
         *(sigmoid, soft, robust, hinge, ipo, exo_pair, discopop, dpop, sigmoid_norm, ipo_norm),
-        *(nca_pair, bco_pair, kto_pair, apo_zero, apo_down, sppo_hard, aot, aot_unpaired, simpo, orpo, sft),
+        *(nca_pair, bco_pair, kto_pair, apo_zero, apo_down, sppo_hard, plackett_luce),
+        *(aot, aot_unpaired, simpo, orpo, sft),
     )
 }
 
@@ -384,3 +404,11 @@ def reward_metrics(losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Ten
         "rewards/margins": margins,
     }
     return {name: value.detach().sum() for name, value in values.items()}
+
+
+def ranking_accuracy(reply_logratios: Tensor) -> Tensor:
+    """The share of a prompt's pairs of replies in the right order, (B, K) to (B,); a tie is a half."""
+    margins = reply_logratios[:, :, None] - reply_logratios[:, None, :]  # (B, K, K), NaN without a reply
+    pairs = (~margins.isnan()).triu(1)
+    right = (margins > 0).triu(1) + 0.5 * (margins == 0).triu(1)
+    return right.sum((1, 2)) / pairs.sum((1, 2))

@@ -5,7 +5,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dataset.jsonl import kind, show
-from dataset.turns import Read, answers, conversations, is_transcript, ranked_pair, text_pair, transcript_pair
+from dataset.turns import (
+    Read,
+    answers,
+    conversations,
+    is_transcript,
+    ranked_replies,
+    text_pair,
+    transcript_pair,
+)
 
 # The prompt of a record with one of these keys is there: it must not be cut out of chosen and rejected.
 PROMPT_KEYS = ("prompt", "question", "instruction", "input", "query", "conversations", "messages", "history")
@@ -71,7 +79,12 @@ PREFERENCE_FORMATS = {
     "ranked": Format(
         "instruction, input and a list of output replies, the best one first",
         {"instruction": "Add.", "input": "2 + 2", "output": ["4", "four?", "5"], "history": [["Hi", "Hi!"]]},
-        {"instruction": str, "output": list}, ranked_pair,
+        {"instruction": str, "output": list}, ranked_replies("instruction", "output"),
+    ),
+    "ranked-prompt": Format(
+        "prompt is text or messages; ranked is a list of replies, the best one first",
+        {"prompt": "2 + 2?", "ranked": ["4", "four?", "5"]},
+        {"prompt": (str, list), "ranked": list}, ranked_replies("prompt", "ranked"),
     ),
     "chosen_messages": Format(
         "chosen_messages and rejected_messages are whole conversations",

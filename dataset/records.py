@@ -43,6 +43,20 @@ class Preference:
     win_probability: float | None = None  # P(chosen beats rejected), a soft label
     format: str = field(default="", compare=False)  # its name in PREFERENCE_FORMATS
 
+    @property
+    def replies(self) -> tuple[str, str]:
+        return self.chosen, self.rejected
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A prompt, which ends with a user turn, and two or more replies, the best one first."""
+
+    prompt: tuple[Message, ...]
+    replies: tuple[str, ...]
+    line: int
+    format: str = field(default="", compare=False)  # its name in PREFERENCE_FORMATS
+
 
 def read_preferences(path, shape: str = "auto") -> Iterator[Preference | DataError]:
     """Yield a `Preference` for every record of the file, or a `DataError` in its place.
@@ -57,7 +71,16 @@ def read_conversations(path, shape: str = "auto") -> Iterator[Conversation | Dat
     return _read(path, shape, SFT_FORMATS, _conversation)
 
 
-READERS = {"preferences": read_preferences, "conversations": read_conversations}
+def read_rankings(path, shape: str = "auto") -> Iterator["Ranking | DataError"]:
+    """Yield a `Ranking` for every record of a file of preferences, or a `DataError` in its place."""
+    return _read(path, shape, PREFERENCE_FORMATS, _ranking)
+
+
+READERS = {
+    "preferences": read_preferences,
+    "rankings": read_rankings,
+    "conversations": read_conversations,
+}
 
 
 def read_records(path) -> Iterator[Preference | Conversation | DataError]:
@@ -97,9 +120,20 @@ def _read(path, shape: str, table: dict[str, Format], build: Callable) -> Iterat
 
 def _preference(record: dict, line: int, name: str) -> Preference:
     system = system_message(record)
-    chosen, rejected = PREFERENCE_FORMATS[name].read(record)
+    chosen, *_, rejected = PREFERENCE_FORMATS[name].read(record)
     prompt, chosen, rejected = split_pair(system + chosen, system + rejected)
     return Preference(prompt, chosen, rejected, line, scores(record), win_probability(record), name)
+
+
+def _ranking(record: dict, line: int, name: str) -> Ranking:
+    system = system_message(record)
+    best, *others = PREFERENCE_FORMATS[name].read(record)
+    split = []
+    for rank, other in enumerate(others, start=1):
+        names = ("chosen", "rejected") if len(others) == 1 else ("reply 0", f"reply {rank}")
+        split.append(split_pair(system + best, system + other, names))
+    prompt, reply, _ = split[0]
+    return Ranking(prompt, (reply, *(other for *_, other in split)), line, name)
 
 
 def _conversation(record: dict, line: int, name: str) -> Conversation:
@@ -110,9 +144,9 @@ def _conversation(record: dict, line: int, name: str) -> Conversation:
     return Conversation(tuple(turns), line, name)
 
 
-def prompt_digest(record: Preference | Conversation) -> bytes:
+def prompt_digest(record: Preference | Ranking | Conversation) -> bytes:
     """16 bytes; equal for two records whose prompts are equal but for white space and case."""
-    turns = record.prompt if isinstance(record, Preference) else record.messages[:-1]
+    turns = record.messages[:-1] if isinstance(record, Conversation) else record.prompt
     text = "\0".join(f"{turn.role}\1{' '.join(turn.content.lower().split())}" for turn in turns)
     return hashlib.sha256(text.encode()).digest()[:16]
 

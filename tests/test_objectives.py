@@ -196,6 +196,7 @@ CLOSED_FORMS = [
     ("nca_pair", {}, nca_form),
     ("bco_pair", {}, bco_form),
     ("kto_pair", {}, kto_form),
+    ("plackett_luce", {}, of_margin(lambda h: -ls(h), lambda h: -s(-h))),  # of two replies
     ("apo_zero", {}, apo_zero_form),
     ("apo_down", {}, apo_down_form),
     ("sppo_hard", {}, sppo_form),
@@ -294,6 +295,7 @@ def test_constants_where_policy_is_reference(beta):
     smoothed = -ln2 - (math.log(0.999) + math.log(0.001)) / 2
     constants = {
         **dict.fromkeys(["sigmoid", "soft", "robust", "dpop", "sigmoid_norm", "aot", "aot_unpaired"], ln2),
+        "plackett_luce": ln2,
         **{"hinge": 1, "ipo": 1 / (4 * beta**2), "ipo_norm": 1 / (4 * beta**2), "exo_pair": smoothed},
         **{"nca_pair": 2 * ln2, "bco_pair": 2 * ln2, "kto_pair": 0.5, "apo_zero": 1, "apo_down": 1},
         **{"sppo_hard": 1 / (2 * beta**2), "discopop": ln2 / 2 + 0.5},
@@ -552,7 +554,7 @@ def test_pairs_of_a_stream_are_those_of_single_sequences(layout, stored, tokeniz
     policy_logps = model(stream)
     weights = wpo_pair_weights(model, stream, policy_logps)
     found = Pairs.of(stream, policy_logps, reference(stream), weights)
-    expected = {name: [] for name in vars(found) if name != "score_margins"}
+    expected = {name: [] for name in vars(found) if name not in ("score_margins", "ranked_logratios")}
     for w, x in by_hand(model, reference, tokenizer):
         shorter, surprise = min(len(w["p"]), len(x["p"])), 0
         for name, side in (("chosen", w), ("rejected", x)):

@@ -49,6 +49,7 @@ def evaluate(
             batch = Pairs.of(stream, policy_logps, reference(stream), weights)
         losses = objective(batch)
         meter.add(len(losses), pair_metrics(losses, batch, settings.beta))
+        meter.add(0, objective.metrics(batch))
     return meter.mean()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dataset.store import TokenStore
 from errors import InputError
-from losses import DIVERGENCES, LOSSES, reward_metrics
+from losses import DIVERGENCES, LOSSES, ranking_accuracy, reward_metrics
 from model.moe import router_loss
 from model.stream import TokenStream
 from model.transformer import Transformer
@@ -43,6 +43,7 @@ class Pairs:
     rejected_tails: Tensor | None = None
     score_margins: Tensor | None = None  # score_chosen − score_rejected of the data; NaN without scores
     pair_weights: Tensor | None = None  # WPO's
+    ranked_logratios: Tensor | None = None  # (B, K) of ranked replies, NaN for a missing one; None for pairs
 
     @classmethod
     def of(
@@ -56,8 +57,11 @@ class Pairs:
         lengths = stream.sum_by_side(torch.ones_like(policy_logps))
         tails = (policy_logps - reference_logps) * stream.beyond_the_shorter()
         sums = stream.sum_by_side(policy_logps), stream.sum_by_side(reference_logps)
-        scores = stream.score_margins
-        return cls(*sums[0], *sums[1], *lengths, *stream.sum_by_side(tails), scores, pair_weights)
+        tails, scores, ranked = stream.sum_by_side(tails), stream.score_margins, None
+        if stream.branches > 2:
+            logratios = stream.sum_by_response(policy_logps) - stream.sum_by_response(reference_logps)  # (R,)
+            ranked = logratios.masked_fill(stream.lengths() == 0, torch.nan).view(-1, stream.branches)
+        return cls(*sums[0], *sums[1], *lengths, *tails, scores, pair_weights, ranked)
 
     @property
     def chosen_logratios(self) -> Tensor:
@@ -67,12 +71,19 @@ class Pairs:
     def rejected_logratios(self) -> Tensor:
         return self.policy_rejected_logps - self.reference_rejected_logps
 
+    @property
+    def reply_logratios(self) -> Tensor:
+        """(B, K), the best reply first; a pair is a ranking of two."""
+        both = self.chosen_logratios, self.rejected_logratios
+        return torch.stack(both, dim=1) if self.ranked_logratios is None else self.ranked_logratios
+
 
 def pair_metrics(losses: Tensor, pairs: Pairs, beta: float) -> dict[str, Tensor]:
     """Sums over B pairs under the field's names, without gradient.
 
     Rewards are β times the log-ratios of whole answers, for every loss. Log-ratios are logged as well:
-    runs of different β compare by them. Without a reference a log-ratio is log π.
+    runs of different β compare by them. Without a reference a log-ratio is log π. Of ranked replies the best
+    and the worst one are the pair.
     """
     chosen, rejected = pairs.chosen_logratios.detach(), pairs.rejected_logratios.detach()
     return {
@@ -117,6 +128,7 @@ class Objective:
             rejected = rejected - (1 - self.settings.ld_alpha) * pairs.rejected_tails
         inputs = {**vars(pairs), **self.numbers, "delta": self.delta}
         inputs |= {"chosen_logratios": chosen, "rejected_logratios": rejected}
+        inputs["reply_logratios"] = pairs.reply_logratios
         inputs["margins"] = self.derivative(chosen) - self.derivative(rejected)
         losses = sum(weight * call(LOSSES[name], inputs) for name, weight in self.weights.items())
         return losses * pairs.pair_weights if self.settings.wpo else losses
@@ -143,6 +155,7 @@ class Objective:
         pairs = Pairs.of(stream, policy_logps, reference_logps, weights)
         losses = self(pairs)
         self.add_rewards(pairs)
+        meter.add(0, self.metrics(pairs))
         if balances:
             # Each pair carries the balance of its stream, so the mean over a window has one scale however the
             # window was split. Only its gradient is added: the logged loss is the objective's alone.
@@ -151,9 +164,20 @@ class Objective:
             losses = losses + model.config.router_aux_loss_coef * (aux_loss - aux_loss.detach())
         return losses
 
+    def metrics(self, pairs: Pairs) -> dict[str, Tensor]:
+        """Sums over B pairs of figures that only this objective logs, beside those of `pair_metrics`."""
+        if self.kind == "rankings":
+            return {"rewards/order": ranking_accuracy(pairs.reply_logratios.detach()).sum()}
+        return {}
+
     def derivative(self, logratios: Tensor) -> Tensor:
         """f'(π / π_ref) of the divergence, from log-ratios. DPO's reverse KL returns them unchanged."""
         return call(self.divergence, {**self.numbers, "logratios": logratios})
+
+    @property
+    def kind(self) -> str:
+        """The records that the losses read, as `dataset.store.open_store` names them."""
+        return options.kind_of(self.weights)
 
     @property
     def needs_reference(self) -> bool:

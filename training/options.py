@@ -12,8 +12,9 @@ from training.settings import flag
 # A loss with one of these parameters compares the policy with a reference.
 REFERENCE_INPUTS = {
     *("margins", "chosen_logratios", "rejected_logratios"),
-    *("reference_chosen_logps", "reference_rejected_logps"),
+    *("reference_chosen_logps", "reference_rejected_logps", "reply_logratios"),
 }
+KINDS = {"plackett_luce": "rankings"}  # the records of a loss, where they are not preferences
 SORTING = ("aot", "aot_unpaired")  # Their losses belong to quantiles, not to pairs.
 OTHER_NAMES = {  # what other projects and papers call a loss or a combination
     "dpo": "sigmoid", "cdpo": "sigmoid with --label-smoothing", "slic": "hinge", "rso": "hinge",
@@ -89,6 +90,11 @@ def inputs_of(names: Iterable[str]) -> set[str]:
     return set().union(*(parameters(LOSSES[name]) for name in names))
 
 
+def kind_of(names: Iterable[str]) -> str:
+    """The kind of records that these losses read: "rankings", or "preferences"."""
+    return next((KINDS[name] for name in names if name in KINDS), "preferences")
+
+
 def check_options(settings: ObjectiveSettings) -> None:
     """Raise `InputError` for numbers out of range, options without effect and contradictions."""
     losses, numbers = parse_losses(settings), given_numbers(settings)
@@ -114,6 +120,12 @@ def check_options(settings: ObjectiveSettings) -> None:
     require(not stray, "--divergence-alpha is an option of --f-divergence alpha")
     useless = settings.f_divergence != "reverse_kl" and "margins" not in inputs
     require(not useless, f"--f-divergence changes margins, which {loss} does not use")
+
+    if kind_of(losses) != "preferences":
+        changes = {"--wpo": settings.wpo, "--ld-alpha": settings.ld_alpha is not None}
+        changes["--swap-by-score"] = getattr(settings, "swap_by_score", False)
+        for name in (name for name, given in changes.items() if given):
+            raise InputError(f"{name} changes pairs, but {loss} trains on {kind_of(losses)}")
 
     sorting = [name for name in losses if name in SORTING]
     reason = f"--wpo weights pairs, but {', '.join(sorting)} sorts them: its losses belong to quantiles"

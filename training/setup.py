@@ -65,7 +65,7 @@ def open_data(
     world: World,
     check: Callable[[TokenStore, str], None] = lambda store, path: None,
 ) -> tuple[TokenStore, TokenStore | None]:
-    """The training data, and the held-out data or None. `kind` is "preferences" or "conversations".
+    """The training data, and the held-out data or None. `kind` is a key of `dataset.records.READERS`.
 
     Held out is the file of --eval-data; or, with --eval-share, that share of the prompts of --data.
     `check` raises `InputError` for a store that the objective cannot use.

@@ -292,8 +292,8 @@ test_objectives.py::test_pairs_of_a_stream_are_those_of_single_sequences[forked]
 
 ld-beyond-the-longer in model.stream: TokenStream.beyond_the_shorter
 Nothing lies beyond the longer answer: the option does nothing.
-- lengths.view(-1, 2).amin
-+ lengths.view(-1, 2).amax
+- lengths.view(-1, self.branches).amin
++ lengths.view(-1, self.branches).amax
 test_objectives.py::test_pairs_of_a_stream_are_those_of_single_sequences[twin]
 
 ld-of-the-policy-only in training.objective: Pairs.of
@@ -386,4 +386,42 @@ A win probability of 0.5 becomes a label of 0.62.
 - math.log(p) - math.log1p(-p)
 + p
 test_store.py::test_score_margins_are_those_of_the_records
+
+# ---- Ranked replies
+
+reply-above-itself in losses: plackett_luce
+The tail of the k-th draw begins behind it; with j >= k the reply stands twice, and two replies are not DPO.
+- (present[:, :, None] & present[:, None, :]).triu(1)
++ (present[:, :, None] & present[:, None, :]).triu(0)
+test_rankings.py::test_two_replies_are_dpo_to_the_bit[dtype0]
+
+missing-reply-ranked in losses: plackett_luce
+A prompt with fewer replies has places without one; they must not count as replies of reward 0.
+- ~reply_logratios.isnan()
++ reply_logratios.nan_to_num_() == reply_logratios
+test_rankings.py::test_the_loss_is_the_likelihood_of_the_order
+
+worst-reply-first in losses: plackett_luce
+The list is read from its end: the model learns the reverse order.
+- ~worse
++ ~worse.transpose(1, 2)
+test_rankings.py::test_laws_of_the_loss
+
+padded-behind-the-last in dataset.store: pad_bounds
+Missing replies stand after the worst one, so that the rejected answer of a short row is empty.
+- places[:, -1:] = widths - 1
++ places = np.minimum(columns, widths - 1)
+test_rankings.py::test_a_row_with_fewer_replies_is_padded_before_its_last
+
+missing-reply-copies-the-prompt in dataset.packing: stream_lengths
+In the twin layout only replies that are there bring their prompt.
+- (np.diff(store.bounds[:, 1:]) > 0).sum(axis=1)
++ store.bounds.shape[1] - 2
+test_rankings.py::test_log_ratios_of_a_stream_are_those_of_single_sequences[twin]
+
+only-the-ends-of-a-ranking in training.objective: Pairs.of
+The replies between the best and the worst one are never learned.
+- stream.branches > 2
++ stream.branches > 99
+test_rankings.py::test_log_ratios_of_a_stream_are_those_of_single_sequences[forked]
 """)
