@@ -186,12 +186,35 @@ def kto_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) 
 
     Gains and losses saturate, as in prospect theory. KL_w and KL_l are the mean log-ratios of the chosen and
     the rejected side over the micro-batch, without gradient: the losses depend on the other pairs in it.
-    The author has since disowned this paired form: KTO is meant for unpaired feedback.
+    The author has since disowned this paired form: KTO is meant for unpaired feedback, and is `kto`.
     """
     chosen_kl = chosen_logratios.mean().clamp(min=0).detach()
     rejected_kl = rejected_logratios.mean().clamp(min=0).detach()
     gain = torch.sigmoid(beta * (rejected_kl - chosen_logratios))
     return (gain + torch.sigmoid(beta * (rejected_logratios - chosen_kl))) / 2
+
+
+def kto(
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    beta: float,
+    z0: Tensor | float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """KTO on single answers (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8).
+
+        desirable: λ_D [1 − σ(β a − z₀)],    undesirable: λ_U [1 − σ(z₀ − β b)]
+
+    A row has one answer, chosen if it is desirable and rejected if not; the missing side has length 0.
+    z₀ = max(0, β mean(log π(y'|x)/π_ref(y'|x))), without gradient, estimates β KL(π ‖ π_ref) from answers y'
+    to other prompts: the reward against which gains and losses are measured.
+    """
+    desirable = torch.sigmoid(z0 - beta * chosen_logratios) * (chosen_lengths > 0)
+    undesirable = torch.sigmoid(beta * rejected_logratios - z0) * (rejected_lengths > 0)
+    return desirable_weight * desirable + undesirable_weight * undesirable
 
 
 def apo_zero(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
@@ -336,7 +359,7 @@ LOSSES = {
     loss.__name__: loss
     for loss in (
         *(sigmoid, soft, robust, hinge, ipo, exo_pair, discopop, dpop, sigmoid_norm, ipo_norm),
-        *(nca_pair, bco_pair, kto_pair, apo_zero, apo_down, sppo_hard, plackett_luce),
+        *(nca_pair, bco_pair, kto_pair, kto, apo_zero, apo_down, sppo_hard, plackett_luce),
         *(aot, aot_unpaired, simpo, orpo, sft),
     )
 }

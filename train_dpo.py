@@ -99,6 +99,9 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
         lr = cosine_lr(step, total_steps, settings.lr, settings.warmup_steps)
         set_lr(optimizer, lr)
         window = windows[step]
+        objective.before_step(  # KTO's z₀, the mean of the window
+            model, reference, pairs, window, world, precision, settings.layout, max_tokens
+        )
 
         # ------------------------------------------------------- the gradient of one window of pairs
         for stream, is_last in micro_batches(pairs, window, world, max_tokens, settings.layout):

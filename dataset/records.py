@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from dataset import formats
-from dataset.formats import PREFERENCE_FORMATS, SFT_FORMATS, Format, detect_format
+from dataset.formats import FEEDBACK_FORMATS, PREFERENCE_FORMATS, SFT_FORMATS, Format, detect_format
 from dataset.jsonl import DataError, kind, read_values, show
 from dataset.turns import Fault, Message, checked_turns, refuse_unsupported, split_pair, system_message
 from errors import InputError
@@ -58,6 +58,22 @@ class Ranking:
     format: str = field(default="", compare=False)  # its name in PREFERENCE_FORMATS
 
 
+@dataclass(frozen=True)
+class Feedback:
+    """A prompt, which ends with a user turn, and one answer, labelled desirable or not."""
+
+    prompt: tuple[Message, ...]
+    completion: str
+    label: bool
+    line: int
+    format: str = field(default="", compare=False)  # its name in FEEDBACK_FORMATS or PREFERENCE_FORMATS
+
+    @property
+    def replies(self) -> tuple[str | None, str | None]:
+        """A pair of which one side is missing: a desirable answer is chosen, an undesirable one rejected."""
+        return (self.completion, None) if self.label else (None, self.completion)
+
+
 def read_preferences(path, shape: str = "auto") -> Iterator[Preference | DataError]:
     """Yield a `Preference` for every record of the file, or a `DataError` in its place.
 
@@ -76,16 +92,37 @@ def read_rankings(path, shape: str = "auto") -> Iterator["Ranking | DataError"]:
     return _read(path, shape, PREFERENCE_FORMATS, _ranking)
 
 
+def read_feedback(path, shape: str = "auto") -> Iterator[Feedback | DataError]:
+    """Yield a `Feedback` for every record, two for a pair of preferences; or a `DataError` in its place."""
+    if shape in FEEDBACK_FORMATS or (shape == "auto" and formats.is_unpaired(first_record(path))):
+        yield from _read(path, shape, FEEDBACK_FORMATS, _feedback)
+        return
+    for pair in read_preferences(path, shape):
+        if isinstance(pair, DataError):
+            yield pair
+        else:
+            yield Feedback(pair.prompt, pair.chosen, True, pair.line, pair.format)
+            yield Feedback(pair.prompt, pair.rejected, False, pair.line, pair.format)
+
+
 READERS = {
     "preferences": read_preferences,
     "rankings": read_rankings,
+    "feedback": read_feedback,
     "conversations": read_conversations,
 }
 
 
-def read_records(path) -> Iterator[Preference | Conversation | DataError]:
-    """Yield the records of a file of preferences or of conversations; its first record decides."""
-    first = next((record for _, record in read_values(path) if isinstance(record, dict)), {})
+def first_record(path) -> dict:
+    return next((record for _, record in read_values(path) if isinstance(record, dict)), {})
+
+
+def read_records(path) -> Iterator[Preference | Conversation | Feedback | DataError]:
+    """Yield the records of a file of preferences, conversations or feedback; its first record decides."""
+    first = first_record(path)
+    if formats.is_unpaired(first):
+        yield from read_feedback(path)
+        return
     pairs = detect_format(first) or (not detect_format(first, SFT_FORMATS) and formats.has_sides(first))
     yield from (read_preferences if pairs else read_conversations)(path)
 
@@ -136,6 +173,14 @@ def _ranking(record: dict, line: int, name: str) -> Ranking:
     return Ranking(prompt, (reply, *(other for *_, other in split)), line, name)
 
 
+def _feedback(record: dict, line: int, name: str) -> Feedback:
+    (messages,) = FEEDBACK_FORMATS[name].read(record)
+    turns = checked_turns(system_message(record) + messages, "completion")
+    if turns[-1].weight == 0:
+        raise Fault("completion: the answer has weight 0, so there is nothing to train on")
+    return Feedback(tuple(turns[:-1]), turns[-1].content, record["label"], line, name)
+
+
 def _conversation(record: dict, line: int, name: str) -> Conversation:
     (messages,) = SFT_FORMATS[name].read(record)
     turns = checked_turns(system_message(record) + messages, "conversation")
@@ -144,7 +189,7 @@ def _conversation(record: dict, line: int, name: str) -> Conversation:
     return Conversation(tuple(turns), line, name)
 
 
-def prompt_digest(record: Preference | Ranking | Conversation) -> bytes:
+def prompt_digest(record: Preference | Ranking | Feedback | Conversation) -> bytes:
     """16 bytes; equal for two records whose prompts are equal but for white space and case."""
     turns = record.messages[:-1] if isinstance(record, Conversation) else record.prompt
     text = "\0".join(f"{turn.role}\1{' '.join(turn.content.lower().split())}" for turn in turns)

@@ -19,7 +19,7 @@ import numpy as np
 
 from dataset.cache import build, cache_folder, is_cached
 from dataset.other_files import require_data_file
-from dataset.records import READERS, Conversation, DataError, Preference, Ranking, prompt_digest
+from dataset.records import READERS, Conversation, DataError, Feedback, Preference, Ranking, prompt_digest
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, require
 from files import file_hash
@@ -30,18 +30,21 @@ PIECE = 2**16  # characters that are always tokenised at once
 COLUMNS = ("bounds", "lines", "records", "target_counts", "score_margins", "digests")  # as in `TokenStore`
 
 Branch = tuple[list[int], list[bool]]  # ids, and for each whether it is supervised
-Record = Preference | Ranking | Conversation
+Record = Preference | Ranking | Feedback | Conversation
 
 
 # ---- One record
 
 
 def encode(record: Record, tokenizer: ChatTokenizer) -> list[Branch]:
-    """A record as a prompt and its branches: one for each reply, the best first, or one conversation."""
+    """A record as a prompt and its branches: one for each reply, the best first, or one conversation.
+
+    The branch of a missing reply is empty.
+    """
     if isinstance(record, Conversation):
         return [([], []), tokenizer.conversation(record.messages)]
     prompt = tokenizer.prompt(record.prompt)
-    sides = [tokenizer.response(reply) for reply in record.replies]
+    sides = [[] if reply is None else tokenizer.response(reply) for reply in record.replies]
     return [(prompt, [False] * len(prompt)), *((side, [True] * len(side)) for side in sides)]
 
 
@@ -57,7 +60,7 @@ def encode_or_drop(
     """
     whole = isinstance(record, Conversation)
     texts = [message.content for message in (record.messages if whole else record.prompt)]
-    sides = [""] if whole else record.replies
+    sides = [""] if whole else [reply or "" for reply in record.replies]
     if sum(map(len, texts)) + max(map(len, sides)) > max(PIECE, max_length * tokenizer.longest_token):
         length = sum(count_tokens(text, tokenizer) for text in texts)
         length += max(count_tokens(text, tokenizer) for text in sides)
@@ -165,6 +168,7 @@ class TokenStore:
         self.target_bounds = np.concatenate([[0], np.cumsum(self.target_counts)])  # (rows + 1,) offsets of
         # the reference log-probs, one for each supervised token, row by row (training/reference.py).
         self.reference_logps: np.ndarray | None = None
+        self.mismatched: TokenStore | None = None  # of unpaired feedback (dataset/mismatched.py)
 
     def __len__(self) -> int:
         return len(self.bounds)

@@ -36,11 +36,12 @@ from training.reference import no_reference
 REFERENCE_FREE = {"simpo", "orpo", "sft"}
 
 
-def objective(loss="sigmoid", beta=0.3, delta=0.0, **options) -> Objective:
+def objective(loss="sigmoid", beta=0.3, delta=0.0, z0=0.0, **options) -> Objective:
     if loss == "robust":
         options = {"label_smoothing": 0.1, **options}
     made = Objective(ObjectiveSettings(loss=loss, beta=beta, **options))
     made.load_state_dict({"reward_sum": 4 * delta, "reward_count": 4.0})
+    made.z0 = z0
     return made
 
 
@@ -54,7 +55,7 @@ B = [-0.9, 0.8, -3.0, 0.1, 2.0, -4.0]
 REFERENCE = [-12.0, -9.5, -30.0, -17.0, -8.0, -25.0], [-11.0, -14.0, -21.0, -19.5, -10.0, -22.0]
 LENGTHS = [4, 3, 9, 5, 2, 7], [3, 6, 5, 8, 4, 1]
 SCORES = [1.5, -0.5, 0.0, 8.0, -3.0, math.inf]
-DELTA = 0.37
+DELTA, Z0 = 0.37, 0.21
 
 
 def make_pairs(a=A, b=B, dtype=torch.float64, **more) -> Pairs:
@@ -145,6 +146,12 @@ def kto_form(p, beta):
     return (1 - a + 1 - b) / 2, -beta * a * (1 - a) / 2, beta * b * (1 - b) / 2
 
 
+def kto_single_form(p, beta, good=1.0, bad=1.0):
+    """Of a row with both answers it is the sum of the two."""
+    a, b = s(beta * p["a"] - Z0), s(Z0 - beta * p["b"])
+    return good * (1 - a) + bad * (1 - b), -good * beta * a * (1 - a), bad * beta * b * (1 - b)
+
+
 def apo_zero_form(p, beta):
     a, b = s(beta * p["a"]), s(beta * p["b"])
     return 1 - a + b, -beta * a * (1 - a), beta * b * (1 - b)
@@ -196,6 +203,9 @@ CLOSED_FORMS = [
     ("nca_pair", {}, nca_form),
     ("bco_pair", {}, bco_form),
     ("kto_pair", {}, kto_form),
+    ("kto", {}, lambda p, beta: kto_single_form(p, beta)),
+    ("kto", {"desirable_weight": 1.5, "undesirable_weight": 0.5},
+     lambda p, beta: kto_single_form(p, beta, 1.5, 0.5)),
     ("plackett_luce", {}, of_margin(lambda h: -ls(h), lambda h: -s(-h))),  # of two replies
     ("apo_zero", {}, apo_zero_form),
     ("apo_down", {}, apo_down_form),
@@ -232,7 +242,7 @@ def test_value_and_gradient_are_the_closed_form(name, options, form, beta):
     """Value and both slopes of each pair, in float64. The slopes are derived by hand, not by autograd."""
     for shift in (0, 3):  # With positive means, kto_pair's KLs are not 0.
         pairs = make_pairs([x + shift for x in A], [x + shift for x in B])
-        losses = objective(name, beta, DELTA, **options)(pairs)
+        losses = objective(name, beta, DELTA, Z0, **options)(pairs)
         expected = float64([form(pair, beta) for pair in described(pairs)]).T
         found = torch.stack([losses.detach(), *gradients(losses, pairs)])
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
@@ -295,7 +305,7 @@ def test_constants_where_policy_is_reference(beta):
     smoothed = -ln2 - (math.log(0.999) + math.log(0.001)) / 2
     constants = {
         **dict.fromkeys(["sigmoid", "soft", "robust", "dpop", "sigmoid_norm", "aot", "aot_unpaired"], ln2),
-        "plackett_luce": ln2,
+        **{"plackett_luce": ln2, "kto": 1},
         **{"hinge": 1, "ipo": 1 / (4 * beta**2), "ipo_norm": 1 / (4 * beta**2), "exo_pair": smoothed},
         **{"nca_pair": 2 * ln2, "bco_pair": 2 * ln2, "kto_pair": 0.5, "apo_zero": 1, "apo_down": 1},
         **{"sppo_hard": 1 / (2 * beta**2), "discopop": ln2 / 2 + 0.5},
@@ -455,7 +465,7 @@ def test_rewards_mean_the_same_whatever_the_loss(name):
 REFUSED = [
     (dict(loss="dpo"), "--loss dpo: its name here is sigmoid"),
     (dict(loss="IPO"), "--loss IPO: its name here is ipo"),
-    (dict(loss="sigmoid,KTO"), "--loss KTO: its name here is kto_pair"),
+    (dict(loss="sigmoid,KTO"), "--loss KTO: its name here is kto"),
     (dict(loss="elo"), "--loss elo: there is no such loss; the losses are sigmoid, soft, robust"),
     (dict(loss=""), "--loss : there is no such loss"),
     (dict(loss="sigmoid,sigmoid"), "names a loss twice"),
@@ -731,7 +741,7 @@ def run_dpo(tmp_path, tokenizer, write_jsonl):
 
 
 FLAGS = {
-    **{name: ["--loss", name] for name in LOSSES},
+    **{name: ["--loss", name] for name in LOSSES if name != "kto"},  # tests/test_unpaired.py
     "robust": ["--loss", "robust", "--label-smoothing", "0.1"],
     "mpo": ["--loss", "sigmoid,bco_pair,sft", "--loss-weights", "0.8,0.2,1", "--wpo", "--ld-alpha", "0.5"],
     "f-dpo": ["--f-divergence", "alpha", "--divergence-alpha", "0.3", "--label-smoothing", "0.1"],

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +43,8 @@ def evaluate(
     the pairs of a batch depend on one another.
     """
     meter, settings = Meter(world), objective.settings
+    rows = np.arange(len(pairs))
+    objective.before_step(policy, reference, pairs, rows, world, precision, layout, max_tokens)
     for _, stream in batches(pairs, world, max_tokens, layout):
         with precision.autocast():
             policy_logps = policy(stream)

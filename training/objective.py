@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dataset.mismatched import mismatched
+from dataset.packing import micro_batches
 from dataset.store import TokenStore
 from errors import InputError
 from losses import DIVERGENCES, LOSSES, ranking_accuracy, reward_metrics
@@ -21,8 +23,8 @@ from model.moe import router_loss
 from model.stream import TokenStream
 from model.transformer import Transformer
 from training import options
-from training.distributed import unsharded
-from training.metrics import Meter
+from training.distributed import World, unsharded
+from training.metrics import COUNT, Meter
 from training.options import ObjectiveSettings, parameters
 from training.precision import Precision
 
@@ -112,6 +114,7 @@ class Objective:
         # bco_pair's δ is the mean reward of all optimizer steps so far: a sum and a count of pairs.
         self.reward_sum, self.reward_count = 0.0, 0.0
         self.step_rewards: Tensor | None = None  # the same for the current step on this rank, (2,)
+        self.z0: Tensor | float = 0.0  # kto's, of the current window or of held-out data
 
     @property
     def is_dpo(self) -> bool:
@@ -128,7 +131,7 @@ class Objective:
             rejected = rejected - (1 - self.settings.ld_alpha) * pairs.rejected_tails
         inputs = {**vars(pairs), **self.numbers, "delta": self.delta}
         inputs |= {"chosen_logratios": chosen, "rejected_logratios": rejected}
-        inputs["reply_logratios"] = pairs.reply_logratios
+        inputs |= {"reply_logratios": pairs.reply_logratios, "z0": self.z0}
         inputs["margins"] = self.derivative(chosen) - self.derivative(rejected)
         losses = sum(weight * call(LOSSES[name], inputs) for name, weight in self.weights.items())
         return losses * pairs.pair_weights if self.settings.wpo else losses
@@ -168,6 +171,12 @@ class Objective:
         """Sums over B pairs of figures that only this objective logs, beside those of `pair_metrics`."""
         if self.kind == "rankings":
             return {"rewards/order": ranking_accuracy(pairs.reply_logratios.detach()).sum()}
+        if self.kind == "feedback":
+            lengths = {"chosen": pairs.chosen_lengths, "rejected": pairs.rejected_lengths}
+            counts = {side: (each > 0).sum() for side, each in lengths.items()}
+            parts = ("rewards", "logratios", "logps")
+            counts = {f"{part}/{side}{COUNT}": n for part in parts for side, n in counts.items()}
+            return {**counts, "z0": torch.as_tensor(self.z0) * len(pairs.chosen_lengths)}
         return {}
 
     def derivative(self, logratios: Tensor) -> Tensor:
@@ -183,7 +192,32 @@ class Objective:
     def needs_reference(self) -> bool:
         return bool(self.inputs & options.REFERENCE_INPUTS)
 
-    # ---- State that changes from step to step: BCO and TR-DPO only
+    # ---- State that changes from step to step: KTO, BCO and TR-DPO only
+
+    @torch.no_grad()
+    def before_step(
+        self,
+        policy: Callable[[TokenStream], Tensor],
+        reference: Callable[[TokenStream], Tensor],
+        data: TokenStore,
+        rows: np.ndarray,
+        world: World,
+        precision: Precision,
+        layout: str,
+        max_tokens: int,
+    ) -> None:
+        """Compute kto's z₀ of these rows: one more forward of both models, on prompts with other answers.
+
+        The mean is over all rows of the window on all ranks, before the first micro-batch. So micro-batches
+        and ranks do not change it. Every rank must call this; for other losses it does nothing.
+        """
+        if "z0" not in self.inputs:
+            return
+        total = torch.zeros((), device=world.device)
+        for stream, _ in micro_batches(mismatched(data), rows, world, max_tokens, layout):
+            with precision.autocast():
+                total = total + (policy(stream) - reference(stream)).sum()
+        self.z0 = (self.settings.beta * world.sum(total) / len(rows)).clamp(min=0)
 
     @property
     def delta(self) -> float:
@@ -231,12 +265,16 @@ class Objective:
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.reward_sum, self.reward_count = state["reward_sum"], state["reward_count"]
 
-    def check_data(self, data: TokenStore, path: str) -> None:
-        """Raise `InputError` at the first record without the scores that a loss needs."""
+    def check_data(self, data: TokenStore, path: str) -> str:
+        """A line of advice about the data, or "". Raises `InputError` at the first record without scores."""
         missing = np.isnan(data.score_margins)
         if "score_margins" in self.inputs and missing.any():
             line, needed = data.lines[missing.argmax()], "score_chosen and score_rejected, or win_probability"
             raise InputError(f"{path}:{line}: --loss soft needs {needed}; this record has neither")
+        if self.kind != "feedback":
+            return ""
+        desirable = int((data.bounds[:, 2] > data.bounds[:, 1]).sum())
+        return options.kto_advice(desirable, len(data) - desirable, self.numbers)
 
 
 def call(function: Callable, values: dict) -> Tensor:
