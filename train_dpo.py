@@ -66,10 +66,11 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     windows = Windows(len(pairs), settings.batch_size, settings.seed)  # the pairs of each optimizer step
     total_steps = settings.max_steps or settings.epochs * windows.per_epoch
     precision = Precision(settings.precision, world.device, settings.matmul_precision)
-    max_tokens = micro_batch_tokens(settings, model, world, pairs, precision, reference)  # in one forward
+    fitted = settings, model, world, pairs, precision, reference, objective.forwards
+    max_tokens = micro_batch_tokens(*fitted)  # in one forward
     cached = cache_references(settings, model, pairs, eval_pairs, world, precision, max_tokens)
     prompts = held_out_prompts(settings, eval_pairs, model, world)  # to be answered at every evaluation
-    optimizer, meter = make_optimizer(settings, model), Meter(world)
+    optimizer, meter = make_optimizer(settings, model, precision), Meter(world)
     plain_dpo = objective.is_dpo and not model.config.num_experts
     describe_run(settings, world, precision, model, f"DPO, --loss {settings.loss}, beta {settings.beta:g}")
 
@@ -124,7 +125,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
                 losses = sigmoid(margins, settings.beta)  # (B,) −log σ(β (a − b)), eq. 7
             else:
                 inputs = stream, policy_logps, reference_logps, balances
-                losses = objective.training_losses(*inputs, model, precision, meter)
+                losses = objective.training_losses(*inputs, model, reference, precision, meter)
 
             # The mean over the window's pairs. Ranks average their gradients, hence the factor.
             precision.backward(losses.sum() * world.ranks / len(window))

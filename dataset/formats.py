@@ -10,6 +10,7 @@ from dataset.turns import (
     answers,
     conversations,
     is_transcript,
+    judged_pair,
     ranked_replies,
     text_pair,
     transcript_pair,
@@ -31,6 +32,7 @@ class Format:
     read: Read
     absent: tuple[str, ...] = ()
     test: Callable[[dict], bool] = bool  # a further condition; `bool` holds for every record
+    verdict: str = ""  # the key that prefers one of two answers
 
     def fits(self, record: dict) -> bool:
         has_keys = all(isinstance(record.get(key), types) for key, types in self.keys.items())
@@ -85,6 +87,17 @@ PREFERENCE_FORMATS = {
         "prompt is text or messages; ranked is a list of replies, the best one first",
         {"prompt": "2 + 2?", "ranked": ["4", "four?", "5"]},
         {"prompt": (str, list), "ranked": list}, ranked_replies("prompt", "ranked"),
+    ),
+    "output_1": Format(
+        "output_1, output_2 and label: 1, 2, 'tie' or a list of votes; the prompt as in alpaca or text",
+        {"input": "2 + 2?", "output_1": "5", "output_2": "4", "label": 2},
+        {"output_1": SIDE, "output_2": SIDE}, judged_pair("output_1", "output_2", "label"), verdict="label",
+    ),
+    "response_a": Format(
+        "response_a, response_b and winner: 'model_a', 'model_b', 'tie' or a list of votes",
+        {"prompt": "2 + 2?", "response_a": "4", "response_b": "5", "winner": ["model_a", "tie"]},
+        {"response_a": SIDE, "response_b": SIDE}, judged_pair("response_a", "response_b", "winner"),
+        verdict="winner",
     ),
     "chosen_messages": Format(
         "chosen_messages and rejected_messages are whole conversations",
@@ -175,7 +188,7 @@ def detect_format(record: dict, formats: dict[str, Format] | None = None) -> str
 
 def is_unpaired(record: dict) -> bool:
     labelled = isinstance(record.get("label"), bool) or ("label" in record and "completion" in record)
-    return labelled and "chosen" not in record
+    return labelled and not {"chosen", "output_1"} & record.keys()
 
 
 def describe(record: dict) -> str:

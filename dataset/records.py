@@ -16,7 +16,15 @@ from dataclasses import dataclass, field
 from dataset import formats
 from dataset.formats import FEEDBACK_FORMATS, PREFERENCE_FORMATS, SFT_FORMATS, Format, detect_format
 from dataset.jsonl import DataError, kind, read_values, show
-from dataset.turns import Fault, Message, checked_turns, refuse_unsupported, split_pair, system_message
+from dataset.turns import (
+    Fault,
+    Message,
+    checked_turns,
+    first_wins,
+    refuse_unsupported,
+    split_pair,
+    system_message,
+)
 from errors import InputError
 
 SCORE_KEYS = ("score_chosen", "score_rejected")
@@ -41,6 +49,7 @@ class Preference:
     line: int
     scores: tuple[float, float] | None = None  # (score_chosen, score_rejected), if the record has both
     win_probability: float | None = None  # P(chosen beats rejected), a soft label
+    tie: bool = False  # whether a verdict prefers neither; such a pair is dropped and counted
     format: str = field(default="", compare=False)  # its name in PREFERENCE_FORMATS
 
     @property
@@ -55,6 +64,7 @@ class Ranking:
     prompt: tuple[Message, ...]
     replies: tuple[str, ...]
     line: int
+    tie: bool = False  # as in `Preference`
     format: str = field(default="", compare=False)  # its name in PREFERENCE_FORMATS
 
 
@@ -66,6 +76,7 @@ class Feedback:
     completion: str
     label: bool
     line: int
+    tie: bool = False  # whether it is a side of a pair that is a tie
     format: str = field(default="", compare=False)  # its name in FEEDBACK_FORMATS or PREFERENCE_FORMATS
 
     @property
@@ -101,8 +112,8 @@ def read_feedback(path, shape: str = "auto") -> Iterator[Feedback | DataError]:
         if isinstance(pair, DataError):
             yield pair
         else:
-            yield Feedback(pair.prompt, pair.chosen, True, pair.line, pair.format)
-            yield Feedback(pair.prompt, pair.rejected, False, pair.line, pair.format)
+            yield Feedback(pair.prompt, pair.chosen, True, pair.line, pair.tie, pair.format)
+            yield Feedback(pair.prompt, pair.rejected, False, pair.line, pair.tie, pair.format)
 
 
 READERS = {
@@ -157,12 +168,22 @@ def _read(path, shape: str, table: dict[str, Format], build: Callable) -> Iterat
 
 def _preference(record: dict, line: int, name: str) -> Preference:
     system = system_message(record)
-    chosen, *_, rejected = PREFERENCE_FORMATS[name].read(record)
-    prompt, chosen, rejected = split_pair(system + chosen, system + rejected)
-    return Preference(prompt, chosen, rejected, line, scores(record), win_probability(record), name)
+    format = PREFERENCE_FORMATS[name]
+    chosen, *_, rejected = format.read(record)
+    sides = split_pair(system + chosen, system + rejected)
+    wins, tie = win_probability(record), False
+    if format.verdict:
+        share = first_wins(record, format.verdict)
+        tie = share == 0.5
+        if isinstance(record[format.verdict], list):
+            wins = max(share, 1 - share)
+    return Preference(*sides, line, scores(record), wins, tie, name)
 
 
 def _ranking(record: dict, line: int, name: str) -> Ranking:
+    if PREFERENCE_FORMATS[name].verdict:
+        pair = _preference(record, line, name)
+        return Ranking(pair.prompt, pair.replies, line, pair.tie, name)
     system = system_message(record)
     best, *others = PREFERENCE_FORMATS[name].read(record)
     split = []
@@ -170,7 +191,7 @@ def _ranking(record: dict, line: int, name: str) -> Ranking:
         names = ("chosen", "rejected") if len(others) == 1 else ("reply 0", f"reply {rank}")
         split.append(split_pair(system + best, system + other, names))
     prompt, reply, _ = split[0]
-    return Ranking(prompt, (reply, *(other for *_, other in split)), line, name)
+    return Ranking(prompt, (reply, *(other for *_, other in split)), line, format=name)
 
 
 def _feedback(record: dict, line: int, name: str) -> Feedback:
@@ -178,7 +199,7 @@ def _feedback(record: dict, line: int, name: str) -> Feedback:
     turns = checked_turns(system_message(record) + messages, "completion")
     if turns[-1].weight == 0:
         raise Fault("completion: the answer has weight 0, so there is nothing to train on")
-    return Feedback(tuple(turns[:-1]), turns[-1].content, record["label"], line, name)
+    return Feedback(tuple(turns[:-1]), turns[-1].content, record["label"], line, format=name)
 
 
 def _conversation(record: dict, line: int, name: str) -> Conversation:

@@ -70,6 +70,8 @@ def encode_or_drop(
     length = len(branches[0][0]) + max(len(ids) for ids, _ in branches[1:])
     if length > max_length:
         return branches, length, "too long"
+    if getattr(record, "tie", False):
+        return branches, length, "the verdict is a tie"
     equal = len({tuple(ids) for ids, _ in branches[1:]}) < len(branches) - 1
     reason = "two replies are equal" if len(branches) > 3 else "chosen equals rejected"
     return branches, length, reason if equal else None

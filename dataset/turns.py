@@ -203,6 +203,40 @@ def ranked_replies(prompt: str, key: str) -> Read:
     return read
 
 
+# ---- Two answers and a verdict
+
+VERDICTS = {  # a vote in lower case: the share of it that counts for the first answer
+    **dict.fromkeys(("1", "a", "model_a", "response_a", "output_1"), 1.0),
+    **dict.fromkeys(("2", "b", "model_b", "response_b", "output_2"), 0.0),
+    **dict.fromkeys(("tie", "tie (bothbad)", "both_bad"), 0.5),
+}
+
+
+def judged_pair(first: str, second: str, verdict: str) -> Read:
+    """A reader of the answers in the keys `first` and `second`; the better one by `verdict` comes first."""
+
+    def read(record: dict) -> list[list[Message]]:
+        keys = ("instruction", "prompt", "question", "input")
+        sides = answers(next((key for key in keys if key in record), "prompt"), first, second)(record)
+        return sides if first_wins(record, verdict) >= 0.5 else sides[::-1]
+
+    return read
+
+
+def first_wins(record: dict, key: str) -> float:
+    """The share of the votes in ``record[key]``, one or a list, for the first answer; 0.5 is a tie."""
+    votes = required(record, key)
+    votes = votes if isinstance(votes, list) else [votes]
+    if not votes:
+        raise Fault(f"{key}: expected a verdict, found an empty list")
+    names = [f"{vote:g}" if kind(vote) == "a number" else str(vote).lower() for vote in votes]
+    for vote, name in zip(votes, names, strict=True):
+        if name not in VERDICTS:
+            expected = "1, 2, 'model_a', 'model_b', 'tie' or a list of such votes"
+            raise Fault(f"{key}: expected {expected}, found {show(vote)}")
+    return sum(VERDICTS[name] for name in names) / len(names)
+
+
 # ---- Implicit prompts: chosen and rejected both contain it
 
 

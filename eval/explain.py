@@ -32,7 +32,7 @@ from eval.preference import choose_objective, held_out_pairs
 from eval.terminal import cells, terminal_width, text_pieces, wrap
 from model.transformer import Transformer
 from training.distributed import pick_device
-from training.objective import Objective, Pairs
+from training.objective import Objective
 from training.settings import DEVICE_WHY, DEVICES, Flags, flag, parse
 
 SIDES = ("chosen", "rejected")
@@ -97,7 +97,8 @@ def explain_rows(
     """For each row its chosen and its rejected answer with the log-probs of both models, and its loss."""
     stream = build_stream(pairs, rows).to(policy.embed_tokens.weight.device)
     policy_logps, reference_logps = policy(stream), reference(stream)  # (N,)
-    losses = objective(Pairs.of(stream, policy_logps, reference_logps)).tolist()  # (B,)
+    inputs = objective.pairs(stream, policy_logps, reference_logps, policy, reference)
+    losses = objective(inputs).tolist()  # (B,)
     lengths = stream.lengths().tolist()  # The targets of an answer are consecutive.
     columns = (x.split(lengths) for x in (stream.targets, policy_logps, reference_logps))
     answers = [Answer(*(x.tolist() for x in values)) for values in zip(*columns, strict=True)]

@@ -22,7 +22,7 @@ from eval.explain import Answer, explain_rows, signed
 from eval.judge import Z95, wilson, win_interval
 from eval.preference import Settings, choose_objective, held_out_pairs
 from training.distributed import pick_device
-from training.evaluate import next_token_kl
+from training.objective import next_token_kl
 from training.options import ObjectiveSettings
 
 MAX_TOKENS = 8192  # tokens in a forward

@@ -84,6 +84,13 @@ class WithoutAdapters:
         with adapters_off(self.model):
             return self.model(stream)
 
+    def hidden_of(self, stream: TokenStream) -> Tensor:
+        with adapters_off(self.model):
+            return self.model.hidden_of(stream)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.model.logits(hidden)  # The head has no adapter.
+
 
 def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
     """A and B of every adapter by name, all that training changes; empty for a model without adapters."""

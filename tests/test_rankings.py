@@ -123,6 +123,15 @@ def test_the_accuracy_is_a_share_of_pairs():
 # ---- From records to a stream
 
 
+@pytest.mark.parametrize("kind, rows", [("rankings", 1), ("feedback", 2)])
+def test_a_tie_has_no_order_and_no_label(kind, rows, write_jsonl, tokenizer):
+    judged = [{"prompt": "a", "response_a": "b", "response_b": "c", "winner": x} for x in ("model_b", "tie")]
+    store = open_store(write_jsonl("judged.jsonl", judged), kind, tokenizer, 512)
+    assert len(store) == rows and store.report.dropped == {"the verdict is a tie": [2] * rows}
+    assert tokenizer.decode(store.row(0)[1][0].tolist()).startswith("c")
+
+
+
 def test_a_ranking_keeps_all_replies_and_a_pair_the_ends(write_jsonl):
     path = write_jsonl("ranked.jsonl", ROWS)
     for record, pair, replies in zip(read_rankings(path), read_preferences(path), REPLIES, strict=True):

@@ -10,11 +10,11 @@ from dataset.packing import build_stream, share, stream_lengths
 from dataset.store import TokenStore
 from losses import bradley_terry_loss, reward_metrics
 from model.reward import RewardModel
-from model.stream import TokenStream, sides
+from model.stream import sides
 from model.transformer import Transformer
 from training.distributed import World
 from training.metrics import Meter
-from training.objective import Objective, Pairs, pair_metrics, wpo_pair_weights
+from training.objective import Objective, next_token_kl, pair_metrics
 from training.precision import Precision
 
 MAX_TOKENS = 16_384  # tokens a forward without gradients, where the caller gives no other number
@@ -48,8 +48,7 @@ def evaluate(
     for _, stream in batches(pairs, world, max_tokens, layout):
         with precision.autocast():
             policy_logps = policy(stream)
-            weights = wpo_pair_weights(policy, stream, policy_logps) if settings.wpo else None
-            batch = Pairs.of(stream, policy_logps, reference(stream), weights)
+            batch = objective.pairs(stream, policy_logps, reference(stream), policy, reference)
         losses = objective(batch)
         meter.add(len(losses), pair_metrics(losses, batch, settings.beta))
         meter.add(0, objective.metrics(batch))
@@ -75,12 +74,6 @@ def evaluate_kl(
             kl = next_token_kl(policy, reference, stream)
         meter.add(len(kl), {"kl_per_token": kl.sum()})
     return meter.mean()
-
-
-def next_token_kl(policy: Transformer, reference: Transformer, stream: TokenStream) -> Tensor:
-    """KL(π ‖ π_ref) = Σ_v π(v) [log π(v) − log π_ref(v)] at each predictor, (N,), in nats."""
-    both = zip(policy.log_distributions(stream), reference.log_distributions(stream), strict=True)
-    return torch.cat([(log_p.exp() * (log_p - log_q)).sum(dim=-1) for log_p, log_q in both])
 
 
 @torch.no_grad()

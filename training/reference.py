@@ -65,7 +65,9 @@ def check_cached(objective: Objective) -> None:
     """Raise `InputError` if the reference changes during training or the loss does not use it."""
     moves = "--reference cached keeps one reference, but --tr-alpha and --tr-every change it"
     unused = f"--reference cached: --loss {objective.settings.loss} does not use a reference"
+    whole = f"--reference cached keeps one number a token, but --loss {objective.settings.loss} compares "
     require(not objective.moves_reference, moves)
+    require("rejected_kl" not in objective.inputs, whole + "whole distributions")
     require(objective.needs_reference, unused)
 
 

@@ -120,6 +120,22 @@ def test_weighted_losses_agree():
     assert_agree(ours, their("sigmoid", "nca_pair", "hinge", loss_weights=[0.8, 0.3, 2.0]))
 
 
+def test_offsets_are_a_shift_of_the_reference():
+    """odpo, rdpo: TRL has neither. If all pairs have one gap, or one difference of lengths, a reference that
+    finds the chosen answers likelier by offset / beta does the same."""
+    offset = 0.5 * np.log(6.0)
+    assert_agree(our("odpo", odpo_alpha=0.5, gap=6.0), their("sigmoid", shift=(offset / BETA, 0)))
+    longer = random_pairs((5, 4, 2), (2, 3, 1), (7, 5, 3))
+    theirs = their("sigmoid", pairs=longer, shift=(-2 * 0.3 / BETA, 0))
+    assert_agree(our("rdpo", longer, rdpo_alpha=0.3), theirs)
+
+
+def test_rebel_is_ipo_with_a_gap_of_its_target():
+    """rebel: TRL has no regression on scores; its "ipo" is one of means, all on the gap 1 / (2 beta)."""
+    alike, n = random_pairs((5, 3, 3), (2, 3, 3), (7, 3, 3)), 3
+    assert_agree(our("rebel", alike, beta=1 / n, gap=1 / (2 * BETA)), their("ipo", pairs=alike))
+
+
 # ---- Where we differ on purpose
 
 
@@ -314,9 +330,8 @@ def test_names():
         their("aot_pair")
     known = {*re.findall(r"'(\w+)'", str(error.value))}
     assert known <= LOSSES.keys() and len(known) == 15
-    assert LOSSES.keys() - known == {
-        *("soft", "dpop", "ipo_norm", "kto_pair", "kto", "simpo", "orpo", "plackett_luce"),
-    }
+    others = {"soft", "dpop", "ipo_norm", "kto_pair", "kto", "simpo", "orpo", "plackett_luce"}
+    assert LOSSES.keys() - known == others | {"rebel", "odpo", "rdpo", "tdpo2", "simper"}
     assert not importlib.util.find_spec("trl.experimental.bco")  # BCO's own trainer, which had its delta.
 
 
