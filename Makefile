@@ -29,6 +29,7 @@ parity: $(PARITY_READY)
 
 bench: $(PARITY_READY)
 	$(PYTHON) -m bench.run $(BENCH)
+	$(PYTHON) -m bench.generation
 
 lint: $(DEV_READY)
 	$(PYTHON) -m ruff check .

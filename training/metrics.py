@@ -1,9 +1,7 @@
 """Running means over micro-batches and ranks, the files of rows, and the progress bar."""
 
-import errno
 import json
 import math
-import os
 import time
 from itertools import groupby
 from pathlib import Path
@@ -13,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from errors import NotFiniteError
-from files import unwritable, write_whole
+from files import append_synced, write_whole
 from training.distributed import World
 from training.settings import TrainSettings
 from training.track import open_tracker
@@ -98,12 +96,7 @@ class RowFile:
         if not self.file:
             self._open()
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        try:
-            if self.file.write(lines) < len(lines):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self.file.fileno())  # A checkpoint of this step must not outlive its row.
-        except OSError as error:
-            raise unwritable(self.path, error) from None
+        append_synced(self.file, lines, self.path)  # A checkpoint of this step must not outlive its row.
 
     def close(self) -> None:
         if self.file:

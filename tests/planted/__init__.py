@@ -8,6 +8,7 @@ from tests.planted import (
     log,
     loops,
     objectives,
+    playground,
     resume,
     reward,
     shard,
@@ -18,6 +19,6 @@ from tests.planted import (
 
 ROOMS = (
     stream, transformer, objectives, reward, answers, data, loops, folders, resume, shard, speed,
-    experiments, log,
+    experiments, log, playground,
 )  # fmt: skip
 MUTANTS = [mutant for room in ROOMS for mutant in room.MUTANTS]
