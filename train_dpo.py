@@ -62,7 +62,8 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     policy = wrap(model, world, settings.shard)  # π: the same model, as several ranks train it together
     if settings.compile:
         compile_layers(model, reference)
-    pairs, eval_pairs = open_data(settings, "preferences", tokenizer, max_length, world, objective.check_data)
+    kind, check = objective.kind, objective.check_data  # the records that the objective reads: pairs for DPO
+    pairs, eval_pairs = open_data(settings, kind, tokenizer, max_length, world, check)
     windows = Windows(len(pairs), settings.batch_size, settings.seed)  # the pairs of each optimizer step
     total_steps = settings.max_steps or settings.epochs * windows.per_epoch
     precision = Precision(settings.precision, world.device, settings.matmul_precision)
@@ -100,6 +101,9 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
         lr = cosine_lr(step, total_steps, settings.lr, settings.warmup_steps)
         set_lr(optimizer, lr)
         window = windows[step]
+        objective.before_step(  # KTO's z₀, the mean of the window
+            model, reference, pairs, window, world, precision, settings.layout, max_tokens
+        )
 
         # ------------------------------------------------------- the gradient of one window of pairs
         for stream, is_last in micro_batches(pairs, window, world, max_tokens, settings.layout):

@@ -11,6 +11,7 @@ from dataset.jsonl import printable, read_values
 from dataset.packing import LAYOUTS
 from dataset.tokenizer import ChatTokenizer
 from errors import require
+from eval.words import tr
 from model.config import PRESETS, ModelConfig
 from model.transformer import Transformer
 from model.weights import load_model, run_settings
@@ -131,12 +132,12 @@ def describe_training(folder: str | Path) -> str:
     if not run.get("data"):
         return ""
     data, start = Path(str(run["data"])), run.get("model")
-    line = f"{folder}: trained on {data.name}"
+    line = f"{folder}: " + tr("trained on {data}", data=data.name)
     if count := count_lines(data):
-        line += f" ({count:,} records)"
+        line += tr(" ({count} records)", count=f"{count:,}")
     if is_bundled(data):
         line += f": {bundled_tasks()}"
-    return line + (f"; started from {start}" if start and start not in PRESETS else "")
+    return line + (tr("; started from {model}", model=start) if start and start not in PRESETS else "")
 
 
 def count_lines(path: Path) -> int:
@@ -152,5 +153,7 @@ def bundled_tasks() -> str:
     judges = [record["judge"] for _, record in read_values(SAMPLE / "heldout.jsonl")]
     tasks = [task for task, _ in Counter(judge["task"] for judge in judges).most_common()]
     languages = [name for code, name in LANGUAGES.items() if any(j["language"] == code for j in judges)]
-    more = f" and {len(tasks) - TASKS_SHOWN} more tasks" if len(tasks) > TASKS_SHOWN else ""
-    return f"{', '.join(tasks[:TASKS_SHOWN])}{more} in {' and '.join(languages)}"
+    few = ", ".join(tasks[:TASKS_SHOWN])
+    if len(tasks) > TASKS_SHOWN:
+        few += tr(" and {count} more tasks", count=len(tasks) - TASKS_SHOWN)
+    return tr("{tasks} in {languages}", tasks=few, languages=tr(" and ").join(map(tr, languages)))

@@ -21,8 +21,10 @@ from errors import require, run_script
 from eval.common import generating, load_model_and_tokenizer, print_start, starting_model
 from eval.sample import answer_all
 from eval.scorers import Scorer, ScorerFlags, make_scorer
+from eval.terminal import cells
 from eval.verdict import Verdict, rule_fault, score
 from eval.win_rate import contest
+from eval.words import tr
 from files import write_json
 from model.generate import Answer, generate
 from model.transformer import Transformer
@@ -207,28 +209,35 @@ def compare_scores(models: dict[str, tuple], records: list[dict], scorer: Scorer
 def summary(figures: dict) -> str:
     """The figures of `compare` or `compare_scores` as a few lines of text."""
     first, second = figures["mean_tokens"]
+    counts = {name: figures[name] for name in ("prompts", "samples", "wins", "ties", "losses")}
     lines = [
-        f"{first} against {second}, {figures['prompts']} prompts, {figures['samples']} sampled answers each: "
-        f"{figures['wins']} wins, {figures['ties']} ties, {figures['losses']} losses"
-    ]
-    for key, condition in (("win_rate", ""), ("win_rate_at_equal_length", " at equal length")):
+        tr("{first} against {second}, {prompts} prompts, {samples} sampled answers each: {wins} wins, "
+           "{ties} ties, {losses} losses", first=first, second=second, **counts)
+    ]  # fmt: skip
+    for key in ("win_rate", "win_rate_at_equal_length"):
         if figures[key] is not None:
-            low, high = figures[f"{key}_ci95"] or (figures[key],) * 2
-            interval = f"(95 %: {low:.1%} to {high:.1%})"
-            lines.append(f"{first} wins {figures[key]:.1%} of the decided cases{condition} {interval}")
+            ends = figures[f"{key}_ci95"] or (figures[key],) * 2
+            low, high, share = (f"{value:.1%}" for value in (*ends, figures[key]))
+            named = {"model": first, "share": share, "low": low, "high": high}
+            lines.append(
+                tr("{model} wins {share} of the decided cases (95 %: {low} to {high})", **named)
+                if key == "win_rate"
+                else tr("{model} wins {share} of them at equal length (95 %: {low} to {high})", **named)
+            )
     lines.append(f"\n{'':<30}{first:>10}{second:>10}")
     for label, name, form in (
-        ("right, sampled", "right_answers", ".1%"),
-        ("right, greedy", "right_answers_greedy", ".1%"),
-        ("well formed", "well_formed", ".1%"),
-        ("courteous", "wanted_manner", ".1%"),
-        ("score", "mean_score", ".3f"),
-        ("finished", "finished", ".1%"),
-        ("tokens per answer", "mean_tokens", ".1f"),
-        ("characters per answer", "mean_characters", ".1f"),
+        (tr("right, sampled"), "right_answers", ".1%"),
+        (tr("right, greedy"), "right_answers_greedy", ".1%"),
+        (tr("well formed"), "well_formed", ".1%"),
+        (tr("courteous"), "wanted_manner", ".1%"),
+        (tr("score"), "mean_score", ".3f"),
+        (tr("finished"), "finished", ".1%"),
+        (tr("tokens per answer"), "mean_tokens", ".1f"),
+        (tr("characters per answer"), "mean_characters", ".1f"),
     ):
         if name in figures:
-            lines.append(f"{label:<30}{figures[name][first]:>10{form}}{figures[name][second]:>10{form}}")
+            values = "".join(f"{figures[name][model]:>10{form}}" for model in (first, second))
+            lines.append(label + " " * (30 - cells(label)) + values)
     return "\n".join(lines)
 
 

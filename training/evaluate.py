@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,12 +43,15 @@ def evaluate(
     the pairs of a batch depend on one another.
     """
     meter, settings = Meter(world), objective.settings
+    rows = np.arange(len(pairs))
+    objective.before_step(policy, reference, pairs, rows, world, precision, layout, max_tokens)
     for _, stream in batches(pairs, world, max_tokens, layout):
         with precision.autocast():
             policy_logps = policy(stream)
             batch = objective.pairs(stream, policy_logps, reference(stream), policy, reference)
         losses = objective(batch)
         meter.add(len(losses), pair_metrics(losses, batch, settings.beta))
+        meter.add(0, objective.metrics(batch))
     return meter.mean()
 
 

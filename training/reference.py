@@ -105,9 +105,9 @@ def cache_references(
     """
     if settings.reference != "cached":
         return None
-    for store in filter(None, (eval_pairs, pairs)):
-        digest = cache_reference(model, store, world, precision, settings.layout, max_tokens)
-    return digest
+    stores = [store for pair in (eval_pairs, pairs) if pair for store in (pair.mismatched, pair) if store]
+    digests = [cache_reference(model, each, world, precision, settings.layout, max_tokens) for each in stores]
+    return digests[-1] if pairs.mismatched is None else "-".join(digests[-2:])
 
 
 def cache_reference(
