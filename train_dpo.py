@@ -45,6 +45,7 @@ class Settings(ObjectiveSettings, PairSettings, AdapterSettings):
     lr: float = flag(2e-4, "peak learning rate for the tiny model with muon; a billion weights: 5e-7 to 5e-6")
     sample_prompts: int = flag(4, "held-out prompts to answer at every evaluation (samples.jsonl); 0: none")
     reference: str = flag("live", "live: a frozen model in every step; cached: computed once", REFERENCES)
+    reference_model: str = flag("", "model folder of the reference; empty: --model")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
 def measure(settings: Settings, world: World) -> dict[str, float]:
     """Load the two models and the data that the settings name, and evaluate: figures by name."""
     run = common.run_settings(settings.model)
-    start = settings.reference or common.starting_model(settings.model, "--reference")
+    start = settings.reference or common.reference_of(settings.model)
     policy, reference, tokenizer = common.load_policy_and_reference(settings.model, start, world.device)
     length = common.length_limit(settings.max_length, settings.model, policy.config)
     reference.config.check_fits(length=length)

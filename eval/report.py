@@ -103,10 +103,14 @@ def shown_run(folder: str, name: str, colour: str, curves: dict[str, Curve], opt
 
 
 def judge_of(folder: str) -> dict:
-    """The figures in RUN/judge.json, or in that of a demo, beside the run; {} without such a file."""
+    """The figures in RUN/judge.json, or in that of a demo, beside the run; {} without such a file.
+
+    Figures of `eval.judge` with --scorer or --reward have no right answers, and the page does not show them.
+    """
     own, demo = Path(folder) / "judge.json", Path(folder).parent / "judge.json"
     if own.is_file():
-        return read_json(own)
+        figures = read_json(own)
+        return figures if "right_answers" in figures else {}
     figures = read_json(demo) if demo.is_file() else {}
     is_about_it = next(iter(figures.get("right_answers", ())), None) == Path(folder).name
     return figures if is_about_it else {}

@@ -293,14 +293,17 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
     samples: int = 1,
+    uniforms: Tensor | None = None,
 ) -> list[Answer]:
     """`samples` answers for each prompt: answer j of prompt i is number i * `samples` + j of the list.
 
     A batch has at most `batch_size` answers, or those of one prompt. The answers are the same for every batch
-    size, and those of each prompt repeated `samples` times.
+    size, and those of each prompt repeated `samples` times. `uniforms` are the draws in place of those of
+    `seed`, (answers, max_new_tokens).
     """
     answers = [Answer() for _ in range(len(prompts) * samples)]
-    uniforms = torch.rand(len(answers), max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    if uniforms is None:
+        uniforms = torch.rand(len(answers), max_new_tokens, generator=torch.Generator().manual_seed(seed))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # Equal lengths waste no attention.
     decoder, sampling = Decoder(model), dict(temperature=temperature, top_k=top_k, top_p=top_p)
     size = max(1, batch_size // samples)

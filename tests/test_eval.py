@@ -13,9 +13,10 @@ from dataset.records import DataError
 from dataset.store import open_store
 from dataset.tokenizer import ChatTokenizer, train
 from errors import InputError, run_script
-from eval import chat, common, demo, explain, judge, preference, report, score
-from eval.judge import Reply, compare, win_interval
+from eval import chat, common, demo, explain, judge, preference, report, rounds, sample, score
+from eval.judge import Reply, compare
 from eval.verdict import Verdict
+from eval.win_rate import win_interval
 from model import transformer
 from model.reward import RewardModel
 from model.weights import save_model
@@ -272,6 +273,10 @@ def test_damaged_settings_are_an_error_not_a_traceback(damage, folders, tmp_path
     (score.main, ["--out", "x.jsonl"], "give --data, the pairs to score, and --out"),
     (score.main, ["--data", "x.jsonl", "--out", "x.json"], "--out x.json: the name must end in .jsonl"),
     (score.main, [*PATHS, "--micro-batch-tokens", "0"], "--micro-batch-tokens must"),
+    (sample.main, [], "give --data, the file of prompts"),
+    (sample.main, ["--data", "x.txt", "--seed", "-1"], "--seed must be from 0 to 2^31 - 1, not -1"),
+    (sample.main, ["--data", "x.txt"], "x.txt: cannot be read: no such file"),
+    (rounds.main, ["--scorer", "judge"], "give --prompts, the file of prompts"),
 ])  # fmt: skip
 def test_bad_usage_is_one_line_and_status_2(main, arguments, reason, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -301,7 +306,7 @@ def test_a_model_file_in_place_of_its_folder_is_named(main, arguments, folders):
         main(["--model", f"{folders[0]}/model.pt", *arguments])
 
 
-@pytest.mark.parametrize("module", [preference, judge, chat, report, demo, score, explain])
+@pytest.mark.parametrize("module", [preference, judge, chat, report, demo, score, explain, sample, rounds])
 def test_help_is_complete(module, capsys):
     """A bare % in a flag's help text ends --help with a traceback."""
     with pytest.raises(SystemExit) as stopped:
@@ -339,6 +344,7 @@ def test_no_command_needs_float64(folders, ragged, judged, tmp_path, monkeypatch
         explain.main(both)
         chat.main(versus)
         judge.main([*versus, "--data", str(judged)])
+        sample.main([*versus[:4], "--data", str(ragged), "--max-new-tokens", "2"])
         score.main([*scored, "--out", str(tmp_path / "scored.jsonl")])
         with pytest.raises(TypeError, match="float64"):
             torch.ones(1).double()

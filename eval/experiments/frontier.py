@@ -25,9 +25,10 @@ from errors import run_script
 from eval.common import load_model_and_tokenizer
 from eval.experiments import common, sentiment
 from eval.experiments.common import answer_logratios, draw_interval, draw_upright, over_runs, shown, table
-from eval.judge import Z95, read_judged
+from eval.judge import read_judged
 from eval.report import BLUE, INK, ORANGE, PALE, VIOLET, canvas, need_matplotlib, plain
 from eval.verdict import score
+from eval.win_rate import Z95
 from files import write_json
 from model.generate import generate
 from model.transformer import Transformer
