@@ -8,6 +8,7 @@ adapters off, so it has no weights of its own.
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -83,6 +84,11 @@ class WithoutAdapters:
     def __call__(self, stream: TokenStream) -> Tensor:
         with adapters_off(self.model):
             return self.model(stream)
+
+    def log_distributions(self, stream: TokenStream) -> Iterator[Tensor]:
+        # Computes the hidden states at once; the head, which each chunk uses later, has no adapter.
+        with adapters_off(self.model):
+            return self.model.log_distributions(stream)
 
 
 def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
