@@ -26,6 +26,9 @@ LONGER, LONG_TOKENS = 2.5, 32
 # Share of an answer's 10-character pieces that occurred before, as seq-rep-n (Welleck et al. 2020, arXiv
 # 1908.04319). Of 1,996 UltraFeedback answers 0.3 % reach it, of 6,000 bundled ones none.
 REPEATED, PIECE, SHORTEST = 0.5, 10, 60
+# Share of the first answers that must end, or not repeat themselves. A model that writes noise before
+# training is not a baseline: the lengths and repetitions of its answers change by chance.
+SOUND = 0.75
 
 
 class Watch:
@@ -135,8 +138,11 @@ def exploding(evaluations: list[dict]) -> str | None:
 
 
 def longer(first: list[dict], last: list[dict] = ()) -> str | None:
-    """The median length of the answers grew to `LONGER` times, and by `LONG_TOKENS`."""
-    if not last:
+    """The median length of the answers grew to `LONGER` times, and by `LONG_TOKENS`.
+
+    None if fewer than `SOUND` of the first answers ended: the length of a cut answer is unknown.
+    """
+    if not last or sum(answer["finished"] for answer in first) < SOUND * len(first):
         return None
     before, now = (median(answer["tokens"] for answer in answers) for answers in (first, last))
     if now < max(LONGER * before, before + LONG_TOKENS):
@@ -148,9 +154,9 @@ def longer(first: list[dict], last: list[dict] = ()) -> str | None:
 
 
 def repeating(first: list[dict], last: list[dict] = ()) -> str | None:
-    """At least half of the answers repeat themselves, more than at the first evaluation."""
+    """At least half of the answers repeat themselves; of the first ones at most 1 − `SOUND` did."""
     before, now = (sum(repeated(a["answer"]) >= REPEATED for a in answers) for answers in (first, last))
-    if now <= before or 2 * now < len(last):
+    if before > (1 - SOUND) * len(first) or 2 * now < max(1, len(last)):
         return None
     return (
         f"{now} of {len(last)} answers to held-out prompts repeat themselves at step {last[0]['step']} (see "

@@ -43,7 +43,7 @@ class Settings(common.DPOSettings):
 def main(arguments: list[str] | None = None) -> None:
     settings = parse(Settings, __doc__.split("\n")[0], arguments)
     settings = common.shortened(
-        settings, sft_epochs=1, steps=2, batch_size=4, eval_every=1, records=40, max_length=128
+        settings, sft_epochs=1, steps=2, batch_size=4, eval_every=1, records=40
     )
     need_matplotlib()
     out = Path(settings.out)
@@ -71,7 +71,7 @@ def prepare(settings: Settings, out: Path) -> Path:
     write_lines(out / "chosen.jsonl", chosen)
     texts = tokenizer.texts_of([out / f"{name}.train.jsonl" for name in DATA])
     tokenizer.train(texts, 4096).save(str(out / "tokenizer.json"))
-    flags = dict(model=settings.model, tokenizer=out / "tokenizer.json", data=out / "chosen.jsonl", lr=2e-3)
+    flags = dict(model=settings.model, tokenizer=out / "tokenizer.json", data=out / "chosen.jsonl")
     flags |= dict(epochs=settings.sft_epochs, batch_size=16, max_length=settings.max_length, log_every=50)
     return common.train(out / "sft", 0, train_sft.main, **flags)
 
