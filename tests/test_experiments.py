@@ -238,5 +238,5 @@ def test_matplotlib_is_checked_before_training(experiment, start, tmp_path, monk
 def test_too_few_pairs_are_refused(start, ragged, tmp_path):
     pytest.importorskip("matplotlib")
     flags = ["--model", start, "--data", str(ragged), "--eval-data", str(ragged), "--out", str(tmp_path)]
-    with pytest.raises(InputError, match="has 7 pairs, fewer than --pairs 200"):
+    with pytest.raises(InputError, match="has 7 pairs, fewer than --pairs 128"):
         label_noise.main(flags)

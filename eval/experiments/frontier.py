@@ -53,11 +53,11 @@ class Settings(common.Settings):
     out: str = flag("runs/frontier", "folder for the runs, the figures and the picture")
     sentiment: str = flag("", f"folder of {sentiment.SENTENCES} and {sentiment.LEXICON}; empty: bundled data")
     sft_epochs: int = flag(3, "with --sentiment: passes over the sentences")
-    pairs: int = flag(500, "starts that pairs are made of (--sentiment), or pairs to train on")
+    pairs: int = flag(320, "starts that pairs are made of (--sentiment), or pairs to train on")
     prompts: int = flag(200, "held-out prompts, each answered once by every policy")
     epochs: int = flag(1, "passes over the pairs")
     batch_size: int = flag(16, "pairs per optimizer step")
-    lr: float = flag(2e-4, "peak learning rate of every objective")
+    lr: float = flag(4e-4, "peak learning rate of every objective")
 
 
 @dataclass

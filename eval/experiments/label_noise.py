@@ -44,11 +44,11 @@ class Settings(common.Settings):
     data: str = flag(str(SAMPLE / "preferences.jsonl"), "pairs to draw training pairs from")
     eval_data: str = flag(str(SAMPLE / "heldout.jsonl"), "held-out pairs, whose labels stay true")
     out: str = flag("runs/label_noise", "folder for the runs, the figures and the picture")
-    pairs: int = flag(200, "number of training pairs")
+    pairs: int = flag(128, "number of training pairs")
     eval_pairs: int = flag(200, "number of held-out pairs, from the start of the file")
     epochs: int = flag(3, "passes over the pairs; three are enough to memorise wrong labels")
     batch_size: int = flag(16, "pairs per optimizer step")
-    lr: float = flag(5e-4, "peak learning rate of the objectives")
+    lr: float = flag(4e-4, "peak learning rate of the objectives")
     reward_lr: float = flag(1e-3, "peak learning rate of the reward model")
 
 

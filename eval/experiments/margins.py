@@ -32,11 +32,11 @@ class Settings(common.DPOSettings):
     model: str = flag("tiny", "size of the model that is trained on the chosen answers")
     shared: str = flag("../shared/data", "folder that contains preferences/")
     out: str = flag("runs/margins", "folder for the runs, the figures and the picture")
-    sft_epochs: int = flag(3, "passes of SFT over the chosen answers")
-    steps: int = flag(60, "optimizer steps of each DPO run")
+    sft_epochs: int = flag(2, "passes of SFT over the chosen answers")
+    steps: int = flag(40, "optimizer steps of each DPO run")
     max_length: int = flag(320, "maximum tokens of prompt and response; longer pairs are dropped")
-    lr: float = flag(1e-4, "peak learning rate of DPO")
-    eval_every: int = flag(15, "optimizer steps between evaluations on the held-out pairs")
+    lr: float = flag(2e-4, "peak learning rate of DPO")
+    eval_every: int = flag(10, "optimizer steps between evaluations on the held-out pairs")
     records: int = flag(0, "pairs of each file to use, from its start; 0: all")
 
 
