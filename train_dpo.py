@@ -68,7 +68,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     max_tokens = micro_batch_tokens(settings, model, world, pairs, precision, reference)  # in one forward
     cached = cache_references(settings, model, pairs, eval_pairs, world, precision, max_tokens)
     prompts = held_out_prompts(settings, eval_pairs, model, world)  # to be answered at every evaluation
-    optimizer, meter = make_optimizer(settings, model), Meter(world)
+    optimizer, meter = make_optimizer(settings, model, precision), Meter(world)
     plain_dpo = objective.is_dpo and not model.config.num_experts
     describe_run(settings, world, precision, model, f"DPO, --loss {settings.loss}, beta {settings.beta:g}")
 

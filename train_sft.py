@@ -60,7 +60,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     total_steps = settings.max_steps or settings.epochs * windows.per_epoch
     precision = Precision(settings.precision, world.device, settings.matmul_precision)
     max_tokens = micro_batch_tokens(settings, model, world, data, precision)  # in one forward
-    optimizer, meter = make_optimizer(settings, model), Meter(world)
+    optimizer, meter = make_optimizer(settings, model, precision), Meter(world)
     describe_run(settings, world, precision, model, "supervised fine-tuning")
 
     # ---- where a stopped run continues; `state` is what a checkpoint contains

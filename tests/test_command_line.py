@@ -7,6 +7,7 @@ import sys
 from dataclasses import fields
 
 import pytest
+import torch
 
 import train_dpo
 import train_reward
@@ -18,7 +19,8 @@ from model.weights import save_model
 from tests.conftest import make_model
 from tests.loops import ROOT
 from tests.ranks import forked
-from training.schedule import MuonWithAdamW
+from training.muon import MuonWithAdamW
+from training.precision import Precision
 from training.settings import learning_rate_advice, parse
 from training.setup import make_optimizer
 
@@ -93,7 +95,7 @@ def test_muon_is_for_whole_matrices(tmp_path):
     AdamW's steps disturb weights that Muon has trained."""
     with pytest.raises(InputError, match="--optimizer must be adamw beside --shard, not muon"):
         train_sft.Settings(optimizer="muon", shard=True)
-    model = make_model(9)
+    model, precision = make_model(9), Precision("fp32", torch.device("cpu"))
     folders = {name: tmp_path / name for name in ("muon", "adamw", "other")}
     for name, folder in folders.items():
         save_model(folder, model, **({} if name == "other" else {"settings": {"optimizer": name}}))
@@ -104,7 +106,7 @@ def test_muon_is_for_whole_matrices(tmp_path):
         ({"model": folders["other"]}, "adamw"), ({"model": folders["other"], "optimizer": "muon"}, "muon"),
     ]:  # fmt: skip
         settings = train_dpo.Settings(**{**options, "model": str(options["model"])})
-        optimizer = make_optimizer(settings, model)
+        optimizer = make_optimizer(settings, model, precision)
         assert isinstance(optimizer, MuonWithAdamW) is (expected == "muon"), options
         assert settings.optimizer == expected, "config.json keeps the choice"
 

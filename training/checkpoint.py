@@ -228,7 +228,7 @@ def check_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
         changed = sorted({*chain(*then)} ^ {*chain(*now)}) or "the same ones in another order"
         raise ValueError(f"it has other parameters: {changed}")
     groups = optimizer.param_groups
-    kept = [MUON if "ns_steps" in group else ADAMW for group in groups for _ in group["params"]]
+    kept = [ADAMW if "betas" in group else MUON for group in groups for _ in group["params"]]
     parameters = dict(enumerate(chain(*(group["params"] for group in groups))))
     for place, moments in saved["state"].items():
         name, parameter = [*chain(*now)][place], parameters[place]

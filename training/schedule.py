@@ -45,35 +45,6 @@ def adamw(model: nn.Module, weight_decay: float, leave_out: Collection[str] = ()
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), fused=True)
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon (Jordan 2024) for the matrices of the layers, AdamW for embeddings, scores, norms and biases.
-
-    Muon turns the averaged gradient of a matrix into the nearest orthogonal matrix, so that all directions
-    move by the same amount. It is scaled to the size of an AdamW update (Liu et al. 2025, arXiv 2502.16982),
-    so both have one learning rate. A new model needs fewer tokens with it. It needs whole matrices: not for
-    weights that are split among ranks.
-    """
-
-    def __init__(self, model: nn.Module, weight_decay: float):
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        matrices = {name: p for name, p in trained.items() if name.startswith("layers.") and p.dim() == 2}
-        options = dict(lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        self.muon = torch.optim.Muon(matrices.items(), **options)
-        self.adamw = adamw(model, weight_decay, leave_out=matrices)
-        groups = [dict(group) for group in (*self.muon.param_groups, *self.adamw.param_groups)]
-        for group in groups:
-            group["params"] = list(zip(group.pop("param_names"), group["params"], strict=True))
-        super().__init__(groups, {})
-
-    def step(self, closure: None = None) -> None:
-        """Take one step with the gradients of all parameters."""
-        # Moments and learning rates are kept here; the two optimizers only compute.
-        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
-        self.muon.state = self.adamw.state = self.state
-        self.muon.step()
-        self.adamw.step()
-
-
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -13,8 +13,9 @@ from model.lora import add_adapters
 from model.transformer import Transformer
 from model.weights import load_model, run_settings
 from training.distributed import World, first_device
+from training.muon import MuonWithAdamW
 from training.precision import Precision
-from training.schedule import MuonWithAdamW, adamw
+from training.schedule import adamw
 from training.settings import SAMPLE, AdapterSettings, TrainSettings, learning_rate_advice
 
 
@@ -40,7 +41,9 @@ def prepare(model: Transformer, tokenizer: ChatTokenizer, settings: TrainSetting
     return max_length
 
 
-def make_optimizer(settings: AdapterSettings, model: Transformer) -> torch.optim.Optimizer:
+def make_optimizer(
+    settings: AdapterSettings, model: Transformer, precision: Precision
+) -> torch.optim.Optimizer:
     """The optimizer of --optimizer. The choice of `auto` replaces it, so that config.json keeps it.
 
     Muon stays with a model: AdamW's steps of the same size disturb weights that Muon has trained (see "What
@@ -49,7 +52,10 @@ def make_optimizer(settings: AdapterSettings, model: Transformer) -> torch.optim
     if settings.optimizer == "auto":
         whole = not settings.shard and not settings.lora_rank
         settings.optimizer = "muon" if whole and trained_by_muon(settings.model) else "adamw"
-    return (MuonWithAdamW if settings.optimizer == "muon" else adamw)(model, settings.weight_decay)
+    if settings.optimizer == "adamw":
+        return adamw(model, settings.weight_decay)
+    dtype = torch.bfloat16 if precision.name == "bf16" else torch.float32
+    return MuonWithAdamW(model, settings.weight_decay, dtype)
 
 
 def trained_by_muon(model: str) -> bool:

@@ -147,8 +147,8 @@ def dpo_steps(
     losses and log-ratios with those of `train_dpo.py`.
     """
     windows = Windows(len(pairs), batch_size, seed)
-    optimizer = make_optimizer(train_dpo.Settings(model=model), policy)
     precision = Precision("auto", policy.embed_tokens.weight.device)
+    optimizer = make_optimizer(train_dpo.Settings(model=model), policy, precision)
     total_steps = epochs * windows.per_epoch
     for step in range(total_steps):
         set_lr(optimizer, cosine_lr(step, total_steps, lr, warmup_steps=10))

@@ -92,6 +92,12 @@ AdamW moves the matrices as well as Muon: they take two steps at a time, and the
 + p.requires_grad
 test_model.py::test_muon_is_for_the_matrices_of_the_layers_and_adamw_for_the_rest
 
+orthogonal-of-a-neighbour in training.muon: orthogonal
+Matrices of one shape share a norm, so a small gradient gives a small step, and the layer hardly learns.
+- x.norm(dim=(1, 2), keepdim=True)
++ x.norm()
+test_model.py::test_orthogonal_maps_the_singular_values_alone[shape0]
+
 # ---- Mixture of experts
 
 expert-weights-of-all-experts in model.moe: MixtureOfExperts.forward
