@@ -1,6 +1,7 @@
 """Files that are complete or absent, whenever the machine stops."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -69,6 +70,22 @@ def unwritable(path: Path, error: BaseException) -> BaseException:
     if not isinstance(reason, OSError):
         return error
     return InputError(f"{path}: cannot be written ({reason.strerror}); earlier files are intact")
+
+
+def append_synced(file, data: bytes, path: str | Path) -> None:
+    """Append to an unbuffered binary file; `data` is on the disk when this returns.
+
+    Raises `InputError` if the disk fails; the file then has its old length.
+    """
+    length = file.seek(0, os.SEEK_END)
+    try:
+        if file.write(data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file.fileno())
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            file.truncate(length)  # Half a line would spoil the next one.
+        raise unwritable(Path(path), error) from None
 
 
 def sync(path: Path) -> None:

@@ -6,6 +6,8 @@ A pair is a prompt x with a chosen answer y_w ("won") and a rejected answer y_l 
     chosen_logratios    a = log π(y_w|x) − log π_ref(y_w|x), (B,); β a is the implicit reward of y_w
     rejected_logratios  b, the same for y_l
     margins             a − b, (B,)
+    mean_margins        a / |y_w| − b / |y_l|, (B,)
+    chosen_mean_logps   log π(y_w|x) / |y_w|, (B,), the mean log-prob of a token; rejected_mean_logps: of y_l
 
 The parameters of a function are what it needs: `training/objective.py` passes them by name. Values and
 gradients are finite at log-ratios of ±1e4: no function takes the logarithm of a rounded probability.
@@ -39,18 +41,6 @@ def sigmoid(margins: Tensor, beta: float, label_smoothing: float = 0.0) -> Tenso
 
 
 # ---- Other losses of the margin: y_w above y_l
-
-
-def soft(margins: Tensor, beta: float, score_margins: Tensor, score_scale: float = 1.0) -> Tensor:
-    """DPO with soft labels: the data gives each pair a probability p that y_w wins.
-
-        −p log σ(h) − (1 − p) log σ(−h),    h = β (a − b),    p = σ(scale (s_w − s_l))
-
-    Scores s come from a reward model or from several judges. The minimum is at h = logit p, not at infinity.
-    p = 1 is DPO, p = 1 − ε is cDPO. Up to a constant the loss is KL(p ‖ σ(h)).
-    """
-    h, p = beta * margins, torch.sigmoid(score_scale * score_margins)
-    return -p * F.logsigmoid(h) - (1 - p) * F.logsigmoid(-h)
 
 
 def robust(margins: Tensor, beta: float, label_smoothing: float) -> Tensor:
@@ -123,36 +113,72 @@ def dpop(
     return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - dpop_lambda * fall))
 
 
-# ---- Means over tokens: a long answer has no more weight than a short one
+# ---- Losses that use scores: by how much is y_w better?
 
 
-def sigmoid_norm(
-    chosen_logratios: Tensor,
-    rejected_logratios: Tensor,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-    beta: float,
-) -> Tensor:
+def soft(margins: Tensor, beta: float, score_margins: Tensor, score_scale: float = 1.0) -> Tensor:
+    """DPO with soft labels: the data gives each pair a probability p that y_w wins.
+
+        −p log σ(h) − (1 − p) log σ(−h),    h = β (a − b),    p = σ(scale (s_w − s_l))
+
+    Scores s come from a reward model or from several judges. The minimum is at h = logit p, not at infinity.
+    p = 1 is DPO, p = 1 − ε is cDPO. Up to a constant the loss is KL(p ‖ σ(h)).
+    """
+    h, p = beta * margins, torch.sigmoid(score_scale * score_margins)
+    return -p * F.logsigmoid(h) - (1 - p) * F.logsigmoid(-h)
+
+
+def rebel(margins: Tensor, beta: float, score_margins: Tensor, score_scale: float = 1.0) -> Tensor:
+    """REBEL (Gao et al. 2024, arXiv 2404.16767); as reward distillation Fisch et al. 2024, 2405.19316.
+
+        (h − scale (s_w − s_l))²,    h = β (a − b)
+
+    Regression of the implicit reward on the scores. Z(x) is the same for both answers of a prompt and cancels
+    in the gap, so the size of a reward can be fitted without a model of Z(x).
+    """
+    return (beta * margins - score_scale * score_margins) ** 2
+
+
+def odpo(margins: Tensor, beta: float, score_margins: Tensor, odpo_alpha: float = 1.0) -> Tensor:
+    """DPO with an offset (Amini et al. 2024, arXiv 2402.10571).
+
+        −log σ(h − α log(s_w − s_l)),    h = β (a − b)
+
+    An answer that is much better must win by more. Equal scores have the offset −∞, and so no loss.
+    """
+    return -F.logsigmoid(beta * margins - odpo_alpha * score_margins.clamp(min=0).log())
+
+
+# ---- Length: a long answer has no more weight than a short one
+
+
+def sigmoid_norm(mean_margins: Tensor, beta: float) -> Tensor:
     """Length-normalised DPO, `dpo_norm` of Tülu 3 (Lambert et al. 2024, arXiv 2411.15124; β is 5 there).
 
     −log σ( β (a / |y_w| − b / |y_l|) )
     """
-    return -F.logsigmoid(beta * (chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths))
+    return -F.logsigmoid(beta * mean_margins)
 
 
-def ipo_norm(
-    chosen_logratios: Tensor,
-    rejected_logratios: Tensor,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-    beta: float,
-) -> Tensor:
+def ipo_norm(mean_margins: Tensor, beta: float) -> Tensor:
     """IPO with means over tokens. Several libraries implement this; the paper has sums.
 
     (a / |y_w| − b / |y_l| − 1 / (2 β))²
     """
-    margins = chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths
-    return (margins - 1 / (2 * beta)) ** 2
+    return (mean_margins - 1 / (2 * beta)) ** 2
+
+
+def rdpo(
+    margins: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor, beta: float, rdpo_alpha: float
+) -> Tensor:
+    """Length-regularised DPO, R-DPO (Park et al. 2024, arXiv 2403.19159).
+
+        −log σ( h + α (|y_w| − |y_l|) ),    h = β (a − b)
+
+    The policy maximises the reward minus α |y|, so the reward that is fitted is β log π/π_ref + α |y|.
+    Length explains a part of the win of a longer y_w, which needs a smaller margin.
+    """
+    return -F.logsigmoid(beta * margins + rdpo_alpha * (chosen_lengths - rejected_lengths))
 
 
 # ---- Each answer on its own: y_w up, y_l down
@@ -186,12 +212,36 @@ def kto_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) 
 
     Gains and losses saturate, as in prospect theory. KL_w and KL_l are the mean log-ratios of the chosen and
     the rejected side over the micro-batch, without gradient: the losses depend on the other pairs in it.
-    The author has since disowned this paired form: KTO is meant for unpaired feedback.
+    Its author advises against this paired form (huggingface/trl issue 1387): a simplified version that does
+    not work as well as KTO, which takes single answers and is `kto`.
     """
     chosen_kl = chosen_logratios.mean().clamp(min=0).detach()
     rejected_kl = rejected_logratios.mean().clamp(min=0).detach()
     gain = torch.sigmoid(beta * (rejected_kl - chosen_logratios))
     return (gain + torch.sigmoid(beta * (rejected_logratios - chosen_kl))) / 2
+
+
+def kto(
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    beta: float,
+    z0: Tensor | float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """KTO on single answers (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8).
+
+        desirable: λ_D [1 − σ(β a − z₀)],    undesirable: λ_U [1 − σ(z₀ − β b)]
+
+    A row has one answer, chosen if it is desirable and rejected if not; the missing side has length 0.
+    z₀ = max(0, β mean(log π(y'|x)/π_ref(y'|x))), without gradient, estimates β KL(π ‖ π_ref) from answers y'
+    to other prompts: the reward against which gains and losses are measured.
+    """
+    desirable = torch.sigmoid(z0 - beta * chosen_logratios) * (chosen_lengths > 0)
+    undesirable = torch.sigmoid(beta * rejected_logratios - z0) * (rejected_lengths > 0)
+    return desirable_weight * desirable + undesirable_weight * undesirable
 
 
 def apo_zero(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
@@ -223,6 +273,25 @@ def sppo_hard(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float)
     Self-play towards a Nash equilibrium. Each answer has a target of its own.
     """
     return (chosen_logratios - 1 / (2 * beta)) ** 2 + (rejected_logratios + 1 / (2 * beta)) ** 2
+
+
+# ---- More than two answers
+
+
+def plackett_luce(reply_logratios: Tensor, beta: float) -> Tensor:
+    """DPO of K ranked replies, the best one first (Rafailov et al. 2023, arXiv 2305.18290, appendix A.3).
+
+        −Σ_{k<K} log [ e^{r_k} / Σ_{j≥k} e^{r_j} ]  =  −Σ_{k<K} log σ( −log Σ_{j>k} e^{r_j − r_k} )
+
+    `reply_logratios` are l, (B, K), NaN where a prompt has fewer replies; r = β l. Plackett-Luce: the best
+    reply is chosen among all, the second among the rest, and so on (Plackett 1975). K = 2 is `sigmoid`.
+    """
+    present = ~reply_logratios.isnan()
+    margins = reply_logratios[:, :, None] - reply_logratios[:, None, :]  # (B, K, K) l_k − l_j
+    worse = (present[:, :, None] & present[:, None, :]).triu(1)  # (B, K, K) j > k
+    # A reply without worse ones gets −log σ(huge) = 0, and no NaN of a sum over nothing.
+    terms = (-beta * margins).masked_fill(~worse, torch.finfo(margins.dtype).min)
+    return -F.logsigmoid(-terms.logsumexp(2)).sum(1)
 
 
 # ---- Whole distributions: the pairs of a micro-batch are sorted, so they depend on one another
@@ -258,16 +327,32 @@ def aot_unpaired(
     return sigmoid(quantiles, beta, label_smoothing)
 
 
+# ---- Whole next-token distributions
+
+
+def tdpo2(
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    chosen_kl: Tensor,
+    rejected_kl: Tensor,
+    beta: float,
+    tdpo_alpha: float = 0.5,
+) -> Tensor:
+    """TDPO₂ (Zeng et al. 2024, arXiv 2404.11999).
+
+        −log σ( β [a − b − α (D_l − sg D_w)] ),    D = Σ_t KL( π_ref(·|x, y_<t) ‖ π(·|x, y_<t) )
+
+    Keeps the policy near π_ref along y_l as well as along y_w. sg is "no gradient": else D_w would be raised.
+    """
+    gap = rejected_kl - chosen_kl.detach()
+    return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - tdpo_alpha * gap))
+
+
 # ---- Without a reference
 
 
 def simpo(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-    beta: float,
-    simpo_gamma: float = 0.5,
+    chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, beta: float, simpo_gamma: float = 0.5
 ) -> Tensor:
     """SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 6; β is 2 to 2.5 and γ/β 0.25 there).
 
@@ -275,26 +360,28 @@ def simpo(
 
     The reward is the mean log-prob of a token, by which generation ranks. γ is the required margin.
     """
-    margins = policy_chosen_logps / chosen_lengths - policy_rejected_logps / rejected_lengths
-    return -F.logsigmoid(beta * margins - simpo_gamma)
+    return -F.logsigmoid(beta * (chosen_mean_logps - rejected_mean_logps) - simpo_gamma)
 
 
-def orpo(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-    beta: float,
-) -> Tensor:
+def simper(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor) -> Tensor:
+    """SimPER (Xiao et al. 2025, arXiv 2502.00883): inverse perplexities, without a hyperparameter.
+
+        −p_w + p_l,    p = π(y)^(1/|y|)
+
+    Bounded by −1 and 1. The gradient of an answer is proportional to p, so unlikely answers are left alone.
+    """
+    return rejected_mean_logps.exp() - chosen_mean_logps.exp()
+
+
+def orpo(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, beta: float) -> Tensor:
     """ORPO (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7); beta is the paper's λ.
 
         −log p_w − β log σ( log odds_w − log odds_l ),    odds = p / (1 − p)
 
     p is the geometric mean of an answer's token probabilities. One stage: fine-tuning and preference.
     """
-    chosen_means = policy_chosen_logps / chosen_lengths
-    margins = log_odds(chosen_means) - log_odds(policy_rejected_logps / rejected_lengths)
-    return -chosen_means - beta * F.logsigmoid(margins)
+    margins = log_odds(chosen_mean_logps) - log_odds(rejected_mean_logps)
+    return -chosen_mean_logps - beta * F.logsigmoid(margins)
 
 
 def log_odds(logp: Tensor) -> Tensor:
@@ -303,21 +390,22 @@ def log_odds(logp: Tensor) -> Tensor:
     return logp - (-logp.expm1()).log()
 
 
-def sft(policy_chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
+def sft(chosen_mean_logps: Tensor) -> Tensor:
     """Negative log-likelihood of y_w, −log π(y_w|x) / |y_w|: the mean over each answer's own tokens.
 
     "sigmoid,sft" is RPO (Pang et al. 2024, arXiv 2404.19733v3, eq. 1). "sigmoid,bco_pair,sft" with weights
     0.8,0.2,1 is MPO (Wang et al. 2024, arXiv 2411.10442). A mean over all tokens of a batch, as in some
     libraries, gives long answers more weight than the paper does.
     """
-    return -policy_chosen_logps / chosen_lengths
+    return -chosen_mean_logps
 
 
 LOSSES = {
     loss.__name__: loss
     for loss in (
-        *(sigmoid, soft, robust, hinge, ipo, exo_pair, discopop, dpop, sigmoid_norm, ipo_norm),
-        *(nca_pair, bco_pair, kto_pair, apo_zero, apo_down, sppo_hard, aot, aot_unpaired, simpo, orpo, sft),
+        *(sigmoid, robust, hinge, ipo, exo_pair, discopop, dpop, soft, rebel, odpo),
+        *(sigmoid_norm, ipo_norm, rdpo, nca_pair, bco_pair, kto_pair, kto, apo_zero, apo_down),
+        *(sppo_hard, plackett_luce, aot, aot_unpaired, tdpo2, simpo, simper, orpo, sft),
     )
 }
 
@@ -346,6 +434,11 @@ def alpha(logratios: Tensor, divergence_alpha: float = 0.5) -> Tensor:
     return -expm1(-divergence_alpha * logratios) / divergence_alpha
 
 
+def chi2_kl(logratios: Tensor) -> Tensor:
+    """χ² + KL (χPO, Huang et al. 2024, arXiv 2407.13399): f'(u) = u + log u. Penalises a large π / π_ref."""
+    return expm1(logratios) + logratios
+
+
 def expm1(x: Tensor, last: float = 20.0) -> Tensor:
     """e^x − 1 up to x = `last`, then its tangent: no overflow, and a gradient that stays e^last.
 
@@ -355,7 +448,7 @@ def expm1(x: Tensor, last: float = 20.0) -> Tensor:
     return kept.expm1() + kept.exp() * (x - kept)
 
 
-DIVERGENCES = {divergence.__name__: divergence for divergence in (reverse_kl, forward_kl, js, alpha)}
+DIVERGENCES = {divergence.__name__: divergence for divergence in (reverse_kl, forward_kl, js, alpha, chi2_kl)}
 
 
 # ---- A reward model instead of a policy
@@ -384,3 +477,11 @@ def reward_metrics(losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Ten
         "rewards/margins": margins,
     }
     return {name: value.detach().sum() for name, value in values.items()}
+
+
+def ranking_accuracy(reply_logratios: Tensor) -> Tensor:
+    """The share of a prompt's pairs of replies in the right order, (B, K) to (B,); a tie is a half."""
+    margins = reply_logratios[:, :, None] - reply_logratios[:, None, :]  # (B, K, K), NaN without a reply
+    pairs = (~margins.isnan()).triu(1)
+    right = (margins > 0).triu(1) + 0.5 * (margins == 0).triu(1)
+    return right.sum((1, 2)) / pairs.sum((1, 2))

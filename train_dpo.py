@@ -61,11 +61,13 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     policy = wrap(model, world, settings.shard)  # π: the same model, as several ranks train it together
     if settings.compile:
         compile_layers(model, reference)
-    pairs, eval_pairs = open_data(settings, "preferences", tokenizer, max_length, world, objective.check_data)
+    kind, check = objective.kind, objective.check_data  # the records that the objective reads: pairs for DPO
+    pairs, eval_pairs = open_data(settings, kind, tokenizer, max_length, world, check)
     windows = Windows(len(pairs), settings.batch_size, settings.seed)  # the pairs of each optimizer step
     total_steps = settings.max_steps or settings.epochs * windows.per_epoch
     precision = Precision(settings.precision, world.device, settings.matmul_precision)
-    max_tokens = micro_batch_tokens(settings, model, world, pairs, precision, reference)  # in one forward
+    fitted = settings, model, world, pairs, precision, reference, objective.forwards
+    max_tokens = micro_batch_tokens(*fitted)  # in one forward
     cached = cache_references(settings, model, pairs, eval_pairs, world, precision, max_tokens)
     prompts = held_out_prompts(settings, eval_pairs, model, world)  # to be answered at every evaluation
     optimizer, meter = make_optimizer(settings, model, precision), Meter(world)
@@ -99,6 +101,9 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
         lr = cosine_lr(step, total_steps, settings.lr, settings.warmup_steps)
         set_lr(optimizer, lr)
         window = windows[step]
+        objective.before_step(  # KTO's z₀, the mean of the window
+            model, reference, pairs, window, world, precision, settings.layout, max_tokens
+        )
 
         # ------------------------------------------------------- the gradient of one window of pairs
         for stream, is_last in micro_batches(pairs, window, world, max_tokens, settings.layout):
@@ -121,7 +126,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
                 losses = sigmoid(margins, settings.beta)  # (B,) −log σ(β (a − b)), eq. 7
             else:
                 inputs = stream, policy_logps, reference_logps, balances
-                losses = objective.training_losses(*inputs, model, precision, meter)
+                losses = objective.training_losses(*inputs, model, reference, precision, meter)
 
             # The mean over the window's pairs. Ranks average their gradients, hence the factor.
             precision.backward(losses.sum() * world.ranks / len(window))

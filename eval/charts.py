@@ -9,6 +9,7 @@ import html
 import math
 
 from dataset.jsonl import printable
+from eval.words import tr
 
 WIDTH, HEIGHT = 300, 180
 LEFT, RIGHT, TOP, BOTTOM = 42, 58, 14, 24  # margins; the labels of the curves' ends are in the right one
@@ -71,7 +72,7 @@ class Plot:
         self.marks.append(f'<polyline class="{css}" points="{places}"/>')
         if "heavy" in css:
             for x, y in shown:
-                self.dot(x, y, css, f"step {x}: {number(y)}")
+                self.dot(x, y, css, tr("step {step}", step=x) + f": {number(y)}")
         self.ends.append((self.down(points[-1][1]), end, css))
 
     def dot(self, x: float, y: float, css: str, label: str) -> None:

@@ -11,10 +11,12 @@ from dataset.jsonl import printable, read_values
 from dataset.packing import LAYOUTS
 from dataset.tokenizer import ChatTokenizer
 from errors import require
+from eval.words import tr
 from model.config import PRESETS, ModelConfig
 from model.transformer import Transformer
 from model.weights import load_model, run_settings
 from training import settings
+from training.precision import Precision
 from training.settings import SAMPLE, Flags, default_length, flag
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
@@ -75,6 +77,11 @@ def print_start(models: dict[str, Transformer], device: torch.device, precision:
     print_note(f"{sizes} on {device.type}, {precision}")
 
 
+def generating(model: Transformer) -> torch.autocast:
+    """The context in which a model generates answers: autocast to bf16 if its device multiplies bf16."""
+    return Precision("auto", model.embed_tokens.weight.device).autocast()
+
+
 def print_note(text: str) -> None:
     """Print text for the person at the terminal. Standard output is for results."""
     print(printable(text), file=sys.stderr, flush=True)
@@ -120,12 +127,12 @@ def describe_training(folder: str | Path) -> str:
     if not run.get("data"):
         return ""
     data, start = Path(str(run["data"])), run.get("model")
-    line = f"{folder}: trained on {data.name}"
+    line = f"{folder}: " + tr("trained on {data}", data=data.name)
     if count := count_lines(data):
-        line += f" ({count:,} records)"
+        line += tr(" ({count} records)", count=f"{count:,}")
     if is_bundled(data):
         line += f": {bundled_tasks()}"
-    return line + (f"; started from {start}" if start and start not in PRESETS else "")
+    return line + (tr("; started from {model}", model=start) if start and start not in PRESETS else "")
 
 
 def count_lines(path: Path) -> int:
@@ -141,5 +148,7 @@ def bundled_tasks() -> str:
     judges = [record["judge"] for _, record in read_values(SAMPLE / "heldout.jsonl")]
     tasks = [task for task, _ in Counter(judge["task"] for judge in judges).most_common()]
     languages = [name for code, name in LANGUAGES.items() if any(j["language"] == code for j in judges)]
-    more = f" and {len(tasks) - TASKS_SHOWN} more tasks" if len(tasks) > TASKS_SHOWN else ""
-    return f"{', '.join(tasks[:TASKS_SHOWN])}{more} in {' and '.join(languages)}"
+    few = ", ".join(tasks[:TASKS_SHOWN])
+    if len(tasks) > TASKS_SHOWN:
+        few += tr(" and {count} more tasks", count=len(tasks) - TASKS_SHOWN)
+    return tr("{tasks} in {languages}", tasks=few, languages=tr(" and ").join(map(tr, languages)))

@@ -21,6 +21,7 @@ from eval import preference, report, turns
 from eval.chat import column_width, side_by_side
 from eval.common import load_model_and_tokenizer
 from eval.judge import Reply, answer, compare, details, read_judged, summary
+from eval.words import LANG_WHY, LANGUAGES, language, tr
 from files import write_json
 from training.distributed import World, pick_device
 from training.settings import SAMPLE, Flags, flag, parse
@@ -38,6 +39,7 @@ class Settings(Flags):
     precision: str = flag(
         "auto", "precision of both trainings: bf16 where the hardware has it", ("auto", "fp32", "bf16")
     )
+    lang: str = flag("auto", LANG_WHY, LANGUAGES)
 
     def __post_init__(self) -> None:
         self.at_least(0, "max_steps", "prompts")
@@ -46,6 +48,12 @@ class Settings(Flags):
 
 def main(arguments: list[str] | None = None) -> None:
     settings = parse(Settings, __doc__.split("\n")[0], arguments)
+    with language(settings.lang):
+        run(settings)
+
+
+def run(settings: Settings) -> None:
+    """Train both models, measure them, write the figures and print what was found."""
     out, seconds = Path(settings.out), {}
     sft, dpo = str(out / "sft"), str(out / "dpo")
     # If this run fails, figures of an earlier run must not stay behind.
@@ -53,20 +61,20 @@ def main(arguments: list[str] | None = None) -> None:
     same = ["--overwrite", "--seed", str(settings.seed), "--max-steps", str(settings.max_steps)]
     same += ["--precision", settings.precision]
 
-    with stage("1. Supervised fine-tuning: learn to answer", "sft", seconds):
+    with stage(tr("1. Supervised fine-tuning: learn to answer"), "sft", seconds):
         train_sft.main(["--out", sft, *same])
-    with stage("2. DPO: learn which answers are preferred", "dpo", seconds):
+    with stage(tr("2. DPO: learn which answers are preferred"), "dpo", seconds):
         train_dpo.main(["--model", sft, "--out", dpo, "--eval-every", "20", *same])
-    with stage("3. Preference accuracy on held-out pairs", "preference", seconds):
+    with stage(tr("3. Preference accuracy on held-out pairs"), "preference", seconds):
         asked = preference.Settings(model=dpo, reference=sft, data=HELD_OUT)
         preferred = preference.measure(asked, World(0, 1, pick_device(asked.device)))
         write_json(out / "preference.json", preferred)
-    with stage("4. Both answer held-out prompts, a judge compares", "judge", seconds):
+    with stage(tr("4. Both answer held-out prompts, a judge compares"), "judge", seconds):
         records = read_judged(HELD_OUT)[: settings.prompts or None]
         replies = ask_both({"dpo": dpo, "sft": sft}, records, settings)
         judged = compare(records, replies)
         write_json(out / "judge.json", judged | details(records, replies))
-    with stage("5. DPO answers unrelated questions in one conversation", "turns", seconds):
+    with stage(tr("5. DPO answers unrelated questions in one conversation"), "turns", seconds):
         model, tokenizer = load_model_and_tokenizer(dpo, pick_device("auto"))
         few = 40 if not settings.prompts else 2
         by_turn = turns.right_by_turn(model, tokenizer, read_judged(HELD_OUT), few, seed=settings.seed)
@@ -83,18 +91,21 @@ def main(arguments: list[str] | None = None) -> None:
     write_json(out / "results.json", results)
     page = report.write_page([dpo], pairs=preferred["pairs"])
     print("\n" + summary(judged))
-    print(f"preference accuracy on held-out pairs: {preferred['rewards/accuracies']:.1%}\n")
+    accuracy = f"{preferred['rewards/accuracies']:.1%}"
+    print(tr("preference accuracy on held-out pairs: {share}", share=accuracy) + "\n")
     print(turns.table(by_turn) + "\n")
     print(examples(records, replies))
-    print(f"\n{results['seconds']:.0f} seconds. Figures: {out / 'results.json'}; by task: judge.json")
-    print(f"What DPO changed, token by token: open {page} in a browser\n{next_commands(sft, dpo)}")
+    took, file = f"{results['seconds']:.0f}", out / "results.json"
+    print("\n" + tr("{took} seconds. Figures: {file}; by task: judge.json", took=took, file=file))
+    print(tr("What DPO changed, token by token: open {page} in a browser", page=page))
+    print(next_commands(sft, dpo))
 
 
 def next_commands(sft: str, dpo: str) -> str:
     """Two commands to go on with."""
-    return f"""Next:
-  python -m eval.chat --model {dpo} --versus {sft}       # talk to both models
-  python -m eval.preference --model {dpo} --reference {sft}   # evaluate on held-out pairs"""
+    return f"""{tr("Next:")}
+  python -m eval.chat --model {dpo} --versus {sft}       # {tr("talk to both models")}
+  python -m eval.preference --model {dpo} --reference {sft}   # {tr("evaluate on held-out pairs")}"""
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from dataset.jsonl import printable
 from dataset.packing import build_stream
 from dataset.records import DataError, Message, Preference, read_preferences
 from dataset.store import Branch, TokenStore, encode, score_margin
+from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script
 from eval.common import (
     load_policy_and_reference,
@@ -32,7 +33,7 @@ from eval.preference import choose_objective, held_out_pairs
 from eval.terminal import cells, terminal_width, text_pieces, wrap
 from model.transformer import Transformer
 from training.distributed import pick_device
-from training.objective import Objective, Pairs
+from training.objective import Objective
 from training.settings import DEVICE_WHY, DEVICES, Flags, flag, parse
 
 SIDES = ("chosen", "rejected")
@@ -97,7 +98,8 @@ def explain_rows(
     """For each row its chosen and its rejected answer with the log-probs of both models, and its loss."""
     stream = build_stream(pairs, rows).to(policy.embed_tokens.weight.device)
     policy_logps, reference_logps = policy(stream), reference(stream)  # (N,)
-    losses = objective(Pairs.of(stream, policy_logps, reference_logps)).tolist()  # (B,)
+    inputs = objective.pairs(stream, policy_logps, reference_logps, policy, reference)
+    losses = objective(inputs).tolist()  # (B,)
     lengths = stream.lengths().tolist()  # The targets of an answer are consecutive.
     columns = (x.split(lengths) for x in (stream.targets, policy_logps, reference_logps))
     answers = [Answer(*(x.tolist() for x in values)) for values in zip(*columns, strict=True)]
@@ -135,6 +137,33 @@ def read_typed() -> Preference:
         texts.append(line)
     prompt, chosen, rejected = texts
     return Preference((Message("user", prompt),), chosen, rejected, 1)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One pair, and what it is computed with: two models in float32, their tokenizer, the objective."""
+
+    policy: Transformer
+    reference: Transformer
+    tokenizer: ChatTokenizer
+    objective: Objective
+    data: str  # the pair's file; "" for --text
+    record: Preference
+    pair: OnePair
+
+
+def open_pair(settings: Settings) -> Opened:
+    """Load what the settings name. Raises `InputError` for what is missing or a pair that is too long."""
+    device, run = pick_device(settings.device), run_settings(settings.model)
+    folder = settings.reference or starting_model(settings.model, "--reference")
+    policy, reference, tokenizer = load_policy_and_reference(settings.model, folder, device)
+    print_start({settings.model: policy, folder: reference}, device, "fp32")
+    data = "" if settings.text else settings.data or held_out_pairs(settings.model, run)[0]
+    record = read_row(data, settings.row) if data else read_typed()
+    pair = OnePair(record, encode(record, tokenizer))
+    policy.config.check_fits(length=int(pair.bounds[0, -1]))
+    objective = choose_objective(settings, run, pair, data or "--text")
+    return Opened(policy, reference, tokenizer, objective, data, record, pair)
 
 
 # ---- On the terminal
@@ -224,21 +253,12 @@ def describe(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse(Settings, __doc__.split("\n")[0], arguments)
-    device = pick_device(settings.device)
-    run = run_settings(settings.model)
-    folder = settings.reference or starting_model(settings.model, "--reference")
-    policy, reference, tokenizer = load_policy_and_reference(settings.model, folder, device)
-    print_start({settings.model: policy, folder: reference}, device, "fp32")
-    data = "--text" if settings.text else settings.data or held_out_pairs(settings.model, run)[0]
-    record = read_typed() if settings.text else read_row(data, settings.row)
-    pair = OnePair(record, encode(record, tokenizer))
-    policy.config.check_fits(length=int(pair.bounds[0, -1]))
-    objective = choose_objective(settings, run, pair, data)
-    answers, loss = explain(policy, reference, pair, objective)
+    opened = open_pair(parse(Settings, __doc__.split("\n")[0], arguments))
+    answers, loss = explain(opened.policy, opened.reference, opened.pair, opened.objective)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     sys.stdout.reconfigure(errors="backslashreplace")
-    print("\n".join(describe(record, answers, loss, objective, tokenizer, colour)))
+    lines = describe(opened.record, answers, loss, opened.objective, opened.tokenizer, colour)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from eval.curves import BLUE, ORANGE, PARTS, Curve, Panel, last_finite
 from eval.explain import signed
 from eval.judge import wilson
 from eval.pairs import Measured, MeasuredPair, accuracy
+from eval.words import tr
 
 NAMES = {BLUE: "blue", ORANGE: "orange"}  # other colours are violet
 BINS, BUCKETS = 24, 5
@@ -41,13 +42,17 @@ def curve_charts(panels: list[Panel], runs: list[tuple[str, str, dict[str, Curve
         low, high = around(values)
         if panel.mark is not None:
             low, high = min(low, panel.mark), max(high, panel.mark)
-        plot = Plot((0, last_step), (0.0 if panel.from_zero else low, high), "step")
+        plot = Plot((0, last_step), (0.0 if panel.from_zero else low, high), tr("step"))
         if panel.mark is not None:
-            plot.level(panel.mark, panel.mark_label)
+            plot.level(panel.mark, tr(panel.mark_label))
         for points, css, end, _ in lines:
             plot.line(list(points.items()), css, end)
-        ends = "; ".join(f"{name} ends at {end.replace(chr(10), ' ')}" for _, _, end, name in lines if end)
-        yield figure(panel.title, esc(panel.unit), plot.svg(f"{panel.title}: {ends}"))
+        ends = "; ".join(
+            tr("{run} ends at {values}", run=name, values=end.replace("\n", " "))
+            for _, _, end, name in lines if end
+        )  # fmt: skip
+        title = tr(panel.title)
+        yield figure(title, esc(tr(panel.unit)), plot.svg(f"{title}: {ends}"))
 
 
 def panel_lines(panel: Panel, runs) -> Iterator[tuple[Curve, str, str, str]]:
@@ -77,22 +82,24 @@ def judge_charts(figures: dict) -> Iterator[str]:
     def bar(value: float, css: str, words: str) -> tuple:
         return value, *wilson(value, figures["prompts"]), css, f"{words}: {value:.1%}"
 
-    counts = {"wins": "blue", "ties": "pale", "losses": "orange"}
-    shares = {name: [bar(figures[name] / cases, css, name)] for name, css in counts.items()}
-    yield bars("Wins, ties and losses", f"of {esc(after)} against {esc(before)}, {cases:,} answers", shares)
-    rates = {"right": "right_answers", "right, greedy": "right_answers_greedy", "courteous": "wanted_manner",
-             "well formed": "well_formed"}  # fmt: skip
-    sides = [(f"before: {before}", "pale", before), (f"after: {after}", "blue", after)]
+    counts = {tr("wins"): ("wins", "blue"), tr("ties"): ("ties", "pale"), tr("losses"): ("losses", "orange")}
+    shares = {name: [bar(figures[key] / cases, css, name)] for name, (key, css) in counts.items()}
+    unit = tr("of {after} against {before}, {count} answers",
+              after=esc(after), before=esc(before), count=f"{cases:,}")  # fmt: skip
+    yield bars(tr("Wins, ties and losses"), unit, shares)
+    rates = {tr("right"): "right_answers", tr("right, greedy"): "right_answers_greedy",
+             tr("courteous"): "wanted_manner", tr("well formed"): "well_formed"}  # fmt: skip
+    sides = [(f"{tr('before')}: {before}", "pale", before), (f"{tr('after')}: {after}", "blue", after)]
     shares = {
         name: [bar(figures[rate][model], css, f"{name}, {side}") for side, css, model in sides]
         for name, rate in rates.items()
     }
-    yield bars("Before and after", f"share of the answers {legend(sides)}", shares)
+    yield bars(tr("Before and after"), f"{tr('share of the answers')} {legend(sides)}", shares)
     if "only_second_right" in figures:
-        keys = {"became right": "only_first_right", "became wrong": "only_second_right"}
-        colours = {"became right": "blue", "became wrong": "orange"}
-        shares = {name: [bar(figures[keys[name]] / cases, css, name)] for name, css in colours.items()}
-        yield bars("Right answers that changed", f"of {cases:,} answers", shares)
+        changed = {tr("became right"): ("only_first_right", "blue"),
+                   tr("became wrong"): ("only_second_right", "orange")}  # fmt: skip
+        shares = {name: [bar(figures[key] / cases, css, name)] for name, (key, css) in changed.items()}
+        yield bars(tr("Right answers that changed"), tr("of {count} answers", count=f"{cases:,}"), shares)
 
 
 def bars(title: str, unit: str, groups: dict[str, list[tuple]]) -> str:
@@ -111,15 +118,18 @@ def bars(title: str, unit: str, groups: dict[str, list[tuple]]) -> str:
 def distributions(runs: list[Run]) -> Iterator[str]:
     """Margins, log-ratios by length, and accuracy by length. Several runs differ by their colours."""
     alone, first = len(runs) == 1, runs[0][2]
-    after = [("after" if alone else name, css, [p.after for p in of.pairs]) for name, css, of in runs]
-    starts = {of.reference: ("before", "pale", [p.before for p in of.pairs]) for *_, of in runs}
-    yield histogram("Margins before and after", "log π(chosen) − log π(rejected)", [*starts.values(), *after])
+    after = [(tr("after") if alone else name, css, [p.after for p in of.pairs]) for name, css, of in runs]
+    starts = {of.reference: (tr("before"), "pale", [p.before for p in of.pairs]) for *_, of in runs}
+    unit = "log π(chosen) − log π(rejected)"
+    yield histogram(tr("Margins before and after"), unit, [*starts.values(), *after])
     changes = [("" if alone else name, css, of.changes) for name, css, of in runs]
-    yield histogram("Log-ratio margins", "margin after − margin before", changes, "before: all 0")
+    unit = tr("margin after − margin before")
+    yield histogram(tr("Log-ratio margins"), unit, changes, tr("before: all 0"))
     yield length_scatter(first, "" if alone else f"{runs[0][0]}: ")
-    unit = "tokens of chosen − rejected"
-    yield accuracy_bars(runs, "Accuracy by length difference", unit, lambda pair: pair.longer)
-    yield accuracy_bars(runs, "Accuracy by length", "tokens of both answers", lambda pair: pair.tokens)
+    unit = tr("tokens of chosen − rejected")
+    yield accuracy_bars(runs, tr("Accuracy by length difference"), unit, lambda pair: pair.longer)
+    unit = tr("tokens of both answers")
+    yield accuracy_bars(runs, tr("Accuracy by length"), unit, lambda pair: pair.tokens)
 
 
 def histogram(title: str, unit: str, series: list[tuple], mark: str = "") -> str:
@@ -128,13 +138,17 @@ def histogram(title: str, unit: str, series: list[tuple], mark: str = "") -> str
     size = (high - low) / BINS
     edges = np.arange(np.floor(low / size), np.ceil(high / size) + 1) * size
     counts = [np.histogram(values, edges)[0] for *_, values in series]
-    plot = Plot((edges[0], edges[-1]), (0, 1.12 * max(map(max, counts))), "nats")
+    plot = Plot((edges[0], edges[-1]), (0, 1.12 * max(map(max, counts))), tr("nats"))
     plot.upright(0, mark)
     for (_, css, _), heights in zip(series, counts, strict=True):
         steps = zip(np.repeat(edges, 2), [0, *np.repeat(heights, 2), 0], strict=True)
         plot.line([(float(x), float(y)) for x, y in steps], css + " area" * (len(series) < 3))
-    ranges = (f"{name} {signed(min(values))} to {signed(max(values))}" for name, _, values in series)
-    return figure(title, f"{unit}; pairs {legend(series)}", plot.svg(f"{title}: {'; '.join(ranges)} nats"))
+    ranges = (
+        tr("{name} {low} to {high}", name=name, low=signed(min(values)), high=signed(max(values)))
+        for name, _, values in series
+    )
+    unit = f"{unit}; {tr('pairs')} {legend(series)}"
+    return figure(title, unit, plot.svg(f"{title}: {'; '.join(ranges)} {tr('nats')}"))
 
 
 def length_scatter(measured: Measured, of: str) -> str:
@@ -145,12 +159,14 @@ def length_scatter(measured: Measured, of: str) -> str:
         for answer, css in ((pair.chosen, "blue"), (pair.rejected, "orange"))
     ]
     lengths, logratios = [p[0] for p in points], [p[1] for p in points]
-    plot = Plot((0, max(lengths) * 1.04), around([0.0, *logratios]), "tokens")
+    plot = Plot((0, max(lengths) * 1.04), around([0.0, *logratios]), tr("tokens"))
     plot.level(0.0, "")
     for length, logratio, css in points:
-        plot.dot(length, logratio, f"{css} faint", f"{length} tokens, {signed(logratio)} nats")
-    title = "Log-ratio against length"
-    return figure(title, f"{esc(of)}log π/π_ref of an answer, nats {legend(SIDES)}", plot.svg(title))
+        label = f"{length} {tr('tokens')}, {signed(logratio)} {tr('nats')}"
+        plot.dot(length, logratio, f"{css} faint", label)
+    title = tr("Log-ratio against length")
+    unit = tr("log π/π_ref of an answer, nats")
+    return figure(title, f"{esc(of)}{unit} {legend(SIDES)}", plot.svg(title))
 
 
 def accuracy_bars(runs: list[Run], title: str, unit: str, key) -> str:
@@ -162,7 +178,9 @@ def accuracy_bars(runs: list[Run], title: str, unit: str, key) -> str:
             low, high = (str(value).replace("-", "−") for value in (min(values), max(values)))
             name = low if low == high else f"{low}…{high}"
             groups[name] = [
-                (share.value, share.low, share.high, css, f"{run} {name}: {share.value:.0%} of {len(pairs)}")
+                (share.value, share.low, share.high, css,
+                 tr("{run} {group}: {share} of {count}",
+                    run=run, group=name, share=f"{share.value:.0%}", count=len(pairs)))
                 for (run, css, _), pairs in zip(runs, of_runs, strict=True) if pairs
                 for share in [accuracy(pairs)]
             ]  # fmt: skip

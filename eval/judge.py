@@ -12,12 +12,15 @@ from dataset.jsonl import DataError, printable, read_values, show
 from dataset.records import read_preferences
 from dataset.tokenizer import ChatTokenizer
 from errors import run_script
-from eval.common import load_model_and_tokenizer, print_start, starting_model
+from eval.common import generating, load_model_and_tokenizer, print_start, starting_model
+from eval.terminal import cells
 from eval.verdict import CHECKS, Verdict, score
+from eval.words import tr
 from files import write_json
 from model.generate import Answer, generate
 from model.transformer import Transformer
 from training.distributed import pick_device
+from training.precision import Precision
 from training.settings import DEVICE_WHY, DEVICES, SAMPLE, Flags, flag, parse
 
 Z95 = 1.959964  # A normal variable lies within ± this many standard deviations 95 times in 100.
@@ -86,9 +89,9 @@ def answer(
     """For each record the judged replies of the model: the greedy one, then `samples` sampled ones."""
     prompts = [tokenizer.prompt(record["prompt"]) for record in records]
     options = dict(end_id=tokenizer.end_id, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    greedy = generate(model, prompts, temperature=0, **options)
-    repeated = [prompt for prompt in prompts for _ in range(samples)]
-    sampled = generate(model, repeated, temperature=temperature, seed=seed, **options)
+    with generating(model):
+        greedy = generate(model, prompts, temperature=0, **options)
+        sampled = generate(model, prompts, temperature=temperature, seed=seed, samples=samples, **options)
 
     def judged(record: dict, reply: Answer) -> Reply:
         text = tokenizer.decode(reply.tokens)
@@ -190,24 +193,27 @@ def wilson(rate: float, n: float) -> list[float]:
 def summary(figures: dict) -> str:
     """The figures of `compare` as a few lines of text."""
     first, second = figures["right_answers"]
+    counts = {name: figures[name] for name in ("prompts", "samples", "wins", "ties", "losses")}
     lines = [
-        f"{first} against {second}, {figures['prompts']} prompts, {figures['samples']} sampled answers each: "
-        f"{figures['wins']} wins, {figures['ties']} ties, {figures['losses']} losses"
-    ]
+        tr("{first} against {second}, {prompts} prompts, {samples} sampled answers each: {wins} wins, "
+           "{ties} ties, {losses} losses", first=first, second=second, **counts)
+    ]  # fmt: skip
     if figures["win_rate"] is not None:
-        low, high = figures["win_rate_ci95"]
-        share = f"{figures['win_rate']:.1%} of the decided cases (95 %: {low:.1%} to {high:.1%})"
-        lines.append(f"{first} wins {share}")
+        low, high = (f"{share:.1%}" for share in figures["win_rate_ci95"])
+        text = tr("{model} wins {share} of the decided cases (95 %: {low} to {high})",
+                  model=first, share=f"{figures['win_rate']:.1%}", low=low, high=high)  # fmt: skip
+        lines.append(text)
     lines.append(f"\n{'':<30}{first:>10}{second:>10}")
     for label, name, form in (
-        ("right, sampled", "right_answers", ".1%"),
-        ("right, greedy", "right_answers_greedy", ".1%"),
-        ("well formed", "well_formed", ".1%"),
-        ("courteous", "wanted_manner", ".1%"),
-        ("tokens per answer", "mean_tokens", ".1f"),
-        ("characters per answer", "mean_characters", ".1f"),
+        (tr("right, sampled"), "right_answers", ".1%"),
+        (tr("right, greedy"), "right_answers_greedy", ".1%"),
+        (tr("well formed"), "well_formed", ".1%"),
+        (tr("courteous"), "wanted_manner", ".1%"),
+        (tr("tokens per answer"), "mean_tokens", ".1f"),
+        (tr("characters per answer"), "mean_characters", ".1f"),
     ):
-        lines.append(f"{label:<30}{figures[name][first]:>10{form}}{figures[name][second]:>10{form}}")
+        values = figures[name][first], figures[name][second]
+        lines.append(label + " " * (30 - cells(label)) + "".join(f"{value:>10{form}}" for value in values))
     return "\n".join(lines)
 
 
@@ -230,7 +236,8 @@ def main(arguments: list[str] | None = None) -> None:
     device = pick_device(settings.device)
     folders = settings.model, settings.versus or starting_model(settings.model, "--versus")
     loaded = [load_model_and_tokenizer(folder, device) for folder in folders]
-    print_start({folder: model for folder, (model, _) in zip(folders, loaded, strict=True)}, device, "fp32")
+    models = {folder: model for folder, (model, _) in zip(folders, loaded, strict=True)}
+    print_start(models, device, Precision("auto", device).reason)
     records = read_judged(settings.data)[: settings.prompts or None]
     names = "samples", "temperature", "max_new_tokens", "seed", "batch_size"
     options = {name: getattr(settings, name) for name in names}

@@ -16,6 +16,7 @@ from eval.explain import SIDES, STEPS, Answer, signed, token_pieces
 from eval.judge import Verdict
 from eval.pairs import Measured, MeasuredPair
 from eval.terminal import text_pieces
+from eval.words import tr
 
 TOKENS = 38_000  # of all answers of pairs, some 45 bytes each; longer answers are cut
 PROMPT, REPLY = 1_500, 1_000  # bytes of a prompt and of a judged answer or a sample; longer ones are cut
@@ -25,11 +26,11 @@ SHOWN_STEPS = 12  # of the samples of one prompt
 def listing(columns: list[tuple[str, str, str]], order: tuple[str, str], rows: Iterable[str]) -> str:
     """Rows below the heads that sort them. A column is (key, head, explanation); `order` is (key, order)."""
     heads = "".join(
-        f'<button type=button data-sort={key} title="Sort by {why}"'
+        f"<button type=button data-sort={key} title=\"{tr('Sort by {key}', key=why)}\""
         f"{f' data-order={order[1]}' if key == order[0] else ''}>{head}</button>"
         for key, head, why in columns
     )
-    head = f"<div class=heads><span></span><span>prompt</span>{heads}</div>"
+    head = f"<div class=heads><span></span><span>{tr('prompt')}</span>{heads}</div>"
     return f"{head}<div class=list>{''.join(rows)}</div>"
 
 
@@ -58,14 +59,15 @@ def table_of(heads: list[str], rows: list[list[str]]) -> str:
     """A table that scrolls where it is too wide; the first cell of a row, all HTML, is its head."""
     head = "".join(f"<th scope=col>{head}" for head in heads)
     body = "".join(f"<tr><th scope=row>{name}<td>{'<td>'.join(cells)}" for name, *cells in rows)
-    box = f"<div class=wide tabindex=0 role=region aria-label={heads[0]}s>"
+    box = f"<div class=wide tabindex=0 role=region aria-label={tr('{head}s', head=heads[0])}>"
     return f"{box}<table><thead><tr>{head}<tbody>{body}</table></div>"
 
 
 def cut(text: str, most: int) -> str:
     """The text, or as much of it as fits into `most` bytes."""
     kept = text.encode("utf-8", "replace")[:most].decode("utf-8", "ignore")
-    return text if len(kept) == len(text) else f"{kept} … {len(text) - len(kept):,} more characters"
+    more = tr(" … {count} more characters", count=f"{len(text) - len(kept):,}")
+    return text if len(kept) == len(text) else kept + more
 
 
 # ---- Pairs
@@ -75,19 +77,20 @@ def pair_section(measured: Measured) -> tuple[str, str]:
     """The list of pairs, the largest change first. The first one is open."""
     pairs = sorted(measured.pairs, key=lambda pair: -pair.change)
     limit, is_cut = token_limit(pairs)
-    few = f"{len(pairs)} of {measured.held_out}" if len(pairs) < measured.held_out else f"All {len(pairs)}"
-    more = f" Answers are cut after {limit} tokens; the sums include all tokens." if is_cut else ""
-    text = (
-        f"{few} held-out pairs of {esc(Path(measured.data).name)}. The colour of a token is "
-        "log π/π<sub>ref</sub>: how much more likely training made it. These log-ratios sum to the log-ratio "
-        "of the answer, and β times that is its reward. A dotted line marks the tokens that both answers "
-        f"start with: they cancel in the margin.{more}"
-    )
-    keys = "Point at a token for its numbers. With the keyboard: Tab to an answer, then the arrow keys."
+    few = tr("All {shown}") if len(pairs) == measured.held_out else tr("{shown} of {all}")
+    text = tr(
+        "{few} held-out pairs of {data}. The colour of a token is log π/π<sub>ref</sub>: how much more "
+        "likely training made it. These log-ratios sum to the log-ratio of the answer, and β times that is "
+        "its reward. A dotted line marks the tokens that both answers start with: they cancel in the margin.",
+        few=few.format(shown=len(pairs), all=measured.held_out), data=esc(Path(measured.data).name),
+    )  # fmt: skip
+    if is_cut:
+        text += tr(" Answers are cut after {limit} tokens; the sums include all tokens.", limit=limit)
+    keys = tr("Point at a token for its numbers. With the keyboard: Tab to an answer, then the arrow keys.")
     columns = [
-        ("margin", "margin", "log π(chosen) − log π(rejected), after training"),
-        ("change", "change", "margin after − margin before = log-ratio margin"),
-        ("length", "length diff.", "tokens of chosen − tokens of rejected"),
+        ("margin", tr("margin"), tr("log π(chosen) − log π(rejected), after training")),
+        ("change", tr("change"), tr("margin after − margin before = log-ratio margin")),
+        ("length", tr("length diff."), tr("tokens of chosen − tokens of rejected")),
     ]
     rows = (pair_row(pair, measured, limit, number == 0) for number, pair in enumerate(pairs))
     return text, f"{scale()}<p class=pale>{keys}</p>{listing(columns, ('change', 'falling'), rows)}"
@@ -105,7 +108,7 @@ def scale() -> str:
     """The legend of the colours."""
     less = "".join(f"<span class=less-{i}>−{STEPS[i - 1]:g}</span>" for i in (4, 3, 2, 1))
     more = "".join(f"<span class=more-{i}>+{STEPS[i - 1]:g}</span>" for i in (1, 2, 3, 4))
-    words = "less likely", f"<span>{less}{more}</span>", "more likely, nats from this value on"
+    words = tr("less likely"), f"<span>{less}{more}</span>", tr("more likely, nats from this value on")
     return f"<div class=scale>{' '.join(words)}</div>"
 
 
@@ -117,25 +120,25 @@ def pair_row(pair: MeasuredPair, measured: Measured, limit: int, opened: bool) -
     }
     change = f"{signed(pair.after)} − ({signed(pair.before)}) = {signed(pair.change)}"
     sides = "".join(answer_column(side, getattr(pair, side), pair.shared, measured, limit) for side in SIDES)
-    inside = (
-        f"{prompt_box(pair.prompt, f'Prompt, line {pair.line}, not scored')}<div class=sides>{sides}</div>"
-        f"<p class=pale>Margin after − before: {change} nats. "
-        f"Reward margin {signed(measured.objective.beta * pair.change)}, loss {pair.loss:.4f}.</p>"
-    )
+    text = tr(
+        "Margin after − before: {change} nats. Reward margin {reward}, loss {loss}.",
+        change=change, reward=signed(measured.objective.beta * pair.change), loss=f"{pair.loss:.4f}",
+    )  # fmt: skip
+    box = prompt_box(pair.prompt, tr("Prompt, line {line}, not scored", line=pair.line))
+    inside = f"{box}<div class=sides>{sides}</div><p class=pale>{text}</p>"
     return row(pair.change, pair.prompt[-1].content, values, inside, opened)
 
 
 def answer_column(side: str, answer: Answer, shared: int, measured: Measured, limit: int) -> str:
     """One answer: its sums, and its tokens on their colours."""
     total, logp, reference = (sum(x) for x in (answer.logratios, answer.logps, answer.reference_logps))
-    sums = (
-        f"log π/π<sub>ref</sub> {signed(total)} = {signed(logp)} − ({signed(reference)}), "
-        f"reward {signed(measured.objective.beta * total)}"
-    )
+    sums = f"log π/π<sub>ref</sub> {signed(total)} = {signed(logp)} − ({signed(reference)})"
+    sums += tr(", reward {reward}", reward=signed(measured.objective.beta * total))
     tokens = "".join(token_marks(answer, measured.tokenizer, shared, limit))
-    label = f"{side} answer; the arrow keys move from token to token"
+    label = tr("{side} answer; the arrow keys move from token to token", side=side)
+    length = tr("{count} tokens", count=len(answer.tokens))
     return (
-        f"<div><h4>{side}, {len(answer.tokens)} tokens<small>{sums}</small></h4>"
+        f"<div><h4>{side}, {length}<small>{sums}</small></h4>"
         f'<p class=answer tabindex=0 role=group aria-label="{label}">{tokens}</p></div>'
     )
 
@@ -154,7 +157,7 @@ def token_marks(answer: Answer, tokenizer, shared: int, limit: int) -> Iterator[
         visible = esc(text).replace("\n", "↵\n")
         yield f'<b{css} data-l={logp:.2f},{reference:.2f}>{visible}</b>'
     if limit < len(answer.tokens):
-        yield f" … {len(answer.tokens) - limit} more tokens"
+        yield tr(" … {count} more tokens", count=len(answer.tokens) - limit)
 
 
 def colour(logratio: float) -> list[str]:
@@ -178,28 +181,33 @@ def answer_section(figures: dict) -> str:
         return tasks
     cases.sort(key=lambda case: case[1][1].points - case[1][0].points)
     columns = [
-        ("before", "before", f"the points of {esc(before)}, 0 to 3"),
-        ("after", "after", f"the points of {esc(after)}, 0 to 3"),
-        ("change", "change", "points after − points before"),
+        ("before", tr("before"), tr("the points of {model}, 0 to 3", model=esc(before))),
+        ("after", tr("after"), tr("the points of {model}, 0 to 3", model=esc(after))),
+        ("change", tr("change"), tr("points after − points before")),
     ]
-    text = (
-        f"The first sampled answers to {len(cases)} prompts. A well-formed answer gets 2 points if it is "
-        "right, and 1 if it is courteous. The answer with more points wins."
+    text = tr(
+        "The first sampled answers to {count} prompts. A well-formed answer gets 2 points if it is right, "
+        "and 1 if it is courteous. The answer with more points wins.",
+        count=len(cases),
     )
     rows = (judged_row(case, (before, after), verdicts) for case, verdicts in cases)
-    head = f"{tasks}<h3>Answers side by side</h3><p class=pale>{text}</p>"
+    head = f"{tasks}<h3>{tr('Answers side by side')}</h3><p class=pale>{text}</p>"
     return head + listing(columns, ("change", "rising"), rows)
 
 
 def judged_row(case: dict, names: tuple[str, str], verdicts: list[Verdict]) -> str:
     """A row for a prompt and the replies to it, before and after."""
     sides = ""
-    for when, name, verdict in zip(("before", "after"), names, verdicts, strict=True):
-        marks = {"right": verdict.right, "courteous": verdict.manner, "well formed": verdict.well_formed}
-        words = ", ".join(mark if holds else f"not {mark}" for mark, holds in marks.items())
+    for when, name, verdict in zip((tr("before"), tr("after")), names, verdicts, strict=True):
+        marks = (
+            tr("right") if verdict.right else tr("not right"),
+            tr("courteous") if verdict.manner else tr("not courteous"),
+            tr("well formed") if verdict.well_formed else tr("not well formed"),
+        )
         reply = case["replies"][name]
+        words = f"{tr(', ').join(marks)}; {tr('{count} tokens', count=esc(reply['tokens']))}"
         sides += (
-            f"<div><h4>{when}: {esc(name)}<small>{words}; {esc(reply['tokens'])} tokens</small></h4>"
+            f"<div><h4>{when}: {esc(name)}<small>{words}</small></h4>"
             f"<p class=answer>{esc(cut(reply['text'], REPLY))}</p></div>"
         )
     before, after = verdicts
@@ -207,9 +215,9 @@ def judged_row(case: dict, names: tuple[str, str], verdicts: list[Verdict]) -> s
     values = {when: (number, f"{number}") for when, number in points.items()}
     change = after.points - before.points
     values["change"] = change, signed(change, 0)
-    note = {1: "became right: ", -1: "became wrong: "}.get(after.right - before.right, "")
+    note = {1: tr("became right: "), -1: tr("became wrong: ")}.get(after.right - before.right, "")
     turns = [Message(**turn) for turn in case["prompt"]]
-    box = prompt_box(turns, f"Prompt, task {esc(cut(case['task'], 100))}")
+    box = prompt_box(turns, tr("Prompt, task {task}", task=esc(cut(case["task"], 100))))
     return row(change, note + turns[-1].content, values, f"{box}<div class=sides>{sides}</div>")
 
 
@@ -221,8 +229,9 @@ def task_table(tasks: dict[str, dict]) -> str:
         counts = [esc(f[name]) for name in ("prompts", "wins", "ties", "losses")]
         changed = esc(f.get("only_second_right", "–"))
         rows.append([esc(cut(task, 100)), *counts, f"{before:.0%}", f"{after:.0%}", changed])
-    heads = ["task", "prompts", "wins", "ties", "losses", "right before", "right after", "became wrong"]
-    summary = f"<summary>Figures of {len(tasks)} tasks</summary>"
+    heads = [tr("task"), tr("prompts"), tr("wins"), tr("ties"), tr("losses")]
+    heads += [tr("right before"), tr("right after"), tr("became wrong")]
+    summary = f"<summary>{tr('Figures of {count} tasks', count=len(tasks))}</summary>"
     return f"<details class=more>{summary}{table_of(heads, rows)}</details>"
 
 
@@ -237,9 +246,11 @@ def sample_section(samples: dict[str, dict[int, dict]]) -> tuple[str, str]:
         few = {steps[i] for i in np.linspace(0, len(steps) - 1, SHOWN_STEPS).round().astype(int)}
         items = ""
         for step in sorted(few):
-            words = f"{rows[step].get('tokens')} tokens" + ", not finished" * (not rows[step].get("finished"))
+            words = tr("{count} tokens", count=rows[step].get("tokens"))
+            words += "" if rows[step].get("finished") else tr(", not finished")
             answer = esc(cut(str(rows[step].get("answer")), REPLY))
-            items += f"<li><b>step {step}</b><span>{answer} <small>{esc(words)}</small></span></li>"
+            head = tr("step {step}", step=step)
+            items += f"<li><b>{head}</b><span>{answer} <small>{esc(words)}</small></span></li>"
         inside = f"<summary>{esc(cut(prompt, 300))}</summary><ol class=steps>{items}</ol>"
         parts.append(f"<details class=more{' open' * (number == 0)}>{inside}</details>")
-    return "Greedy answers to held-out prompts, written at each evaluation.", "".join(parts)
+    return tr("Greedy answers to held-out prompts, written at each evaluation."), "".join(parts)

@@ -21,8 +21,9 @@ from eval.curves import Curve, last_finite
 from eval.explain import Answer, explain_rows, signed
 from eval.judge import Z95, wilson, win_interval
 from eval.preference import Settings, choose_objective, held_out_pairs
+from eval.words import tr
 from training.distributed import pick_device
-from training.evaluate import next_token_kl
+from training.objective import next_token_kl
 from training.options import ObjectiveSettings
 
 MAX_TOKENS = 8192  # tokens in a forward
@@ -180,36 +181,45 @@ def worries(measured: Measured | None, curves: dict[str, Curve], judged: dict) -
     losses, held_out = curves.get("loss", {}), curves.get("eval_loss", {})
     bad = [step for curve in curves.values() for step, value in curve.items() if not math.isfinite(value)]
     if bad:
-        found.append(f"A metric of step {min(bad)} is not finite. Lower --lr.")
+        found.append(tr("A metric of step {step} is not finite. Lower --lr.", step=min(bad)))
     if held_out and (last := last_finite(held_out)):
         best = min(held_out, key=held_out.get)
         if last[1] > held_out[best] + 0.05:
-            found.append(
-                f"Held-out loss was lowest at step {best} ({held_out[best]:.3f}) and rose to {last[1]:.3f}: "
-                "the run overfits. Train for fewer steps."
-            )
+            found.append(tr(
+                "Held-out loss was lowest at step {step} ({lowest}) and rose to {last}: the run overfits. "
+                "Train for fewer steps.",
+                step=best, lowest=f"{held_out[best]:.3f}", last=f"{last[1]:.3f}",
+            ))  # fmt: skip
     if measured is None:
         return found
     if measured.accuracy.low <= 0.5 <= measured.accuracy.high:
-        found.append("The interval of the accuracy contains 50 %. Measure more pairs, or train longer.")
+        found.append(
+            tr("The interval of the accuracy contains 50 %. Measure more pairs, or train longer.")
+        )
     if measured.objective.loss == "sigmoid" and (last := last_finite(held_out or losses)) and last[1] > 0.68:
-        found.append(f"The loss, {last[1]:.3f}, is still close to ln 2 = 0.693. Raise --lr or train longer.")
+        text = tr("The loss, {loss}, is still close to ln 2 = 0.693. Raise --lr or train longer.",
+                  loss=f"{last[1]:.3f}")  # fmt: skip
+        found.append(text)
     train, test = (last_finite(curves.get(part + "rewards/accuracies", {})) for part in ("", "eval_"))
     if train and test and train[1] > test[1] + 0.15:
-        found.append(f"Accuracy is {train[1]:.0%} on training pairs and {test[1]:.0%} on held-out pairs.")
+        text = tr("Accuracy is {train} on training pairs and {test} on held-out pairs.",
+                  train=f"{train[1]:.0%}", test=f"{test[1]:.0%}")  # fmt: skip
+        found.append(text)
     chosen, rejected = measured.logratio("chosen"), measured.logratio("rejected")
     if chosen.high < -1:
-        found.append(
-            f"Chosen answers became less likely too: their mean log-ratio is {signed(chosen.value)} nats "
-            f"(rejected: {signed(rejected.value)}). DPO constrains the difference only. "
-            "--loss dpop or sigmoid,sft keeps the chosen answers likely."
-        )
+        found.append(tr(
+            "Chosen answers became less likely too: their mean log-ratio is {chosen} nats (rejected: "
+            "{rejected}). DPO constrains the difference only. --loss dpop or sigmoid,sft keeps the chosen "
+            "answers likely.",
+            chosen=signed(chosen.value), rejected=signed(rejected.value),
+        ))  # fmt: skip
     r = measured.length_correlation
     if abs(r) > 0.5:
-        found.append(
-            f"The margin follows the length difference (r = {signed(r)}): the policy may have learned to "
-            f"prefer {'longer' if r > 0 else 'shorter'} answers. See accuracy by length below."
-        )
+        found.append(tr(
+            "The margin follows the length difference (r = {r}): the policy may have learned to prefer "
+            "{kind} answers. See accuracy by length below.",
+            r=signed(r), kind=tr("longer") if r > 0 else tr("shorter"),
+        ))  # fmt: skip
     return found
 
 
@@ -218,19 +228,22 @@ def judge_worries(figures: dict) -> list[str]:
     found = []
     interval = figures["win_rate_ci95"]
     if interval and interval[0] <= 0.5:
-        shares = f"{interval[0]:.0%} to {interval[1]:.0%} of the decided cases"
-        found.append(f"The judge's verdicts do not show a win: {shares}.")
-    for name, label in (("right_answers", "right"), ("well_formed", "well-formed")):
+        text = tr("The judge's verdicts do not show a win: {low} to {high} of the decided cases.",
+                  low=f"{interval[0]:.0%}", high=f"{interval[1]:.0%}")  # fmt: skip
+        found.append(text)
+    for name, label in (("right_answers", tr("right")), ("well_formed", tr("well-formed"))):
         after, before = figures[name].values()
         if before > wilson(after, figures["prompts"])[1]:
-            found.append(
-                f"Fewer answers are {label}: {after:.0%}, before {before:.0%}. "
-                "A larger --beta or --loss sigmoid,sft keeps the policy closer to its start."
-            )
+            found.append(tr(
+                "Fewer answers are {label}: {after}, before {before}. A larger --beta or --loss sigmoid,sft "
+                "keeps the policy closer to its start.",
+                label=label, after=f"{after:.0%}", before=f"{before:.0%}",
+            ))  # fmt: skip
     after, before = figures["mean_tokens"].values()
     if after > 1.5 * before:
-        found.append(
-            f"Answers became longer: {after:.0f} tokens, before {before:.0f}. "
-            "--ld-alpha lowers the weight of the tokens beyond the shorter answer."
-        )
+        found.append(tr(
+            "Answers became longer: {after} tokens, before {before}. --ld-alpha lowers the weight of the "
+            "tokens beyond the shorter answer.",
+            after=f"{after:.0f}", before=f"{before:.0f}",
+        ))  # fmt: skip
     return found

@@ -3,6 +3,7 @@
     python -m eval.report runs/dpo                    # writes runs/dpo/report.html
     python -m eval.report runs/dpo runs/ipo --out compare.html
     python -m eval.report runs/dpo --png              # the curves only, as runs/dpo/report.png
+    python -m eval.report runs/dpo --lang zh          # in Chinese, as by default where LANG is Chinese
 
 The page needs no network and no other file. It also shows RUN/samples.jsonl, which training writes, and
 RUN/judge.json (of `eval.judge --json`) or the demo's, if they exist. Thin lines are means over the training
@@ -36,6 +37,7 @@ from eval.curves import (
     shown_panels,
 )
 from eval.pairs import measure
+from eval.words import LANG_WHY, LANGUAGES, language
 from files import write_whole
 from model.weights import read_json, require_folder
 from training.settings import DEVICE_WHY, DEVICES, OneLineParser
@@ -52,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", default="", help="preference pairs; default: the run's held-out pairs")
     parser.add_argument("--reference", default="", help="model folder; default: the start of the run")
     parser.add_argument("--device", default="auto", choices=DEVICES, help=DEVICE_WHY)
+    parser.add_argument("--lang", default="auto", choices=LANGUAGES, help=LANG_WHY)
     given = parser.parse_args(arguments)
     if given.pairs < 1:
         raise InputError(f"--pairs must be at least 1, not {given.pairs}")
@@ -65,7 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
     if given.reference:
         require_folder(Path(given.reference))
     options = {name: getattr(given, name) for name in ("pairs", "data", "reference", "device")}
-    print(printable(str(write_page(given.run, given.out, **options))))
+    with language(given.lang):
+        print(printable(str(write_page(given.run, given.out, **options))))
 
 
 def write_page(runs: list[str], out: str | Path | None = None, **options) -> Path:

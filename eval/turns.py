@@ -4,7 +4,10 @@ import random
 
 from dataset.records import Message
 from dataset.tokenizer import ChatTokenizer
+from eval.common import generating
+from eval.terminal import cells
 from eval.verdict import score
+from eval.words import tr
 from model.generate import generate
 from model.transformer import Transformer
 
@@ -36,9 +39,9 @@ def right_by_turn(
             for history, asked in zip(histories, questions, strict=True):
                 history += asked[turn]["prompt"]
             prompts = [tokenizer.prompt(history) for history in histories]
-            answers = generate(
-                model, prompts, tokenizer.end_id, max_new_tokens, temperature=0, batch_size=conversations
-            )
+            options = dict(max_new_tokens=max_new_tokens, temperature=0, batch_size=conversations)
+            with generating(model):
+                answers = generate(model, prompts, tokenizer.end_id, **options)
             right = 0
             for history, asked, answer in zip(histories, questions, answers, strict=True):
                 text = tokenizer.decode(answer.tokens)
@@ -51,6 +54,6 @@ def right_by_turn(
 def table(shares: dict[str, list[float]]) -> str:
     """The shares of `right_by_turn` in per cent, one line a language."""
     turns = len(next(iter(shares.values())))
-    lines = ["right answers, turn " + "".join(f"{turn:>7}" for turn in range(1, turns + 1))]
-    lines += [f"{name:<20}" + "".join(f"{share:>7.0%}" for share in row) for name, row in shares.items()]
-    return "\n".join(lines)
+    rows = [(tr("right answers, turn"), [f"{turn:>7}" for turn in range(1, turns + 1)])]
+    rows += [(tr(name), [f"{share:>7.0%}" for share in row]) for name, row in shares.items()]
+    return "\n".join(label + " " * (20 - cells(label)) + "".join(numbers) for label, numbers in rows)

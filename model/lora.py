@@ -8,7 +8,6 @@ adapters off, so it has no weights of its own.
 """
 
 import math
-from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -85,10 +84,12 @@ class WithoutAdapters:
         with adapters_off(self.model):
             return self.model(stream)
 
-    def log_distributions(self, stream: TokenStream) -> Iterator[Tensor]:
-        # Computes the hidden states at once; the head, which each chunk uses later, has no adapter.
+    def hidden_of(self, stream: TokenStream) -> Tensor:
         with adapters_off(self.model):
-            return self.model.log_distributions(stream)
+            return self.model.hidden_of(stream)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.model.logits(hidden)  # The head has no adapter.
 
 
 def adapter_weights(model: nn.Module) -> dict[str, Tensor]:

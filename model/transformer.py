@@ -94,8 +94,8 @@ class Transformer(nn.Module):
 
     def log_distributions(self, stream: TokenStream) -> Iterator[Tensor]:
         """log pi(. | x, y_<t) at each predictor, at least float32, in chunks of (<= MAX_LOGITS / V, V)."""
-        chunks = self.hidden_of(stream)[stream.predictors].split(self.positions_at_once)
-        return (at_least_float32(self.logits(chunk)).log_softmax(dim=-1) for chunk in chunks)
+        for predicting in self.hidden_of(stream)[stream.predictors].split(self.positions_at_once):
+            yield at_least_float32(self.logits(predicting)).log_softmax(dim=-1)
 
     # ---- Set-up
 

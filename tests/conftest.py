@@ -50,11 +50,12 @@ if "MINIDPO_TEST_BF16" in os.environ:  # 0 or 1: as on a CPU without, or with, b
 
 @pytest.fixture(scope="session", autouse=True)
 def machine(tmp_path_factory):
-    """One thread, so that sums repeat bit for bit; a cache that no other run sees; no way to the network."""
+    """One thread, so that sums repeat bit for bit; a cache of our own; no network; English words."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINIDPO_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("LC_ALL", "C.UTF-8")  # English words, also where the developer's shell is Chinese
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
         for name in ("connect", "connect_ex"):
             patch.setattr(socket.socket, name, local_only(getattr(socket.socket, name)))

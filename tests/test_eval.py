@@ -34,8 +34,8 @@ from tests.loops import metrics
 from tests.ranks import forked
 from tests.runs import ALONE, FP32
 from training import precision as precision_module
-from training.evaluate import evaluate, evaluate_kl, next_token_kl
-from training.objective import Objective, ObjectiveSettings
+from training.evaluate import evaluate, evaluate_kl
+from training.objective import Objective, ObjectiveSettings, next_token_kl
 from training.settings import SAMPLE
 
 CPU = torch.device("cpu")
@@ -436,14 +436,14 @@ def test_sampled_replies_belong_to_their_prompts(tokenizer, judged, monkeypatch)
     """The greedy reply first, then the samples of the same prompt. A transposed list would mix prompts."""
     temperatures = []
 
-    def echo(model, prompts, end_id, temperature, **options):
+    def echo(model, prompts, end_id, temperature, samples=1, **options):
         temperatures.append(temperature)
         marks = tokenizer.text("!") if temperature else []
-        return [judge.Answer([*prompt, *marks], finished=True) for prompt in prompts]
+        return [judge.Answer([*prompt, *marks], finished=True) for prompt in prompts for _ in range(samples)]
 
     monkeypatch.setattr(judge, "generate", echo)
     records = judge.read_judged(judged)
-    rows = judge.answer(None, tokenizer, records, samples=3, temperature=0.5)
+    rows = judge.answer(make_model(8), tokenizer, records, samples=3, temperature=0.5)
     assert temperatures == [0, 0.5]
     for record, row in zip(records, rows, strict=True):
         prompt = tokenizer.decode(tokenizer.prompt(record["prompt"]))

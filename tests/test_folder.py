@@ -289,7 +289,7 @@ def test_a_log_row_on_a_full_disk_is_one_line(flags, killed, tmp_path, monkeypat
         fsync(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.metrics.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(InputError, match=r"metrics\.jsonl: cannot be written \(No space left"):
             train_sft.main(flags(tmp_path / "run"))
     train_sft.main([*flags(tmp_path / "run"), "--resume"])

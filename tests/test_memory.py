@@ -121,6 +121,9 @@ def test_auto_is_a_power_of_two_for_each_rank_of_a_node(tokenizer, ragged, monke
         world = World(0, ranks, CPU, local_ranks=ranks)
         found.append(memory.micro_batch_tokens(settings, model, world, store, Precision("fp32", CPU)))
     assert found == [2048, 2048, 512, 16384, 1024, 1]
+    machine_memory(400)
+    one = World(0, 1, CPU)  # TDPO's second forward keeps as much as the first.
+    assert memory.micro_batch_tokens(settings, model, one, store, Precision("fp32", CPU), forwards=2) == 1024
 
 
 def test_auto_where_the_system_does_not_tell_its_memory(tmp_path, monkeypatch):

@@ -16,6 +16,8 @@ from dataset.packing import build_stream
 from dataset.store import open_store
 from errors import InputError
 from losses import DIVERGENCES, LOSSES
+from model import transformer
+from model.lora import WithoutAdapters, add_adapters
 from model.weights import load_model
 from tests.conftest import RAGGED, as_record, make_model, plain_ids, plain_logits
 from tests.loops import metrics, record_gradients
@@ -27,20 +29,20 @@ from training.objective import (
     Objective,
     ObjectiveSettings,
     Pairs,
+    next_token_kl,
     pair_metrics,
-    wpo_pair_weights,
     wpo_weights,
 )
 from training.reference import no_reference
 
-REFERENCE_FREE = {"simpo", "orpo", "sft"}
+REFERENCE_FREE = {"simpo", "simper", "orpo", "sft"}
+REQUIRED = {"robust": {"label_smoothing": 0.1}, "rdpo": {"rdpo_alpha": 0.07}}  # options without a default
 
 
-def objective(loss="sigmoid", beta=0.3, delta=0.0, **options) -> Objective:
-    if loss == "robust":
-        options = {"label_smoothing": 0.1, **options}
-    made = Objective(ObjectiveSettings(loss=loss, beta=beta, **options))
+def objective(loss="sigmoid", beta=0.3, delta=0.0, z0=0.0, **options) -> Objective:
+    made = Objective(ObjectiveSettings(loss=loss, beta=beta, **{**REQUIRED.get(loss, {}), **options}))
     made.load_state_dict({"reward_sum": 4 * delta, "reward_count": 4.0})
+    made.z0 = z0
     return made
 
 
@@ -53,15 +55,17 @@ A = [0.4, -1.3, 5.0, -0.2, 2.1, -7.5]
 B = [-0.9, 0.8, -3.0, 0.1, 2.0, -4.0]
 REFERENCE = [-12.0, -9.5, -30.0, -17.0, -8.0, -25.0], [-11.0, -14.0, -21.0, -19.5, -10.0, -22.0]
 LENGTHS = [4, 3, 9, 5, 2, 7], [3, 6, 5, 8, 4, 1]
-SCORES = [1.5, -0.5, 0.0, 8.0, -3.0, math.inf]
-DELTA = 0.37
+SCORES = [1.5, -0.5, 0.0, 8.0, -3.0, 40.0]
+KL = [0.3, 2.5, 0.0, 1.1, 7.0, 0.2], [0.9, 0.1, 4.0, 0.0, 6.0, 1.7]
+DELTA, Z0 = 0.37, 0.21
 
 
 def make_pairs(a=A, b=B, dtype=torch.float64, **more) -> Pairs:
     """Pairs with these log-ratios, of which the policy's log-probs ask for a gradient."""
-    first, second, *rest = (torch.tensor(x, dtype=dtype) for x in (a, b, *REFERENCE, *LENGTHS, SCORES))
+    first, second, *rest = (torch.tensor(x, dtype=dtype) for x in (a, b, *REFERENCE, *LENGTHS, SCORES, *KL))
     policy = [(first + rest[0]).requires_grad_(), (second + rest[1]).requires_grad_()]
-    return Pairs(*policy, *rest[:4], **{"score_margins": rest[4], **more})
+    names = ("chosen_lengths", "rejected_lengths", "score_margins", "chosen_kl", "rejected_kl")
+    return Pairs(*policy, *rest[:2], **{**dict(zip(names, rest[2:], strict=True)), **more})
 
 
 def swapped(pairs: Pairs) -> Pairs:
@@ -145,6 +149,12 @@ def kto_form(p, beta):
     return (1 - a + 1 - b) / 2, -beta * a * (1 - a) / 2, beta * b * (1 - b) / 2
 
 
+def kto_single_form(p, beta, good=1.0, bad=1.0):
+    """Of a row with both answers it is the sum of the two."""
+    a, b = s(beta * p["a"] - Z0), s(Z0 - beta * p["b"])
+    return good * (1 - a) + bad * (1 - b), -good * beta * a * (1 - a), bad * beta * b * (1 - b)
+
+
 def apo_zero_form(p, beta):
     a, b = s(beta * p["a"]), s(beta * p["b"])
     return 1 - a + b, -beta * a * (1 - a), beta * b * (1 - b)
@@ -164,6 +174,30 @@ def simpo_form(p, beta, g=0.5):
     return logistic(beta * (p["pw"] / p["nw"] - p["pl"] / p["nl"]) - g, beta / p["nw"], -beta / p["nl"])
 
 
+def rebel_form(p, beta, scale):
+    gap = beta * (p["a"] - p["b"]) - scale * p["score"]
+    return gap * gap, 2 * beta * gap, -2 * beta * gap
+
+
+def odpo_form(p, beta, k=1.0):
+    if p["score"] <= 0:
+        return 0, 0, 0
+    return logistic(beta * (p["a"] - p["b"]) - k * math.log(p["score"]), beta, -beta)
+
+
+def rdpo_form(p, beta, k=0.07):
+    return logistic(beta * (p["a"] - p["b"]) + k * p["nw"] - k * p["nl"], beta, -beta)
+
+
+def tdpo_form(p, beta, k=0.5):
+    return logistic(beta * (p["a"] - p["b"]) - k * (beta * p["kl l"] - beta * p["kl w"]), beta, -beta)
+
+
+def simper_form(p, beta):
+    w, r = math.exp(p["pw"] / p["nw"]), math.exp(p["pl"] / p["nl"])
+    return r - w, -w / p["nw"], r / p["nl"]
+
+
 def orpo_form(p, beta):
     w, r = p["pw"] / p["nw"], p["pl"] / p["nl"]
     z = math.log(math.exp(w) / (1 - math.exp(w))) - math.log(math.exp(r) / (1 - math.exp(r)))
@@ -178,6 +212,15 @@ CLOSED_FORMS = [
      of_margin(lambda h: -0.8 * ls(h) - 0.2 * ls(-h), lambda h: s(h) - 0.8)),
     ("soft", {}, lambda p, beta: soft_form(p, beta, 1.0)),
     ("soft", {"score_scale": 0.25}, lambda p, beta: soft_form(p, beta, 0.25)),
+    ("rebel", {}, lambda p, beta: rebel_form(p, beta, 1.0)),
+    ("rebel", {"score_scale": 0.25}, lambda p, beta: rebel_form(p, beta, 0.25)),
+    ("odpo", {}, odpo_form),
+    ("odpo", {"odpo_alpha": 0.4}, lambda p, beta: odpo_form(p, beta, 0.4)),
+    ("rdpo", {}, rdpo_form),
+    ("rdpo", {"rdpo_alpha": 0.5}, lambda p, beta: rdpo_form(p, beta, 0.5)),
+    ("tdpo2", {}, tdpo_form),
+    ("tdpo2", {"tdpo_alpha": 1.5}, lambda p, beta: tdpo_form(p, beta, 1.5)),
+    ("simper", {}, simper_form),
     ("robust", {"label_smoothing": 0.2},
      of_margin(lambda h: (-0.8 * ls(h) + 0.2 * ls(-h)) / 0.6, lambda h: (-0.8 * s(-h) - 0.2 * s(h)) / 0.6)),
     ("hinge", {}, of_margin(lambda h: max(0, 1 - h), lambda h: -1 if h < 1 else 0)),
@@ -196,6 +239,10 @@ CLOSED_FORMS = [
     ("nca_pair", {}, nca_form),
     ("bco_pair", {}, bco_form),
     ("kto_pair", {}, kto_form),
+    ("kto", {}, lambda p, beta: kto_single_form(p, beta)),
+    ("kto", {"desirable_weight": 1.5, "undesirable_weight": 0.5},
+     lambda p, beta: kto_single_form(p, beta, 1.5, 0.5)),
+    ("plackett_luce", {}, of_margin(lambda h: -ls(h), lambda h: -s(-h))),  # of two replies
     ("apo_zero", {}, apo_zero_form),
     ("apo_down", {}, apo_down_form),
     ("sppo_hard", {}, sppo_form),
@@ -218,6 +265,7 @@ def described(pairs: Pairs) -> list[dict]:
         "a": pairs.chosen_logratios, "b": pairs.rejected_logratios,
         "pw": pairs.policy_chosen_logps, "pl": pairs.policy_rejected_logps,
         "nw": pairs.chosen_lengths, "nl": pairs.rejected_lengths, "score": pairs.score_margins,
+        "kl w": pairs.chosen_kl, "kl l": pairs.rejected_kl,
         "mean a": pairs.chosen_logratios.mean().repeat(len(A)),
         "mean b": pairs.rejected_logratios.mean().repeat(len(A)),
     }  # fmt: skip
@@ -231,7 +279,7 @@ def test_value_and_gradient_are_the_closed_form(name, options, form, beta):
     """Value and both slopes of each pair, in float64. The slopes are derived by hand, not by autograd."""
     for shift in (0, 3):  # With positive means, kto_pair's KLs are not 0.
         pairs = make_pairs([x + shift for x in A], [x + shift for x in B])
-        losses = objective(name, beta, DELTA, **options)(pairs)
+        losses = objective(name, beta, DELTA, Z0, **options)(pairs)
         expected = float64([form(pair, beta) for pair in described(pairs)]).T
         found = torch.stack([losses.detach(), *gradients(losses, pairs)])
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
@@ -294,13 +342,17 @@ def test_constants_where_policy_is_reference(beta):
     smoothed = -ln2 - (math.log(0.999) + math.log(0.001)) / 2
     constants = {
         **dict.fromkeys(["sigmoid", "soft", "robust", "dpop", "sigmoid_norm", "aot", "aot_unpaired"], ln2),
+        **{"plackett_luce": ln2, "kto": 1},
         **{"hinge": 1, "ipo": 1 / (4 * beta**2), "ipo_norm": 1 / (4 * beta**2), "exo_pair": smoothed},
         **{"nca_pair": 2 * ln2, "bco_pair": 2 * ln2, "kto_pair": 0.5, "apo_zero": 1, "apo_down": 1},
         **{"sppo_hard": 1 / (2 * beta**2), "discopop": ln2 / 2 + 0.5},
+        **{"rebel": 1, "odpo": ln2, "rdpo": ln2, "tdpo2": ln2},  # a gap of 1, equal lengths, no KL
     }
+    same = {"chosen_lengths": float64(LENGTHS[0]), "rejected_lengths": float64(LENGTHS[0])}
+    same |= dict.fromkeys(["chosen_kl", "rejected_kl"], float64(zeros))
     assert constants.keys() == LOSSES.keys() - REFERENCE_FREE
     for name, constant in constants.items():
-        pairs = make_pairs(zeros, zeros)
+        pairs = make_pairs(zeros, zeros, score_margins=float64([1.0] * 6), **same)
         losses = objective(name, beta)(pairs)
         torch.testing.assert_close(losses.detach(), torch.full((6,), constant, dtype=torch.float64), msg=name)
         assert all(gradient.any() for gradient in gradients(losses, pairs)) or name == "apo_down"
@@ -340,6 +392,62 @@ def test_laws_between_losses():
         torch.testing.assert_close(objective(f"{name}_norm")(single), objective(name)(pairs))
 
 
+def test_rebel_stops_at_the_gap_of_the_scores():
+    """The minimum is 0, and it is a place: a pair that is won by too much is pulled back."""
+    pairs = make_pairs([2 * a for a in range(6)], [0.5] * 6)
+    scores = 0.5 * (pairs.chosen_logratios - pairs.rejected_logratios).detach() / 0.25  # h / scale
+    pairs = replace(pairs, score_margins=scores)
+    losses = objective("rebel", 0.5, score_scale=0.25)(pairs)
+    assert not losses.any() and not any(gradient.any() for gradient in gradients(losses, pairs))
+    less = replace(pairs, score_margins=scores - 1)
+    chosen, _ = gradients(objective("rebel", 0.5, score_scale=0.25)(less), less)
+    assert (chosen > 0).all()
+    turned = replace(swapped(pairs), score_margins=-pairs.score_margins)
+    torch.testing.assert_close(objective("rebel")(turned), objective("rebel")(pairs))
+
+
+def test_offsets_are_dpo_where_there_is_nothing_to_offset():
+    """A gap of 1, equal lengths, alpha 0; the other laws give the sign, which a closed form may repeat."""
+    pairs, dpo = make_pairs(), objective("sigmoid")
+    one, two, none = (replace(pairs, score_margins=float64([gap] * 6)) for gap in (1.0, 2.0, 0.0))
+    assert torch.equal(objective("odpo")(one), dpo(pairs))
+    assert (objective("odpo")(two) > dpo(pairs)).all(), "a larger gap must be won by more"
+    losses = objective("odpo")(none)
+    assert not losses.any() and not any(gradient.any() for gradient in gradients(losses, none))
+    even = replace(pairs, rejected_lengths=pairs.chosen_lengths)
+    assert torch.equal(objective("rdpo")(even), dpo(pairs))
+    longer = pairs.chosen_lengths > pairs.rejected_lengths
+    assert torch.equal(objective("rdpo")(pairs) < dpo(pairs), longer), "length explains a part of a win"
+    assert torch.equal(objective("rdpo", rdpo_alpha=0)(pairs), dpo(pairs))
+    # A policy that wins by length alone, h = -alpha (|y_w| - |y_l|), is where DPO's is at the start.
+    gap = -0.07 * (pairs.chosen_lengths - pairs.rejected_lengths) / 0.3
+    by_length = make_pairs(a=gap.tolist(), b=[0.0] * 6)
+    torch.testing.assert_close(objective("rdpo")(by_length).detach(), float64([math.log(2)] * 6))
+
+
+def test_tdpo2_moves_only_the_rejected_kl():
+    """Without the stop the chosen side's KL would be raised: it enters with the other sign."""
+    ks = [float64(kl).requires_grad_() for kl in KL]
+    pairs = make_pairs(chosen_kl=ks[0], rejected_kl=ks[1])
+    dpo, zeros = objective("sigmoid")(pairs), float64([0.0] * 6)
+    assert torch.equal(objective("tdpo2", tdpo_alpha=0)(pairs), dpo)
+    assert torch.equal(objective("tdpo2")(replace(pairs, chosen_kl=zeros, rejected_kl=zeros)), dpo)
+    losses = objective("tdpo2", tdpo_alpha=0.7)(pairs)
+    chosen, rejected = torch.autograd.grad(losses.sum(), ks, allow_unused=True)
+    assert chosen is None
+    torch.testing.assert_close(rejected, -0.7 * 0.3 * torch.expm1(-losses.detach()))
+
+
+def test_simper_is_bounded_and_odd():
+    pairs = make_pairs()
+    losses = objective("simper")(pairs)
+    torch.testing.assert_close(objective("simper")(swapped(pairs)), -losses)
+    assert losses.abs().max() < 1
+    assert torch.equal(objective("simper", beta=0.9)(pairs), losses)
+    certain = make_pairs([-x for x in REFERENCE[0]], [-1e4] * 6)
+    assert torch.equal(objective("simper")(certain).detach(), float64([-1.0] * 6))
+
+
 def extreme_pairs(dtype) -> Pairs:
     """Log-ratios of 0 and ±1e4 in all combinations; a policy that is certain of an answer says exactly 0."""
     chosen, rejected = zip(*itertools.product([-1e4, 0.0, 1e4], repeat=2), strict=True)
@@ -347,7 +455,8 @@ def extreme_pairs(dtype) -> Pairs:
     policy = [(reference + torch.tensor(side, dtype=dtype)).requires_grad_() for side in (chosen, rejected)]
     lengths = [torch.full((9,), length, dtype=dtype) for length in (3.0, 200.0)]
     scores = torch.linspace(-1e4, 1e4, 9, dtype=dtype)
-    return Pairs(*policy, reference, reference, *lengths, score_margins=scores)
+    kl = {"chosen_kl": scores.abs(), "rejected_kl": scores + 1e4}
+    return Pairs(*policy, reference, reference, *lengths, score_margins=scores, **kl)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -372,6 +481,7 @@ GENERATORS = {
     "forward_kl": lambda u: -math.log(u),
     "js": lambda u: u * math.log(u) - (u + 1) * math.log((u + 1) / 2),
     "alpha": lambda u: (u ** (1 - ALPHA) - (1 - ALPHA) * u - ALPHA) / (ALPHA * (ALPHA - 1)),
+    "chi2_kl": lambda u: (u - 1) ** 2 / 2 + u * math.log(u),
 }
 
 
@@ -400,11 +510,28 @@ def test_scores_by_hand():
         "forward_kl": math.exp(-b) - math.exp(-a),
         "js": (a - math.log(1 + math.exp(a))) - (b - math.log(1 + math.exp(b))),
         "alpha": (math.exp(-0.5 * b) - math.exp(-0.5 * a)) / 0.5,
+        "chi2_kl": math.exp(a) + a - math.exp(b) - b,
     }
     for name, margin in margins.items():
         losses = objective("ipo", 0.3, f_divergence=name)(pairs)
         expected = float64([(margin - 1 / 0.6) ** 2] * 6)
         torch.testing.assert_close(losses.detach(), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_chi2_is_dpo_for_unlikely_answers_and_clipped_where_it_explodes():
+    """As pi / pi_ref goes to 0 the chi-squared part goes; beyond the clip a pair has no gradient."""
+    unlikely = make_pairs([a - 50 for a in A], [b - 50 for b in B])
+    found = objective("sigmoid", f_divergence="chi2_kl")(unlikely)
+    torch.testing.assert_close(found, objective("sigmoid")(unlikely), rtol=1e-12, atol=0)
+    pairs, clip = make_pairs(), 2.0
+    plain = objective("sigmoid", f_divergence="chi2_kl")(pairs).detach()
+    losses = objective("sigmoid", f_divergence="chi2_kl", chi2_clip=clip)(pairs)
+    inside = (plain > -ls(clip)) & (plain < -ls(-clip))
+    assert 0 < inside.sum() < 6
+    expected = torch.where(inside, plain, plain.clamp(-ls(clip), -ls(-clip)))
+    torch.testing.assert_close(losses.detach(), expected)
+    for gradient in gradients(losses, pairs):
+        assert torch.equal(gradient != 0, inside)
 
 
 def test_a_hopeless_answer_is_not_let_go():
@@ -453,8 +580,9 @@ def test_rewards_mean_the_same_whatever_the_loss(name):
 REFUSED = [
     (dict(loss="dpo"), "--loss dpo: its name here is sigmoid"),
     (dict(loss="IPO"), "--loss IPO: its name here is ipo"),
-    (dict(loss="sigmoid,KTO"), "--loss KTO: its name here is kto_pair"),
-    (dict(loss="elo"), "--loss elo: there is no such loss; the losses are sigmoid, soft, robust"),
+    (dict(loss="sigmoid,KTO"), "--loss KTO: its name here is kto"),
+    (dict(loss="rpo_sq"), "--loss rpo_sq: its name here is rebel"),
+    (dict(loss="elo"), "--loss elo: there is no such loss; the losses are sigmoid, robust, hinge"),
     (dict(loss=""), "--loss : there is no such loss"),
     (dict(loss="sigmoid,sigmoid"), "names a loss twice"),
     (dict(loss="sigmoid,sft", loss_weights="1"), "--loss-weights 1: 1 weights for 2 losses"),
@@ -468,6 +596,14 @@ REFUSED = [
     (dict(loss="soft", label_smoothing=0.1), "--label-smoothing has no effect on --loss soft"),
     (dict(loss="exo_pair", label_smoothing=0.0), "exo_pair takes the logarithm of --label-smoothing"),
     (dict(loss="robust"), "--loss robust needs --label-smoothing, the share of flipped labels"),
+    (dict(loss="rebel", odpo_alpha=1.0), "--odpo-alpha has no effect on --loss rebel; it is an option"),
+    (dict(loss="odpo", odpo_alpha=0.0), "--odpo-alpha must be above 0, not 0.0"),
+    (dict(loss="rdpo"), "--loss rdpo needs --rdpo-alpha, the reward of a token of length"),
+    (dict(loss="rdpo", rdpo_alpha=-0.1), "--rdpo-alpha must be at least 0"),
+    (dict(loss="rdpo", rdpo_alpha=0.1, ld_alpha=0.5), "--ld-alpha and --loss rdpo would both correct"),
+    (dict(loss="tdpo2", f_divergence="js"), "--f-divergence changes margins, which --loss tdpo2"),
+    (dict(chi2_clip=1.0), "--chi2-clip is an option of --f-divergence chi2_kl"),
+    (dict(f_divergence="chi2_kl", chi2_clip=0.0), "--chi2-clip must be above 0, not 0.0"),
     (dict(score_scale=1.0), "--score-scale has no effect on --loss sigmoid; it is an option of soft"),
     (dict(loss="soft", score_scale=0.0), "--score-scale must be above 0"),
     (dict(dpop_lambda=5.0), "--dpop-lambda has no effect on --loss sigmoid; it is an option of dpop"),
@@ -490,6 +626,7 @@ REFUSED = [
     (dict(tr_alpha=0.0), "--tr-alpha must be above 0"),
     (dict(tr_every=0), "--tr-every must be at least 1"),
     (dict(loss="orpo", tr_alpha=0.6), "move the reference, but --loss orpo does not"),
+    (dict(loss="simper", tr_every=5), "move the reference, but --loss simper does not"),
     (dict(loss="simpo", tr_every=5), "move the reference, but --loss simpo does not"),
 ]
 
@@ -508,6 +645,8 @@ def test_what_makes_no_sense_is_refused(settings, reason):
     dict(loss="dpop", dpop_lambda=5, ld_alpha=0.0),
     dict(loss="soft", score_scale=2.0, f_divergence="alpha", divergence_alpha=0.2, wpo=True),
     dict(loss="kto_pair", wpo=True),
+    dict(loss="rebel,sft", loss_weights="1,0.2", score_scale=0.5, f_divergence="chi2_kl", chi2_clip=4.0),
+    dict(loss="odpo,tdpo2", odpo_alpha=0.5, tdpo_alpha=0.0, tr_alpha=0.5),
 ])  # fmt: skip
 def test_what_makes_sense_together_is_accepted(settings):
     assert Objective(ObjectiveSettings(**settings))
@@ -539,7 +678,8 @@ def by_hand(model, reference, tokenizer) -> list[list[dict]]:
             x, y = plain_ids(tokenizer, prompt, answer)
             p, q = (plain_logits(m, x + y)[len(x) - 1 : -1].log_softmax(-1) for m in (model, reference))
             where = torch.arange(len(y)), torch.tensor(y)
-            sides.append({"p": p[where], "q": q[where], "collisions": p.exp().pow(2).sum(1).log()})
+            collisions, kl = p.exp().pow(2).sum(1).log(), (q.exp() * (q - p)).sum(1)
+            sides.append({"p": p[where], "q": q[where], "collisions": collisions, "kl": kl})
         pairs.append(sides)
     return pairs
 
@@ -550,9 +690,9 @@ def test_pairs_of_a_stream_are_those_of_single_sequences(layout, stored, tokeniz
     model, reference = (make_model(tokenizer.vocab_size, seed=seed) for seed in (1, 2))
     stream = build_stream(stored, range(7), layout)
     policy_logps = model(stream)
-    weights = wpo_pair_weights(model, stream, policy_logps)
-    found = Pairs.of(stream, policy_logps, reference(stream), weights)
-    expected = {name: [] for name in vars(found) if name != "score_margins"}
+    made = objective("sigmoid,tdpo2", wpo=True)
+    found = made.pairs(stream, policy_logps, reference(stream), model, reference)
+    expected = {name: [] for name in vars(found) if name not in ("score_margins", "ranked_logratios")}
     for w, x in by_hand(model, reference, tokenizer):
         shorter, surprise = min(len(w["p"]), len(x["p"])), 0
         for name, side in (("chosen", w), ("rejected", x)):
@@ -560,11 +700,57 @@ def test_pairs_of_a_stream_are_those_of_single_sequences(layout, stored, tokeniz
             expected[f"reference_{name}_logps"].append(side["q"].sum())
             expected[f"{name}_lengths"].append(torch.tensor(float(len(side["p"])), dtype=torch.float64))
             expected[f"{name}_tails"].append((side["p"] - side["q"])[shorter:].sum())
+            expected[f"{name}_kl"].append(side["kl"].sum())
             surprise = surprise + (side["p"] - side["collisions"]).mean()
         expected["pair_weights"].append(surprise.exp().clamp(max=1))
     for name, values in expected.items():
         torch.testing.assert_close(getattr(found, name), torch.stack(values), rtol=1e-9, atol=1e-9, msg=name)
     assert not found.pair_weights.requires_grad and found.chosen_tails.any() and found.rejected_tails.any()
+
+
+def test_the_exact_kl_in_chunks_with_its_gradient(stored, tokenizer, monkeypatch):
+    """Chunks change nothing, no tensor of (tokens, vocabulary) waits for backward, equal models are at 0."""
+    model, reference = (make_model(tokenizer.vocab_size, seed=seed) for seed in (1, 2))
+    stream, weights = build_stream(stored, range(3)), list(model.parameters())
+    p, q = (torch.cat([*m.log_distributions(stream)]) for m in (model, reference))
+    whole = (q.exp() * (q - p)).sum(1)
+    coefficients = torch.linspace(-1, 2, len(whole), dtype=torch.float64)
+    expected = torch.autograd.grad(whole @ coefficients, weights)
+    monkeypatch.setattr(transformer, "MAX_LOGITS", 3 * tokenizer.vocab_size)
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(x.shape) or x, lambda x: x):
+        found = next_token_kl(reference.requires_grad_(False), model, stream)
+    assert shapes and not any(shape[-1:] == (tokenizer.vocab_size,) for shape in shapes)
+    torch.testing.assert_close(found, whole)
+    for one, other in zip(torch.autograd.grad(found @ coefficients, weights), expected, strict=True):
+        torch.testing.assert_close(one, other)
+    same = next_token_kl(copy.deepcopy(model).requires_grad_(False), model, stream)
+    assert not same.any()
+    assert max(g.abs().max() for g in torch.autograd.grad(same.sum(), weights)) < 1e-12
+
+
+def test_tdpo2_needs_whole_models():
+    """A cache of log-probs has no distributions; a split model has no whole head."""
+    with pytest.raises(InputError, match="--loss tdpo2 compares whole distributions, which --shard splits"):
+        Objective(train_dpo.Settings(loss="tdpo2", shard=True))
+    with pytest.raises(InputError, match="--reference cached keeps one number a token, but --loss tdpo2"):
+        reference_module.check_cached(objective("tdpo2"))
+
+
+def test_tdpo2_with_adapters(stored, tokenizer):
+    """The reference is the model without them: D is 0 at the start, that of two models afterwards."""
+    model = make_model(tokenizer.vocab_size, seed=1)
+    start, stream = copy.deepcopy(model), build_stream(stored, range(3))
+    add_adapters(model, 2, 4, "all", seed=0)
+    without = WithoutAdapters(model)
+    assert not next_token_kl(without, model, stream).any()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("lora_B"):
+                weight.fill_(0.3)
+    found = next_token_kl(without, model, stream)
+    assert found.min() > 0
+    torch.testing.assert_close(found, next_token_kl(start, model, stream))
 
 
 def test_collisions_of_two_tokens_by_hand():
@@ -729,8 +915,10 @@ def run_dpo(tmp_path, tokenizer, write_jsonl):
 
 
 FLAGS = {
-    **{name: ["--loss", name] for name in LOSSES},
+    **{name: ["--loss", name] for name in LOSSES if name != "kto"},  # tests/test_unpaired.py
     "robust": ["--loss", "robust", "--label-smoothing", "0.1"],
+    "rdpo": ["--loss", "rdpo", "--rdpo-alpha", "0.05"],
+    "chi2": ["--f-divergence", "chi2_kl", "--chi2-clip", "3"],
     "mpo": ["--loss", "sigmoid,bco_pair,sft", "--loss-weights", "0.8,0.2,1", "--wpo", "--ld-alpha", "0.5"],
     "f-dpo": ["--f-divergence", "alpha", "--divergence-alpha", "0.3", "--label-smoothing", "0.1"],
     "tr-soft": ["--loss", "ipo", "--tr-alpha", "0.5"],
@@ -753,9 +941,7 @@ def test_every_objective_trains_and_evaluates(flags, run_dpo, tokenizer, stored,
     with torch.no_grad():
         logps = model(stream)
         reference = logps if made.needs_reference else no_reference(stream)
-        weights = wpo_pair_weights(model, stream, logps) if made.settings.wpo else None
-        batch = Pairs.of(stream, logps, reference, weights)
-        expected = made(batch).mean().item()
+        expected = made(made.pairs(stream, logps, reference, model, model)).mean().item()
     assert next(row["loss"] for row in rows if "loss" in row) == pytest.approx(expected, rel=1e-5)
     assert rows[0]["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert len(copies) == made.needs_reference
@@ -763,7 +949,7 @@ def test_every_objective_trains_and_evaluates(flags, run_dpo, tokenizer, stored,
     assert rows[-2]["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("name", ["bco_pair", "mpo", "tr-soft", "tr-hard", "simpo", "soft"])
+@pytest.mark.parametrize("name", ["bco_pair", "mpo", "tr-soft", "tr-hard", "simpo", "soft", "tdpo2"])
 def test_accumulation_equals_one_big_batch(name, run_dpo):
     """Also of what is remembered between steps: four steps, the windows whole or in pieces."""
     flags = [*FLAGS[name], "--eval-data", ""]
@@ -785,7 +971,8 @@ def test_delta_follows_the_rewards_of_the_loop(run_dpo, monkeypatch):
 
 def test_two_ranks_equal_one_process_with_everything_on(run_dpo, tmp_path):
     """delta meets across ranks, both references move alike, and a rank's last micro-batch may be empty."""
-    flags = [*FLAGS["mpo"], "--tr-alpha", "0.5", "--eval-data", "", "--micro-batch-tokens", "1"]
+    losses = ["--loss", "sigmoid,bco_pair,sft,tdpo2", "--loss-weights", "0.8,0.2,1,0.5"]
+    flags = [*FLAGS["mpo"], *losses, "--tr-alpha", "0.5", "--eval-data", "", "--micro-batch-tokens", "1"]
     alone = record_gradients(train_dpo, lambda: run_dpo(*flags, out="one"))
 
     def on_two_ranks(arguments):
@@ -833,3 +1020,23 @@ def test_soft_needs_labels(run_dpo, write_jsonl):
     with pytest.raises(InputError, match=rf"{path}:2: --loss soft needs score_chosen and score_rejected, or"):
         run_dpo("--loss", "soft", data=path)
     run_dpo("--max-steps", "1", data=path)
+
+
+@pytest.mark.parametrize("loss, labels, reason", [
+    ("rebel", {}, "--loss rebel needs score_chosen and score_rejected, or win_probability"),
+    ("rebel", {"win_probability": 1}, "--loss rebel needs a finite difference of scores; a win_prob"),
+    ("odpo", {"win_probability": 0}, "--loss odpo needs a finite difference of scores"),
+    ("odpo", {"score_chosen": 1, "score_rejected": 2}, "--loss odpo needs score_chosen above score_rejected"),
+])  # fmt: skip
+def test_a_record_whose_scores_do_not_suffice(loss, labels, reason, tmp_path, tokenizer, write_jsonl):
+    rows = [as_record(pair) | {"score_chosen": 2, "score_rejected": 1} for pair in RAGGED]
+    rows[3] = as_record(RAGGED[3]) | labels
+    path = write_jsonl("scored.jsonl", rows)
+    store = open_store(path, "preferences", tokenizer, max_length=512)
+    with pytest.raises(InputError, match=rf"{path}:4: {reason}"):
+        objective(loss).check_data(store, path)
+    objective("sigmoid").check_data(store, path)
+    if "score_chosen" in labels:
+        mended = open_store(path, "preferences", tokenizer, max_length=512, swap_by_score=True)
+        objective("odpo").check_data(mended, path)
+        objective("rebel").check_data(store, path)  # A negative gap can be fitted.

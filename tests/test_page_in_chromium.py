@@ -10,6 +10,7 @@ from eval import page
 from eval.curves import read_curves
 from eval.explain import Answer, signed
 from eval.pairs import MeasuredPair
+from eval.words import language
 from tests.browser import Browser, chromium
 from tests.test_report import HOSTILE, dpo_rows, judged_figures, measured_of, noisy, write_run
 
@@ -90,12 +91,14 @@ def shown(tmp_path_factory, tokenizer) -> page.Shown:
     return page.Shown(HOSTILE, HOSTILE, "blue", curves, measured_of(made, tokenizer), "", judged, samples)
 
 
-@pytest.fixture(scope="module", params=["one run", "three runs"])
+@pytest.fixture(scope="module", params=["one run", "three runs", "one run in Chinese"])
 def written(request, shown, tmp_path_factory):
     """The file of a page."""
     others = [dataclasses.replace(shown, name=f"run-{colour}", colour=colour) for colour in page.COLOURS[1:3]]
     path = tmp_path_factory.mktemp("page") / "page.html"
-    path.write_text(page.page([shown, *others] if request.param == "three runs" else [shown]), "utf-8")
+    with language("zh" if "Chinese" in request.param else "en"):
+        text = page.page([shown, *others] if request.param == "three runs" else [shown])
+    path.write_text(text, "utf-8")
     return path
 
 

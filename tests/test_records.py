@@ -16,6 +16,7 @@ import pytest
 
 from dataset import jsonl
 from dataset.records import (
+    FEEDBACK_FORMATS,
     PREFERENCE_FORMATS,
     SFT_FORMATS,
     Conversation,
@@ -529,6 +530,17 @@ def shaped(shape, record, prompt, chosen="yes", rejected=" no\n"):
     shaped("ranked", {
         "instruction": "And?\n", "input": "", "output": ["yes", " no\n"], "history": [["Hi!", "Hello."]],
     }, LONG),
+    shaped("output_1", {"input": "Hi!", "output_1": "yes", "output_2": " no\n", "label": 1}, PROMPT),
+    shaped("output_1", {
+        "instruction": "Add:", "input": "1 + 1", "output_1": " no\n", "output_2": "yes", "label": "2",
+    }, [user("Add:\n1 + 1")]),
+    shaped("output_1", {"prompt": HISTORY, "output_1": [B], "output_2": A, "label": 2.0}, LONG),
+    shaped("response_a", {
+        "prompt": "Hi!", "response_a": "yes", "response_b": " no\n", "winner": "model_a", "model_a": "x",
+    }, PROMPT),
+    shaped("response_a", {
+        "question": "Hi!", "response_a": " no\n", "response_b": "yes", "winner": "B", "system": "Be brief.",
+    }, [SYSTEM, *PROMPT]),
     shaped("hh", {
         "chosen": "\n\nHuman: Hi!\n\nAssistant: yes",
         "rejected": "\n\nHuman: Hi!\n\nAssistant:  no\n",
@@ -570,6 +582,47 @@ def test_scores_and_win_probability(write):
     ]
     path = write(b"".join(dumps({**ROWS[0], **extra}) + b"\n" for extra, *_ in extras))
     assert [(r.scores, r.win_probability) for r in read_preferences(path)] == [(s, p) for _, s, p in extras]
+
+
+def test_votes_are_a_win_probability_of_the_side_that_wins(write):
+    """The share of the chosen side, whichever of the two it was; a tie is half a vote for each."""
+    votes = [
+        (["a", "a", "b"], "yes", 2 / 3, False), (["b", "a", "b", "b"], "no", 3 / 4, False),
+        (["model_a"], "yes", 1.0, False), (["tie", "b"], "no", 3 / 4, False),
+        (["a", "b"], "yes", 0.5, True), (["tie", "tie"], "yes", 0.5, True),
+        ("tie", "yes", None, True), ("Tie (bothbad)", "yes", None, True), ("model_b", "no", None, False),
+    ]  # fmt: skip
+    row = {"prompt": "Hi!", "response_a": "yes", "response_b": "no"}
+    found = list(read_preferences(write(b"\n".join(dumps({**row, "winner": vote}) for vote, *_ in votes))))
+    for record, (_, *expected) in zip(found, votes, strict=True):
+        assert [record.chosen, record.win_probability, record.tie] == expected
+        assert {record.chosen, record.rejected} == {"yes", "no"}
+    row = {"input": "Hi!", "output_1": "yes", "output_2": "no"}
+    labels = [2, 1, 2, 2], "tie"
+    first, second = read_preferences(write(b"\n".join(dumps({**row, "label": label}) for label in labels)))
+    assert (first.chosen, first.win_probability, first.tie) == ("no", 3 / 4, False) and second.tie
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"label": 0}, "label: expected 1, 2, 'model_a', 'model_b', 'tie' or a list of such votes, found 0"),
+    ({"label": 1.5}, "label: expected 1, 2, .* found 1.5"),
+    ({"label": True}, "label: expected 1, 2, .* found true or false"),
+    ({"label": None}, "label: expected 1, 2, .* found null"),
+    ({"label": "first"}, "label: expected 1, 2, .* found 'first'"),
+    ({"label": []}, "label: expected a verdict, found an empty list"),
+    ({"label": [1, [2]]}, "label: expected 1, 2, .* found a list"),
+    ({"label": [1, "model_c"]}, "label: expected 1, 2, .* found 'model_c'"),
+    ({"label": ...}, "missing key 'label'"),
+    ({"input": ...}, "missing key 'prompt'"),
+    ({"output_1": ""}, r"rejected: turn 1 \(assistant\) is empty"),
+    ({"output_1": 3}, "output_1: expected text, found a number"),
+    ({"output_2": ...}, "missing key 'output_2'"),
+])  # fmt: skip
+def test_a_verdict_that_is_wrong(write, change, reason):
+    good = {"input": "Hi!", "output_1": "no", "output_2": "yes", "label": 2}
+    bad = {key: value for key, value in (good | change).items() if value is not ...}
+    first, error = read_preferences(write(dumps(good) + b"\n" + dumps(bad)))
+    assert first.chosen == "yes" and error.line == 2 and re.search(reason, error.reason), error.reason
 
 
 @pytest.mark.parametrize("chosen, rejected, prompt, sides", [
@@ -683,7 +736,7 @@ def test_the_examples_of_the_tables_are_true(write):
 def test_the_page_of_data_formats_lists_each_as_it_is():
     """docs/DATA.md: a format that is read but not listed is never found."""
     page = (ROOT / "docs" / "DATA.md").read_text("utf-8")
-    for formats in (PREFERENCE_FORMATS, SFT_FORMATS):
+    for formats in (PREFERENCE_FORMATS, SFT_FORMATS, FEEDBACK_FORMATS):
         rows = [f"| `{name}`: {f.description} | `{json.dumps(f.example)}` |" for name, f in formats.items()]
         assert "\n".join(rows) in page
 

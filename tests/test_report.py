@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import json
 import math
 import re
@@ -184,6 +185,25 @@ def test_runs_are_compared(written, folders, tmp_path, ragged):
     for colour in page.COLOURS[:3]:
         assert any(colour in e.attributes["class"].split() for e in parsed.all("polyline"))
     assert any(f"{unfinished}, without pairs: " in e.text for e in parsed.all("ul"))
+
+
+def test_the_chinese_page_is_the_english_one_in_other_words(written, folders, tmp_path, ragged):
+    """The same elements with the same numbers; a text that a page passes by `tr` would stay English."""
+    shutil.copytree(folders[0], tmp_path / "dpo")
+    (tmp_path / "judge.json").write_text(json.dumps(judged_figures("dpo", "sft")))
+    for runs in ([tmp_path / "dpo"], [tmp_path / "dpo", folders[0]]):
+        texts = [written(*runs, "--data", ragged, "--lang", name) for name in ("en", "zh")]
+        english, chinese = pages = [*map(Parsed, texts)]
+        assert [e.tag for e in chinese.elements] == [e.tag for e in english.elements]
+        assert token_values(chinese) == token_values(english)
+        shown = (html.unescape(re.sub("<[^>]*>", " ", text.partition("<body>")[2])) for text in texts)
+        numbers = [sorted(re.findall(r"\d+(?:\.\d+)?", text)) for text in shown]
+        assert numbers[0] == numbers[1]
+        assert [page.all("html")[0].attributes["lang"] for page in pages] == ["en", "zh-CN"]
+        for tag in ("h2", "h3", "button", "figcaption", "nav"):
+            for element in chinese.all(tag):
+                assert re.search("[\u4e00-\u9fff]", element.text), element.text
+        assert "差" in chinese.all("script")[0].text
 
 
 def test_sft_has_curves_only_and_is_not_compared_with_dpo(written, folders, tmp_path):

@@ -55,6 +55,20 @@ def test_rows_are_the_records_in_order(tokenizer, ragged):
         assert store.target_counts[index] == sum(len(ids) for ids, _ in branches)
 
 
+def test_ties_are_dropped_and_votes_are_labels(tokenizer, write_jsonl):
+    """A tie trained on as a win teaches the order of the columns; half of the votes prefers nothing."""
+    votes, sides = [["a", "b"], "b", "tie", ["b", "b", "a"], "a"], {"response_a": "yes", "response_b": "no"}
+    rows = [{"prompt": f"{place}?", **sides, "winner": vote} for place, vote in enumerate(votes)]
+    store = open_store(write_jsonl("votes.jsonl", rows), "preferences", tokenizer, max_length=512)
+    assert store.report.dropped == {"the verdict is a tie": [1, 3]} and store.lines.tolist() == [2, 4, 5]
+    assert "2 dropped: the verdict is a tie (line 1, 3)" in str(store.report)
+    assert store.score_margins.tolist() == pytest.approx([math.nan, math.log(2), math.nan], nan_ok=True)
+    sides = [[tokenizer.decode(ids[:-1].tolist()) for ids, _ in store.row(row)[1:]] for row in range(3)]
+    assert sides == [["no", "yes"], ["no", "yes"], ["yes", "no"]]
+    with pytest.raises(InputError, match=r"no record is left to train on: .*2 dropped: the verdict is a tie"):
+        open_store(write_jsonl("ties.jsonl", [rows[0], rows[2]]), "preferences", tokenizer, max_length=512)
+
+
 def test_score_margins_are_those_of_the_records(tokenizer, write_jsonl):
     """The logit of the win probability, else the difference of the scores, else NaN."""
     labels = [

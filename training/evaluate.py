@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,11 +10,11 @@ from dataset.packing import build_stream, share, spread, stream_lengths
 from dataset.store import TokenStore
 from losses import bradley_terry_loss, reward_metrics
 from model.reward import RewardModel
-from model.stream import TokenStream, sides
+from model.stream import sides
 from model.transformer import Transformer
 from training.distributed import World, unsharded
 from training.metrics import Meter
-from training.objective import Objective, Pairs, pair_metrics, wpo_pair_weights
+from training.objective import Objective, next_token_kl, pair_metrics
 from training.precision import Precision
 
 KL_PAIRS = 64  # of an evaluation during training: whole distributions in float32 are expensive
@@ -50,13 +51,15 @@ def evaluate(
     the pairs of a batch depend on one another.
     """
     meter, settings = Meter(world), objective.settings
+    rows = np.arange(len(pairs))
+    objective.before_step(policy, reference, pairs, rows, world, precision, layout, max_tokens)
     for _, stream in batches(pairs, world, max_tokens, layout):
         with precision.autocast():
             policy_logps = policy(stream)
-            weights = wpo_pair_weights(policy, stream, policy_logps) if settings.wpo else None
-            batch = Pairs.of(stream, policy_logps, reference(stream), weights)
+            batch = objective.pairs(stream, policy_logps, reference(stream), policy, reference)
         losses = objective(batch)
         meter.add(len(losses), pair_metrics(losses, batch, settings.beta))
+        meter.add(0, objective.metrics(batch))
     return meter.mean()
 
 
@@ -76,7 +79,7 @@ def evaluate_kl(
     distributions: cached log-probs, or no reference. Without autocast: rounded to bf16, two equal models are
     5e-5 nats apart.
     """
-    if not hasattr(reference, "log_distributions"):
+    if not hasattr(reference, "hidden_of"):
         return {}
     meter = Meter(world)
     for _, stream in batches(pairs, world, max_tokens, layout, most):
@@ -84,12 +87,6 @@ def evaluate_kl(
             kl = next_token_kl(policy, reference, stream)
         meter.add(len(kl), {"kl_per_token": kl.sum()})
     return meter.mean()
-
-
-def next_token_kl(policy: Transformer, reference: Transformer, stream: TokenStream) -> Tensor:
-    """KL(π ‖ π_ref) = Σ_v π(v) [log π(v) − log π_ref(v)] at each predictor, (N,), in nats."""
-    both = zip(policy.log_distributions(stream), reference.log_distributions(stream), strict=True)
-    return torch.cat([(log_p.exp() * (log_p - log_q)).sum(dim=-1) for log_p, log_q in both])
 
 
 @torch.no_grad()

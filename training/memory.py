@@ -34,11 +34,13 @@ def micro_batch_tokens(
     store: TokenStore,
     precision: Precision,
     reference: Callable[[TokenStream], Tensor] | None = None,
+    forwards: int = 1,
 ) -> int:
     """The maximum tokens of a forward: --micro-batch-tokens, or with ``auto`` the tokens that fit.
 
     `model` is the module inside DDP. The result of ``auto`` is a power of two, at most 16,384 and the same on
     every rank: of a formula on a CPU and for split weights, of a trial on CUDA. Every rank must call this.
+    A step that keeps the activations of several `forwards` gets a part of the tokens.
     Raises `InputError` if a trial of the longest record does not fit.
     """
     if settings.micro_batch_tokens != "auto":
@@ -47,12 +49,13 @@ def micro_batch_tokens(
     lengths = stream_lengths(store, layout)
     # A backward that stops half-way would leave split weights in a state without return: no trial.
     if world.device.type != "cuda" or isinstance(model, FSDPModule):
-        return -world.largest(-fitting_tokens(free_memory(world) // 4, model.config, int(lengths.max())))
+        fitting = fitting_tokens(free_memory(world) // 4, model.config, int(lengths.max()))
+        return -world.largest(-max(1, fitting // forwards))
     while True:
         rows = heaviest_rows(lengths, tokens, settings.batch_size)
         stream = build_stream(store, rows, layout)
         if not world.largest(int(not fits(stream, model, world, precision, reference))):
-            return tokens
+            return max(1, tokens // forwards)
         if len(rows) == 1:
             raise InputError(OUT_OF_MEMORY)
         tokens //= 2

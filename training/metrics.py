@@ -1,9 +1,7 @@
 """Running means over micro-batches and ranks, the files of rows, and the progress bar."""
 
-import errno
 import json
 import math
-import os
 import time
 from itertools import groupby
 from pathlib import Path
@@ -13,11 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from errors import NotFiniteError
-from files import unwritable, write_whole
+from files import append_synced, write_whole
 from training.distributed import World
 from training.settings import TrainSettings
 from training.track import open_tracker
 from training.warnings import Watch
+
+COUNT = "/count"  # A sum with this ending is the weight of the sum without it.
 
 
 class Meter:
@@ -40,12 +40,17 @@ class Meter:
         return not self.world.largest(int(not finite))
 
     def mean(self) -> dict[str, float]:
-        """The means over all ranks; the sums start again at 0. Every rank must call this function."""
+        """The means over all ranks; the sums start again at 0. Every rank must call this function.
+
+        A name with a count of its own has the mean over that; with a count of 0 it is left out.
+        """
         names = list(self.sums)
         totals = torch.stack([*self.sums.values(), torch.tensor(self.weight, device=self.world.device)])
         *sums, weight = self.world.sum(totals).tolist()
         self.sums, self.weight = {}, 0.0
-        return {name: value / weight for name, value in zip(names, sums, strict=True)}
+        sums = dict(zip(names, sums, strict=True))
+        weights = {name: sums.get(name + COUNT, weight) for name in names if not name.endswith(COUNT)}
+        return {name: sums[name] / each for name, each in weights.items() if each}
 
     def state_dict(self) -> dict:
         """The sums of each rank: a sum over ranks would round differently. Every rank must call this."""
@@ -91,12 +96,7 @@ class RowFile:
         if not self.file:
             self._open()
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        try:
-            if self.file.write(lines) < len(lines):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self.file.fileno())  # A checkpoint of this step must not outlive its row.
-        except OSError as error:
-            raise unwritable(self.path, error) from None
+        append_synced(self.file, lines, self.path)  # A checkpoint of this step must not outlive its row.
 
     def close(self) -> None:
         if self.file:

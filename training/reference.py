@@ -65,7 +65,9 @@ def check_cached(objective: Objective) -> None:
     """Raise `InputError` if the reference changes during training or the loss does not use it."""
     moves = "--reference cached keeps one reference, but --tr-alpha and --tr-every change it"
     unused = f"--reference cached: --loss {objective.settings.loss} does not use a reference"
+    whole = f"--reference cached keeps one number a token, but --loss {objective.settings.loss} compares "
     require(not objective.moves_reference, moves)
+    require("rejected_kl" not in objective.inputs, whole + "whole distributions")
     require(objective.needs_reference, unused)
 
 
@@ -85,9 +87,9 @@ def cache_references(
     """
     if settings.reference != "cached":
         return None
-    for store in filter(None, (eval_pairs, pairs)):
-        digest = cache_reference(model, store, world, precision, settings.layout, max_tokens)
-    return digest
+    stores = [store for pair in (eval_pairs, pairs) if pair for store in (pair.mismatched, pair) if store]
+    digests = [cache_reference(model, each, world, precision, settings.layout, max_tokens) for each in stores]
+    return digests[-1] if pairs.mismatched is None else "-".join(digests[-2:])
 
 
 def cache_reference(

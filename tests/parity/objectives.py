@@ -24,7 +24,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from dataset.packing import build_stream
 from model.transformer import Transformer
 from tests.conftest import make_model
-from training.objective import Objective, ObjectiveSettings, Pairs, wpo_pair_weights
+from training.objective import Objective, ObjectiveSettings
 
 disable_progress_bars()
 V, END, BETA = 24, 1, 0.1
@@ -113,19 +113,19 @@ def their_model(ours: Transformer) -> LlamaForCausalLM:
 # ---- Our side and theirs
 
 
-def our(loss: str, pairs: Rows = PAIRS, shift=(0.0, 0.0), delta=0.0, **options) -> Said:
+def our(loss: str, pairs: Rows = PAIRS, shift=(0.0, 0.0), delta=0.0, gap=0.0, **options) -> Said:
     """Our objective. `shift` is added to what the reference says of chosen and rejected answers; `delta` is
-    bco_pair's after some steps."""
+    bco_pair's after some steps; `gap` is the difference of the scores of all pairs."""
     objective = Objective(ObjectiveSettings(**{"beta": BETA, "loss": loss, **options}))
     objective.load_state_dict({"reward_sum": delta, "reward_count": 1.0})
     stream = build_stream(pairs, range(len(pairs)))
     policy_logps = policy()(stream)
-    weights = wpo_pair_weights(policy(), stream, policy_logps)
     with torch.no_grad():
         reference_logps = reference()(stream)
-    batch = Pairs.of(stream, policy_logps, reference_logps, weights)
+    batch = objective.pairs(stream, policy_logps, reference_logps, policy(), reference())
     chosen, rejected = batch.reference_chosen_logps + shift[0], batch.reference_rejected_logps + shift[1]
     batch = replace(batch, reference_chosen_logps=chosen, reference_rejected_logps=rejected)
+    batch = replace(batch, score_margins=torch.full_like(chosen, gap))
     value = objective(batch).mean()
     gradients = torch.autograd.grad(value, list(policy().parameters()))
     return Said(value.item(), torch.cat([gradient.flatten() for gradient in gradients]))

@@ -5,9 +5,11 @@ from tests.planted import (
     data,
     experiments,
     folders,
+    lessons,
     log,
     loops,
     objectives,
+    playground,
     resume,
     reward,
     shard,
@@ -18,6 +20,6 @@ from tests.planted import (
 
 ROOMS = (
     stream, transformer, objectives, reward, answers, data, loops, folders, resume, shard, speed,
-    experiments, log,
+    experiments, log, playground, lessons,
 )  # fmt: skip
 MUTANTS = [mutant for room in ROOMS for mutant in room.MUTANTS]

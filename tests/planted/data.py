@@ -65,6 +65,32 @@ An assistant turn that the data marks as not to be learned is learned.
 + True
 test_tokenizer.py::test_a_turn_of_weight_0_is_not_supervised
 
+# ---- Verdicts
+
+order-of-the-columns in dataset.turns: judged_pair
+The first answer is always chosen: half of the pairs are learned the wrong way round.
+- sides if first_wins(record, verdict) >= 0.5 else sides[::-1]
++ sides
+test_store.py::test_ties_are_dropped_and_votes_are_labels
+
+tie-trained-on in dataset.store: encode_or_drop
+A tie is learned as a win of the first answer.
+- getattr(record, "tie", False)
++ False
+test_store.py::test_ties_are_dropped_and_votes_are_labels
+
+votes-of-the-first-answer in dataset.records: _preference
+The share of the first answer, where the second is chosen: the soft label prefers the rejected side.
+- max(share, 1 - share)
++ share
+test_records.py::test_votes_are_a_win_probability_of_the_side_that_wins
+
+tie-for-the-second in dataset.turns: first_wins
+A tie among several votes counts against the first answer.
+- sum(VERDICTS[name] for name in names)
++ sum(VERDICTS[name] == 1 for name in names)
+test_records.py::test_votes_are_a_win_probability_of_the_side_that_wins
+
 # ---- Files and batches
 
 split-by-row in dataset.store: TokenStore.split
@@ -110,8 +136,8 @@ test_store.py::test_length_limit_keeps_whole_pairs_or_none
 
 equal-pairs-kept in dataset.store: encode_or_drop
 A pair that prefers nothing adds ln 2 to the loss and nothing to the gradient.
-- branches[1] == branches[2]
-+ branches[1] is branches[2]
+- {tuple(ids) for ids, _ in branches[1:]}
++ {id(ids) for ids, _ in branches[1:]}
 test_store.py::test_dropped_records_are_counted_with_their_lines
 
 skip-bad-without-limit in dataset.store: _write

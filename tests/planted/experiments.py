@@ -51,7 +51,7 @@ The policy has seen the sentences that it is measured on.
 + sentences
 test_experiment_figures.py::test_no_start_of_a_held_out_sentence_is_trained_on
 
-every-run-measured-with-default-beta in eval.preference: choose_objective
+every-run-measured-with-default-beta in eval.preference: run_objective
 Rewards and loss of a run with another beta differ from its own log, and look plausible.
 - {name: run[name] for name in ... if ...}
 + {}
@@ -89,7 +89,31 @@ test_report.py::test_a_pair_has_its_own_prompt
 
 report-draws-the-same-answers-twice in eval.figures: judge_charts
 The bars before training show the trained model: DPO seems to change nothing.
-- (f"before: {before}", "pale", before)
-+ (f"before: {before}", "pale", after)
+- (f"{tr('before')}: {before}", "pale", before)
++ (f"{tr('before')}: {before}", "pale", after)
 test_report.py::test_bars_have_the_heights_of_the_judges_figures
+
+language-of-lang-before-lc-all in eval.words: language
+LC_ALL=C, with which scripts ask for English, would be ignored.
+- ("LC_ALL", "LC_MESSAGES", "LANG")
++ ("LANG", "LC_MESSAGES", "LC_ALL")
+test_words.py::test_auto_is_the_language_of_the_environment
+
+language-stays-after-the-page in eval.words: language
+Whatever is printed after a Chinese page would be Chinese too.
+- _current.reset(token)
++ None
+test_words.py::test_auto_is_the_language_of_the_environment
+
+heading-passes-by-the-translation in eval.page: page
+One heading of the Chinese page stays English, and no error shows it.
+- tr("Distributions")
++ "Distributions"
+test_report.py::test_the_chinese_page_is_the_english_one_in_other_words
+
+dpo-without-beta-in-the-derivation in losses: sigmoid
+The loss has its minimum at another policy than the goal that it was derived from.
+- -F.logsigmoid(beta * margins)
++ -F.logsigmoid(margins)
+test_derivation.py::test_the_function_computes_the_equation
 """)

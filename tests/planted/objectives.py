@@ -67,6 +67,101 @@ Scores on a scale of ten are read as log odds.
 + score_margins
 test_objectives.py::test_value_and_gradient_are_the_closed_form[soft-0.25-0.1]
 
+rebel-scores-swapped in losses: rebel
+The gap with the other sign: the policy is taught to prefer the rejected answers.
+- score_scale * score_margins
++ -score_scale * score_margins
+test_objectives.py::test_a_gradient_step_widens_the_margin[rebel]
+
+rebel-of-probabilities in losses: rebel
+A squashed margin saturates: the gap of the scores is not reached.
+- beta * margins - score_scale * score_margins
++ torch.sigmoid(beta * margins) - torch.sigmoid(score_scale * score_margins)
+test_objectives.py::test_value_and_gradient_are_the_closed_form[rebel-0.1]
+
+odpo-offset-turned in losses: odpo
+A much better answer may win by less.
+- beta * margins - odpo_alpha * score_margins.clamp(min=0).log()
++ beta * margins + odpo_alpha * score_margins.clamp(min=0).log()
+test_objectives.py::test_offsets_are_dpo_where_there_is_nothing_to_offset
+
+odpo-log-of-a-negative-gap in losses: odpo
+The logarithm of a negative gap is NaN, and one such pair ends the run.
+- score_margins.clamp(min=0)
++ score_margins
+test_objectives.py::test_extremes_are_finite[odpo-reverse_kl-dtype0]
+
+odpo-accepts-lost-pairs in training.objective: Objective.check_data
+A pair whose rejected side scores higher has no loss, and nobody is told.
+- (margins < 0) & (name == "odpo")
++ margins < margins
+test_objectives.py::test_a_record_whose_scores_do_not_suffice
+
+infinite-gap-accepted in training.objective: Objective.check_data
+A win probability of 1 is an infinite gap, which no margin reaches: the loss is inf.
+- np.isinf(margins) & (name != "soft")
++ margins < margins
+test_objectives.py::test_a_record_whose_scores_do_not_suffice
+
+length-offset-turned in losses: rdpo
+A longer answer must win by more: length is rewarded, the opposite of the paper.
+- beta * margins + rdpo_alpha * (chosen_lengths - rejected_lengths)
++ beta * margins - rdpo_alpha * (chosen_lengths - rejected_lengths)
+test_objectives.py::test_offsets_are_dpo_where_there_is_nothing_to_offset
+
+tdpo-without-stop-gradient in losses: tdpo2
+The chosen side's KL enters with the other sign: the policy is driven away from its reference there.
+- chosen_kl.detach()
++ chosen_kl
+test_objectives.py::test_tdpo2_moves_only_the_rejected_kl
+
+tdpo-kl-turned in losses: tdpo2
+The KL along rejected answers is raised without bound.
+- tdpo_alpha * gap
++ -tdpo_alpha * gap
+test_objectives.py::test_tdpo2_moves_only_the_rejected_kl
+
+tdpo-reverse-kl in training.objective: Objective.pairs
+KL(π ‖ π_ref) is the divergence of DPO's constraint, and not the paper's.
+- next_token_kl(reference, model, stream)
++ next_token_kl(model, reference, stream)
+test_objectives.py::test_pairs_of_a_stream_are_those_of_single_sequences[forked]
+
+kl-kept-whole in training.objective: next_token_kl
+All chunks wait for backward: two tensors of tokens times vocabulary.
+- recompute_in_backward(kl, *chunk)
++ kl(*chunk)
+test_objectives.py::test_the_exact_kl_in_chunks_with_its_gradient
+
+tdpo-with-a-cached-reference in training.reference: check_cached
+The cache has one log-prob a token, and the run stops in its first step.
+- require("rejected_kl" not in objective.inputs, ...)
+test_objectives.py::test_tdpo2_needs_whole_models
+
+reference-with-adapters in model.lora: WithoutAdapters.hidden_of
+The reference's hidden states are the policy's: D is always 0.
+- adapters_off(self.model)
++ torch.no_grad()
+test_objectives.py::test_tdpo2_with_adapters
+
+simper-of-logs in losses: simper
+Without the exponential it is a difference of log-probs, which has no lower bound.
+- rejected_mean_logps.exp() - chosen_mean_logps.exp()
++ rejected_mean_logps - chosen_mean_logps
+test_objectives.py::test_value_and_gradient_are_the_closed_form[simper-0.1]
+
+chi2-without-its-logarithm in losses: chi2_kl
+Pure chi-squared: f' is bounded below, and unlikely answers are not told apart.
+- expm1(logratios) + logratios
++ expm1(logratios)
+test_objectives.py::test_chi2_is_dpo_for_unlikely_answers_and_clipped_where_it_explodes
+
+chi2-clip-of-the-margin in training.objective: Objective.__call__
+The limit holds for a - b instead of beta (a - b): ten times too narrow at beta 0.1.
+- self.settings.chi2_clip / self.settings.beta
++ self.settings.chi2_clip
+test_objectives.py::test_chi2_is_dpo_for_unlikely_answers_and_clipped_where_it_explodes
+
 robust-not-divided in losses: robust
 Without its divisor the loss is biased, and weaker by 1 - 2 epsilon.
 - (-(1 - flipped) * F.logsigmoid(h) + flipped * F.logsigmoid(-h)) / (1 - 2 * flipped)
@@ -85,16 +180,16 @@ ipo-target-doubled in losses: ipo
 + margins - 1 / beta
 test_objectives.py::test_value_and_gradient_are_the_closed_form[ipo-0.1]
 
-ipo-norm-of-sums in losses: ipo_norm
+ipo-norm-of-sums in training.objective: means
 The averaged variant that forgets to average is the paper's loss under another name.
-- chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths
-+ chosen_logratios - rejected_logratios
+- pairs.chosen_logratios / w - pairs.rejected_logratios / r
++ pairs.chosen_logratios - pairs.rejected_logratios
 test_objectives.py::test_value_and_gradient_are_the_closed_form[ipo_norm-0.1]
 
-sigmoid-norm-by-one-length in losses: sigmoid_norm
+sigmoid-norm-by-one-length in training.objective: means
 Both sides are divided by the chosen length, so that padding a rejected answer pays.
-- beta * (chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths)
-+ beta * (chosen_logratios - rejected_logratios) / chosen_lengths
+- pairs.rejected_logratios / r
++ pairs.rejected_logratios / w
 test_objectives.py::test_value_and_gradient_are_the_closed_form[sigmoid_norm-0.1]
 
 exo-forward-kl in losses: exo_pair
@@ -203,14 +298,14 @@ test_objectives.py::test_aot_is_a_plain_loop_over_quantiles[aot-0.0]
 
 simpo-gamma-inside-beta in losses: simpo
 The margin shrinks with beta.
-- beta * margins - simpo_gamma
-+ beta * (margins - simpo_gamma)
+- beta * (chosen_mean_logps - rejected_mean_logps) - simpo_gamma
++ beta * (chosen_mean_logps - rejected_mean_logps - simpo_gamma)
 test_objectives.py::test_value_and_gradient_are_the_closed_form[simpo-0.1]
 
-simpo-of-sums in losses: simpo
+simpo-of-sums in training.objective: means
 Mean for sum and sum for mean: SimPO's reward is the mean log-prob, or long answers lose.
-- policy_chosen_logps / chosen_lengths - policy_rejected_logps / rejected_lengths
-+ policy_chosen_logps - policy_rejected_logps
+- pairs.policy_rejected_logps / r
++ pairs.policy_rejected_logps
 test_objectives.py::test_value_and_gradient_are_the_closed_form[simpo-0.1]
 
 orpo-without-odds in losses: log_odds
@@ -224,10 +319,10 @@ A certain answer has infinite odds; two of them differ by NaN.
 - logp = logp.clamp(max=-1e-6)
 test_objectives.py::test_extremes_are_finite[orpo-reverse_kl-dtype0]
 
-sft-over-tokens-of-the-batch in losses: sft
+sft-over-tokens-of-the-batch in training.objective: means
 A mean over the batch's tokens: long answers weigh more than in the paper.
-- -policy_chosen_logps / chosen_lengths
-+ -policy_chosen_logps / chosen_lengths.mean()
+- pairs.policy_chosen_logps / w
++ pairs.policy_chosen_logps / w.mean()
 test_objectives.py::test_value_and_gradient_are_the_closed_form[sft-0.1]
 
 token-zero-skipped in model.transformer: token_logps
@@ -292,8 +387,8 @@ test_objectives.py::test_pairs_of_a_stream_are_those_of_single_sequences[forked]
 
 ld-beyond-the-longer in model.stream: TokenStream.beyond_the_shorter
 Nothing lies beyond the longer answer: the option does nothing.
-- lengths.view(-1, 2).amin
-+ lengths.view(-1, 2).amax
+- lengths.view(-1, self.branches).amin
++ lengths.view(-1, self.branches).amax
 test_objectives.py::test_pairs_of_a_stream_are_those_of_single_sequences[twin]
 
 ld-of-the-policy-only in training.objective: Pairs.of
@@ -386,4 +481,98 @@ A win probability of 0.5 becomes a label of 0.62.
 - math.log(p) - math.log1p(-p)
 + p
 test_store.py::test_score_margins_are_those_of_the_records
+
+# ---- Ranked replies
+
+reply-above-itself in losses: plackett_luce
+The tail of the k-th draw begins behind it; with j >= k the reply stands twice, and two replies are not DPO.
+- (present[:, :, None] & present[:, None, :]).triu(1)
++ (present[:, :, None] & present[:, None, :]).triu(0)
+test_rankings.py::test_two_replies_are_dpo_to_the_bit[dtype0]
+
+missing-reply-ranked in losses: plackett_luce
+A prompt with fewer replies has places without one; they must not count as replies of reward 0.
+- ~reply_logratios.isnan()
++ reply_logratios.nan_to_num_() == reply_logratios
+test_rankings.py::test_the_loss_is_the_likelihood_of_the_order
+
+worst-reply-first in losses: plackett_luce
+The list is read from its end: the model learns the reverse order.
+- ~worse
++ ~worse.transpose(1, 2)
+test_rankings.py::test_laws_of_the_loss
+
+padded-behind-the-last in dataset.store: pad_bounds
+Missing replies stand after the worst one, so that the rejected answer of a short row is empty.
+- places[:, -1:] = widths - 1
++ places = np.minimum(columns, widths - 1)
+test_rankings.py::test_a_row_with_fewer_replies_is_padded_before_its_last
+
+missing-reply-copies-the-prompt in dataset.packing: stream_lengths
+In the twin layout only replies that are there bring their prompt.
+- (np.diff(store.bounds[:, 1:]) > 0).sum(axis=1)
++ store.bounds.shape[1] - 2
+test_rankings.py::test_log_ratios_of_a_stream_are_those_of_single_sequences[twin]
+
+only-the-ends-of-a-ranking in training.objective: Pairs.of
+The replies between the best and the worst one are never learned.
+- stream.branches > 2
++ stream.branches > 99
+test_rankings.py::test_log_ratios_of_a_stream_are_those_of_single_sequences[forked]
+
+# ---- Unpaired feedback
+
+z0-from-matched-answers in training.objective: Objective.before_step
+The mean of the trained answers themselves: their rewards are measured from their own mean.
+- mismatched(data)
++ data
+test_unpaired.py::test_z0_is_the_mean_over_mismatched_answers[forked]
+
+gradient-through-z0 in training.objective: Objective.before_step
+The policy lowers its loss by moving the point from which it is measured.
+- torch.no_grad()
++ torch.enable_grad()
+test_unpaired.py::test_z0_is_the_mean_over_mismatched_answers[twin]
+
+z0-below-zero in training.objective: Objective.before_step
+A KL is not negative; its estimate from a few answers is.
+- (self.settings.beta * world.sum(total) / len(rows)).clamp(min=0)
++ self.settings.beta * world.sum(total) / len(rows)
+test_unpaired.py::test_z0_is_the_mean_over_mismatched_answers[forked]
+
+z0-of-each-rank in training.objective: Objective.before_step
+Each rank has the sum of its own rows only, so that more ranks are another loss.
+- world.sum(total)
++ total
+test_unpaired.py::test_two_ranks_equal_one_process
+
+partner-with-the-same-prompt in dataset.mismatched: partners
+The next row of the file often answers the same prompt, and is not mismatched.
+- return (...) % rows
++ return (places + 1) % rows
+test_unpaired.py::test_partners_have_another_prompt
+
+missing-answer-trained in losses: kto
+The side without an answer adds a constant to the loss: half of it is no answer's.
+- chosen_lengths > 0
++ chosen_lengths >= 0
+test_unpaired.py::test_the_loss_and_its_slopes_by_hand
+
+label-turned in dataset.records: Feedback.replies
+Desirable answers are rejected: the loss falls, and the model learns what people disliked.
+- return (self.completion, None) if self.label else (None, self.completion)
++ return (None, self.completion) if self.label else (self.completion, None)
+test_unpaired.py::test_a_row_has_one_side
+
+weights-of-labels-exchanged in losses: kto
+λ_D and λ_U change places: the balance that they should restore is twice as bad.
+- desirable_weight * desirable + undesirable_weight * undesirable
++ undesirable_weight * desirable + desirable_weight * undesirable
+test_unpaired.py::test_the_loss_and_its_slopes_by_hand
+
+rewards-of-a-label-over-all-rows in training.metrics: Meter.mean
+The mean reward of desirable answers is divided by the number of all answers.
+- sums.get(name + COUNT, weight)
++ weight
+test_unpaired.py::test_evaluation_does_not_depend_on_its_batches
 """)
