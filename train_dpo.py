@@ -23,7 +23,7 @@ from model.lora import trained_part
 from model.transformer import compile_layers
 from model.weights import weights_hash
 from training.distributed import World, exchange_gradients, join, wrap
-from training.evaluate import evaluate
+from training.evaluate import KL_PAIRS, evaluate, evaluate_kl
 from training.memory import micro_batch_tokens
 from training.metrics import Meter, MetricsLog
 from training.objective import Objective, Pairs, pair_metrics
@@ -90,8 +90,9 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
 
     def evaluate_now(step: int) -> None:
         if eval_pairs:
-            options = objective, settings.layout, max_tokens
-            metrics = evaluate(model, reference, eval_pairs, world, precision, *options)
+            data, options = (model, reference, eval_pairs, world), (settings.layout, max_tokens)
+            metrics = evaluate(*data, precision, objective, *options)
+            metrics |= evaluate_kl(*data, *options, KL_PAIRS)
             log.write(step, {f"eval_{name}": value for name, value in metrics.items()})
             log.write_samples(step, greedy_answers(model, tokenizer, prompts, world, settings.compile))
 

@@ -106,6 +106,11 @@ def share(lengths: np.ndarray, rank: int, ranks: int, max_tokens: int) -> list[r
     return parts[rank] + [range(0)] * (max(map(len, parts)) - len(parts[rank]))
 
 
+def spread(count: int, most: int | None) -> np.ndarray:
+    """At most `most` of `count` places, spread evenly from the first to the last; None: all of them."""
+    return np.linspace(0, count - 1, min(count if most is None else most, count)).round().astype(int)
+
+
 def build_stream(store: TokenStore, rows, layout: str = "forked") -> TokenStream:
     """The `TokenStream` of these rows, one after another.
 

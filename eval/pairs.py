@@ -12,7 +12,7 @@ from itertools import takewhile
 
 import numpy as np
 
-from dataset.packing import build_stream, fill
+from dataset.packing import build_stream, fill, spread
 from dataset.records import Message, Preference, read_preferences
 from dataset.store import open_store
 from dataset.tokenizer import ChatTokenizer
@@ -150,7 +150,7 @@ def measure(
     store = open_store(path, "preferences", tokenizer, length, shape, skip_bad, swap)
     store = store.split(share)[1] if share else store
     objective = choose_objective(Settings(model=folder), run, store, path)
-    rows = np.unique(np.linspace(0, len(store) - 1, min(pairs, len(store))).round().astype(int))
+    rows = spread(len(store), pairs)
     prompts = read_prompts(path, shape, store.records[rows])
     measured, divergences = [], []
     for batch in fill(range(len(rows)), store.lengths[rows], MAX_TOKENS):

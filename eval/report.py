@@ -198,7 +198,8 @@ def header(figure, curves: dict[str, Curve], title: str, last_step: int) -> None
 def plain(axes, title: str, unit: str) -> None:
     """Set title and unit of a plot, and remove the lines that carry no information."""
     axes.set_title(title, loc="left", size=11, weight="bold", pad=19)
-    axes.text(0, 1.04, unit, transform=axes.transAxes, size=8.5, color=PALE, parse_math=False)
+    place = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    axes.annotate(unit, (0, 1), (0, 5), size=8.5, color=PALE, parse_math=False, **place)
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)

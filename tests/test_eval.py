@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import train_dpo
+from dataset.packing import build_stream
 from dataset.records import DataError
 from dataset.store import open_store
 from dataset.tokenizer import ChatTokenizer, train
@@ -35,7 +36,7 @@ from tests.ranks import forked
 from tests.runs import ALONE, FP32
 from training import precision as precision_module
 from training.evaluate import evaluate, evaluate_kl
-from training.objective import Objective, ObjectiveSettings
+from training.objective import Objective, ObjectiveSettings, next_token_kl
 from training.settings import SAMPLE
 
 CPU = torch.device("cpu")
@@ -94,6 +95,17 @@ def test_kl_is_that_of_a_plain_loop(pairs, tokenizer, layout, scores_at_once, mo
     assert total / count > 0.1
 
 
+def test_the_kl_of_an_evaluation_in_training_is_that_of_rows_spread_over_the_data(pairs, tokenizer):
+    """The first rows of a sorted file are about one thing."""
+    policy, reference = (make_model(tokenizer.vocab_size, seed=seed) for seed in (1, 2))
+    data, most = pairs(7), 3
+    stream = build_stream(data, [0, 3, 6])
+    expected = next_token_kl(policy, reference, stream).mean().item()
+    for max_tokens in (130, 10_000):
+        found = evaluate_kl(policy, reference, data, ALONE, max_tokens=max_tokens, most=most)
+        assert found["kl_per_token"] == pytest.approx(expected, rel=1e-6)
+
+
 def test_two_ranks_print_the_figures_of_one(folders, ragged, tmp_path, capsys):
     command = ["--model", folders[0], "--reference", folders[1], "--data", str(ragged), "--device", "cpu"]
     preference.main([*command, "--json", str(tmp_path / "new" / "one.json")])
@@ -146,6 +158,7 @@ def measured(folder: str, tmp_path, *flags: str) -> dict:
     ["--loss", "dpop", "--dpop-lambda", "3"],
     ["--wpo"],
     ["--ld-alpha", "0.5"],
+    ["--lora-rank", "4"],
 ], ids=" ".join)  # fmt: skip
 def test_a_run_is_measured_as_it_was_trained(flags, trained, tmp_path, folders, capsys):
     """With beta 0.1 and DPO's loss for every run, the figures differ from those of its own log, silently."""
@@ -153,6 +166,7 @@ def test_a_run_is_measured_as_it_was_trained(flags, trained, tmp_path, folders, 
     *_, last = (row for row in metrics(tmp_path / "run") if "eval_loss" in row)
     figures = measured(folder, tmp_path)
     logged = {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
+    assert logged["kl_per_token"] > 1e-4
     assert {name: figures[name] for name in logged} == pytest.approx(logged, rel=1e-4, abs=1e-6)
     assert logged["rewards/margins"] != 0
     loss = flags[flags.index("--loss") + 1] if "--loss" in flags else "sigmoid"

@@ -17,8 +17,8 @@ test_experiments.py::test_label_noise
 
 reward-model-sees-true-labels in eval.experiments.label_noise: compare
 Soft labels win because only their reward model has seen the true labels.
-- train_reward.main([*common, *data, ...])
-+ train_reward.main([*common, *data, f"--data={settings.data}", ...])
+- train_reward.main([*flags, *data, ...])
++ train_reward.main([*flags, *data, f"--data={settings.data}", ...])
 test_experiments.py::test_label_noise
 
 kl-from-the-references-answers in eval.experiments.frontier: measure

@@ -454,8 +454,8 @@ test_objectives.py::test_every_objective_trains_and_evaluates[simpo]
 
 evaluated-with-another-loss in train_dpo: train.evaluate_now
 The held-out loss is DPO's while another one is trained.
-- objective, settings.layout, max_tokens
-+ Objective(ObjectiveSettings(beta=settings.beta)), settings.layout, max_tokens
+- evaluate(*data, precision, objective, *options)
++ evaluate(*data, precision, Objective(ObjectiveSettings(beta=settings.beta)), *options)
 test_objectives.py::test_every_objective_trains_and_evaluates[ipo]
 
 evaluation-mean-of-means in training.evaluate: evaluate
