@@ -2,6 +2,7 @@
 # make test       lint and the test suite; make test-all runs the slow tests as well
 # make parity     install TRL, transformers and peft as well, and compare with them
 # make bench      install the peers as well, and time them and ours: about an hour on two cores, or BENCH="--quick"
+# make exercise   check one of the exercises of docs/TOUR.md: make exercise N=3
 # make sample     write the bundled data and its tokenizer anew
 #
 # The first call makes .venv and installs the pinned packages. To use an environment of your own, with a
@@ -29,6 +30,11 @@ parity: $(PARITY_READY)
 
 bench: $(PARITY_READY)
 	$(PYTHON) -m bench.run $(BENCH)
+	$(PYTHON) -m bench.generation
+
+# A wrong answer is not an error of make.
+exercise: $(RUN_READY)
+	@$(PYTHON) -m tests.exercises.checks $(N) || true
 
 lint: $(DEV_READY)
 	$(PYTHON) -m ruff check .
@@ -51,4 +57,4 @@ sample: $(RUN_READY)
 	.venv/bin/python -m pip install --quiet --requirement requirements-parity.txt
 	touch $@
 
-.PHONY: demo test test-all parity bench lint sample
+.PHONY: demo test test-all parity bench exercise lint sample

@@ -24,7 +24,7 @@ from dataset.tokenizer import ChatTokenizer
 from errors import InputError, require, run_script
 from eval.common import describe_training, length_limit, load_model_and_tokenizer, print_note, print_start
 from eval.terminal import column_width, side_by_side, text_pieces, wrap
-from model.generate import decode_steps
+from model.generate import Decoder, decode_steps
 from model.transformer import Transformer
 from training.distributed import pick_device
 from training.settings import DEVICE_WHY, DEVICES, Flags, flag, parse
@@ -87,7 +87,8 @@ class Conversation:
         `uniforms` is (1, max_new_tokens), one random number in [0, 1) per token.
         """
         prompt, end_id = self.tokenizer.prompt(self.history), self.tokenizer.end_id
-        tokens = (new[0] for _, new in decode_steps(self.model, [prompt], uniforms, end_id, **sampling))
+        steps = decode_steps(Decoder(self.model), [prompt], uniforms, end_id, **sampling)
+        tokens = (new[0] for _, new in steps)
         answer = ""
         for piece in text_pieces(self.tokenizer, (token for token in tokens if token != end_id)):
             answer += piece

@@ -16,6 +16,7 @@ from model.config import PRESETS, ModelConfig
 from model.transformer import Transformer
 from model.weights import load_model, run_settings
 from training import settings
+from training.precision import Precision
 from training.settings import SAMPLE, Flags, default_length, flag
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
@@ -76,6 +77,11 @@ def print_start(models: dict[str, Transformer], device: torch.device, precision:
     print_note(f"{sizes} on {device.type}, {precision}")
 
 
+def generating(model: Transformer) -> torch.autocast:
+    """The context in which a model generates answers: autocast to bf16 if its device multiplies bf16."""
+    return Precision("auto", model.embed_tokens.weight.device).autocast()
+
+
 def print_note(text: str) -> None:
     """Print text for the person at the terminal. Standard output is for results."""
     print(printable(text), file=sys.stderr, flush=True)
@@ -108,6 +114,11 @@ def starting_model(folder: str, flag_name: str) -> str:
     absent = f"{folder} started from {start}, and that folder is not here; give {flag_name}"
     require(Path(start).is_dir(), absent)
     return start
+
+
+def reference_of(folder: str) -> str:
+    """The reference of the run that trained a model: its --reference-model, or the model it started from."""
+    return str(run_settings(folder).get("reference_model") or starting_model(folder, "--reference"))
 
 
 def is_bundled(path: str | Path) -> bool:

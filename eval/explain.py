@@ -21,12 +21,13 @@ from dataset.jsonl import printable
 from dataset.packing import build_stream
 from dataset.records import DataError, Message, Preference, read_preferences
 from dataset.store import Branch, TokenStore, encode, score_margin
+from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script
 from eval.common import (
     load_policy_and_reference,
     print_start,
+    reference_of,
     run_settings,
-    starting_model,
 )
 from eval.preference import choose_objective, held_out_pairs
 from eval.terminal import cells, terminal_width, text_pieces, wrap
@@ -138,6 +139,33 @@ def read_typed() -> Preference:
     return Preference((Message("user", prompt),), chosen, rejected, 1)
 
 
+@dataclass(frozen=True)
+class Opened:
+    """One pair, and what it is computed with: two models in float32, their tokenizer, the objective."""
+
+    policy: Transformer
+    reference: Transformer
+    tokenizer: ChatTokenizer
+    objective: Objective
+    data: str  # the pair's file; "" for --text
+    record: Preference
+    pair: OnePair
+
+
+def open_pair(settings: Settings) -> Opened:
+    """Load what the settings name. Raises `InputError` for what is missing or a pair that is too long."""
+    device, run = pick_device(settings.device), run_settings(settings.model)
+    folder = settings.reference or reference_of(settings.model)
+    policy, reference, tokenizer = load_policy_and_reference(settings.model, folder, device)
+    print_start({settings.model: policy, folder: reference}, device, "fp32")
+    data = "" if settings.text else settings.data or held_out_pairs(settings.model, run)[0]
+    record = read_row(data, settings.row) if data else read_typed()
+    pair = OnePair(record, encode(record, tokenizer))
+    policy.config.check_fits(length=int(pair.bounds[0, -1]))
+    objective = choose_objective(settings, run, pair, data or "--text")
+    return Opened(policy, reference, tokenizer, objective, data, record, pair)
+
+
 # ---- On the terminal
 
 
@@ -225,21 +253,12 @@ def describe(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse(Settings, __doc__.split("\n")[0], arguments)
-    device = pick_device(settings.device)
-    run = run_settings(settings.model)
-    folder = settings.reference or starting_model(settings.model, "--reference")
-    policy, reference, tokenizer = load_policy_and_reference(settings.model, folder, device)
-    print_start({settings.model: policy, folder: reference}, device, "fp32")
-    data = "--text" if settings.text else settings.data or held_out_pairs(settings.model, run)[0]
-    record = read_typed() if settings.text else read_row(data, settings.row)
-    pair = OnePair(record, encode(record, tokenizer))
-    policy.config.check_fits(length=int(pair.bounds[0, -1]))
-    objective = choose_objective(settings, run, pair, data)
-    answers, loss = explain(policy, reference, pair, objective)
+    opened = open_pair(parse(Settings, __doc__.split("\n")[0], arguments))
+    answers, loss = explain(opened.policy, opened.reference, opened.pair, opened.objective)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     sys.stdout.reconfigure(errors="backslashreplace")
-    print("\n".join(describe(record, answers, loss, objective, tokenizer, colour)))
+    lines = describe(opened.record, answers, loss, opened.objective, opened.tokenizer, colour)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

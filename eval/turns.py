@@ -4,6 +4,7 @@ import random
 
 from dataset.records import Message
 from dataset.tokenizer import ChatTokenizer
+from eval.common import generating
 from eval.terminal import cells
 from eval.verdict import score
 from eval.words import tr
@@ -38,9 +39,9 @@ def right_by_turn(
             for history, asked in zip(histories, questions, strict=True):
                 history += asked[turn]["prompt"]
             prompts = [tokenizer.prompt(history) for history in histories]
-            answers = generate(
-                model, prompts, tokenizer.end_id, max_new_tokens, temperature=0, batch_size=conversations
-            )
+            options = dict(max_new_tokens=max_new_tokens, temperature=0, batch_size=conversations)
+            with generating(model):
+                answers = generate(model, prompts, tokenizer.end_id, **options)
             right = 0
             for history, asked, answer in zip(histories, questions, answers, strict=True):
                 text = tokenizer.decode(answer.tokens)

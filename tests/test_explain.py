@@ -154,3 +154,15 @@ def test_the_runs_held_out_pairs_are_the_default(run, folders, ragged, tokenizer
     save_folder(tmp_path / "run", tokenizer, settings=settings, seed=2)
     assert run("--model", str(tmp_path / "run")) == run("--model", folders[0], "--data", str(ragged))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"] == settings
+
+
+def test_a_pair_of_a_wpo_run_has_its_weight(run, folders, ragged, tokenizer, tmp_path):
+    """Without WPO's weights the objective has nothing to multiply by: a traceback for every such run."""
+    settings = {"model": folders[1], "beta": 0.5, "loss": "sigmoid", "wpo": True}
+    policy = str(save_folder(tmp_path / "run", tokenizer, settings=settings, seed=2))
+    rows = [json.loads(line) for line in ragged.read_text("utf-8").splitlines()]
+    (tmp_path / "one.jsonl").write_text(json.dumps(rows[0]) + "\n", "utf-8")
+    data = str(tmp_path / "one.jsonl")
+    given = preference.Settings(model=policy, data=data, device="cpu", precision="fp32")
+    logged = preference.measure(given, preference.World(0, 1, torch.device("cpu")))["loss"]
+    assert f"loss sigmoid: {logged:.4f}" in run("--model", policy, "--data", data)

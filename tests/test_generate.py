@@ -3,19 +3,24 @@
 import pytest
 import torch
 
-from model.generate import Answer, KVCache, generate, sample
+import model.generate as module
+from errors import InputError
+from model.generate import Answer, Decoder, KVCache, generate, prefill, sample
+from model.lora import adapter_weights, add_adapters
 from tests.conftest import MODEL_OPTIONS, NoFloat64, make_model, plain_logits
 
+PROBES = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+CPU_MULTIPLIES_BF16 = any(getattr(torch.cpu, name, bool)() for name in PROBES)
 V, END = 40, 7
 PROMPTS = [[1, 2, 3, 4, 5, 6], [9], [11, 12, 13], [9, 8], [30, 31, 32, 33, 34, 35, 36, 37, 38, 39]]
 
 
 def cached_logits(model, chunks: list[list[int]]) -> torch.Tensor:
     """Feed one sequence to a cache, chunk by chunk; the scores at every position, (L, V)."""
-    cache, logits, start = KVCache(model.config, 3, 20, like=model.embed_tokens.weight), [], 0
+    cache, logits, start = KVCache(model, 3, 20), [], 0
     for chunk in chunks:
         positions = torch.arange(start, start + len(chunk))
-        cache.place(torch.ones_like(positions), positions)  # Row 1 of three, so that a wrong row shows.
+        cache.prefill([(1, start, start + len(chunk))])  # Row 1 of three, so that a wrong row shows.
         logits.append(model.logits(model.hidden(torch.tensor(chunk), positions, cache)))
         start += len(chunk)
     return torch.cat(logits)
@@ -37,12 +42,12 @@ def test_cache_equals_the_full_forward(option, chunks):
 
 
 @torch.no_grad()
-def greedy(model, prompt: list[int], steps: int) -> Answer:
+def greedy(model, prompt: list[int], steps: int, end: int = END) -> Answer:
     """Without cache and batch: the likeliest next token of the whole sequence, again and again."""
     answer: list[int] = []
     for _ in range(steps):
         token = int(plain_logits(model, prompt + answer)[-1].argmax())
-        if token == END:
+        if token == end:
             return Answer(answer, True)
         answer.append(token)
     return Answer(answer, False)
@@ -135,9 +140,10 @@ def test_sampling_follows_the_intended_distribution(temperature, top_k, top_p):
 
 
 def test_sampling_at_the_edges_of_a_draw():
-    """A draw of 0 gives the likeliest token; the largest draw below 1 gives the last one."""
+    """A draw of 0 gives the first token, or the likeliest if they are sorted; the largest gives the last."""
     logits = torch.tensor([[0.0, 1.0, -1.0], [0.0, 1.0, -1.0]])
-    assert sample(logits, torch.tensor([0.0, 1 - 2**-24]), 1.0).tolist() == [1, 2]
+    assert sample(logits, torch.tensor([0.0, 1 - 2**-24]), 1.0).tolist() == [0, 2]
+    assert sample(logits, torch.tensor([0.0, 1 - 2**-24]), 1.0, top_k=3).tolist() == [1, 2]
     impossible = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]] * 2)
     assert set(sample(impossible, torch.tensor([0.0, 1 - 2**-24]), 1.0).tolist()) <= {0, 2}
 
@@ -148,3 +154,77 @@ def test_generation_needs_no_float64(sampling):
     model = make_model(V, dtype=torch.float32)
     with NoFloat64():
         assert len(generate(model, PROMPTS, END, 5, **sampling)) == len(PROMPTS)
+
+
+# ---- Several answers of a prompt, rows that leave, a cache that grows
+
+
+@pytest.mark.parametrize("option", MODEL_OPTIONS)
+def test_answers_equal_the_plain_loop_while_rows_leave_and_the_cache_grows(option, monkeypatch):
+    """Three answers of each prompt, which is computed in pieces of four tokens; the cache grows every two."""
+    monkeypatch.setattr(module, "ROOM", 2)
+    monkeypatch.setattr(module, "PREFILL", 4)
+    model = make_model(V, **MODEL_OPTIONS[option])
+    plain = [greedy(model, prompt, 12) for prompt in PROMPTS]
+    end = next(token for answer in plain for token in answer.tokens[1:6])
+    answers = generate(model, PROMPTS, end, 12, temperature=0, samples=3)
+    expected = [greedy(model, prompt, 12, end) for prompt in PROMPTS]
+    assert answers == [answer for answer in expected for _ in range(3)]
+    assert len({len(answer.tokens) for answer in answers}) > 1
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_k": 20}, {"top_p": 0.9}])
+def test_samples_are_those_of_a_repeated_prompt(sampling, monkeypatch):
+    """In any batch size and order: wrong places or draws mix the answers of two prompts."""
+    monkeypatch.setattr(module, "ROOM", 4)
+    model = make_model(V, spread=0.1)
+    repeated = [prompt for prompt in PROMPTS for _ in range(4)]
+    expected = [generate(model, repeated, END, 10, seed=3, batch_size=size, **sampling) for size in (1, 64)]
+    assert expected[0] == expected[1]
+    for size in (1, 4, 9, 64):
+        assert (
+            generate(model, PROMPTS, END, 10, seed=3, batch_size=size, samples=4, **sampling) == expected[0]
+        )
+    assert len({tuple(answer.tokens) for answer in expected[0][:4]}) > 1
+
+
+@torch.inference_mode()
+def test_a_step_of_every_row_equals_the_full_forward():
+    """Scores of rows of unequal length, step by step, with an adapter that is on: to the last digits."""
+    model = make_model(V, **MODEL_OPTIONS["all"])
+    add_adapters(model, rank=2, alpha=4, targets="all", seed=0)
+    for weights in adapter_weights(model).values():
+        weights.add_(0.1)
+    decoder, cache = Decoder(model), KVCache(model, 2, 10)
+    prefill(model, [IDS[:3], IDS[:6]], cache)
+    for step in range(4):
+        places = torch.tensor([3 + step, 6 + step])
+        cache.decode(places)
+        scores = decoder.logits(decoder.hidden(torch.tensor(IDS)[places], places, cache))
+        expected = cached_logits(model, [IDS])[places]
+        torch.testing.assert_close(scores, expected, rtol=0, atol=1e-9)
+
+
+def test_bf16_answers_are_the_same_for_every_batch_size():
+    """To the bit: one sum in another order would change a rounded score, and later the answer."""
+    if not CPU_MULTIPLIES_BF16:
+        pytest.skip("this CPU does not multiply bf16, and its emulation may add in another order")
+    model = make_model(V, dtype=torch.float32, spread=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        runs = [generate(model, PROMPTS, END, 40, batch_size=size, samples=3) for size in (1, 3, 7, 15)]
+    assert all(run == runs[0] for run in runs)
+
+
+def test_precision_is_the_callers_autocast(monkeypatch):
+    """Answers in bf16 are those of a model whose products are rounded, in a cache of half the size."""
+    model = make_model(V, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Decoder(model).vocabulary.dtype == KVCache(model, 1, 1).keys[0].dtype == torch.bfloat16
+    assert Decoder(model).vocabulary.dtype == KVCache(model, 1, 1).keys[0].dtype == torch.float32
+
+
+def test_a_window_refuses_a_longer_text():
+    model = make_model(V, sliding_window=8)
+    assert len(generate(model, [[1, 2, 3]], END, 5, temperature=0)) == 1
+    with pytest.raises(InputError, match="9 tokens do not fit"):
+        generate(model, [[1, 2, 3]], END, 6)

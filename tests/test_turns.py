@@ -9,6 +9,7 @@ from dataset.records import Message
 from dataset.tokenizer import ChatTokenizer
 from eval import turns
 from model.generate import Answer
+from tests.conftest import make_model
 
 TOKENIZER = ChatTokenizer(Path(turns.__file__).parent.parent / "dataset" / "sample" / "tokenizer.json")
 
@@ -45,14 +46,14 @@ def replies(monkeypatch):
 
 def test_shares_are_by_turn_and_answers_stay_in_the_conversation(replies):
     """A measurement that restarts the conversation at each turn would see 100 % everywhere."""
-    shares = turns.right_by_turn(None, TOKENIZER, RECORDS, conversations=5, turns=3)
+    shares = turns.right_by_turn(make_model(8), TOKENIZER, RECORDS, conversations=5, turns=3)
     assert shares == {name: [1.0, 1.0, 0.0] for name in ("English", "Chinese", "mixed")}
     third = [text for text in replies if text.count("<|im_start|>user") == 3]
     assert len(third) == 15 and all(text.count("It is ") == 2 for text in third)
 
 
 def test_questions_are_single_messages_of_the_language_without_repetition(replies):
-    turns.right_by_turn(None, TOKENIZER, RECORDS, conversations=5, turns=4)
+    turns.right_by_turn(make_model(8), TOKENIZER, RECORDS, conversations=5, turns=4)
     assert not any("And 9?" in text for text in replies)
     last = [text for text in replies if text.count("<|im_start|>user") == 4]
     for text in last:
@@ -64,7 +65,7 @@ def test_questions_are_single_messages_of_the_language_without_repetition(replie
 
 def test_the_same_seed_gives_the_same_conversations(replies):
     for seed in (1, 1, 2):
-        turns.right_by_turn(None, TOKENIZER, RECORDS, conversations=5, turns=4, seed=seed)
+        turns.right_by_turn(make_model(8), TOKENIZER, RECORDS, conversations=5, turns=4, seed=seed)
     first, again, other = (replies[n * 60 : (n + 1) * 60] for n in range(3))
     assert first == again != other
 

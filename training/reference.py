@@ -3,8 +3,9 @@
     reference = make_reference(settings, objective, model, world)
     reference_logps = reference(stream)                           # (N,) log π_ref(y_t | x, y_<t)
 
-Four kinds: a frozen copy of the model (the default); the same model with its adapters off (--lora-rank);
-log-probs computed once before training (--reference cached); and none, for losses without a reference.
+Five kinds: a frozen copy of the model (the default); another model (--reference-model); the same model with
+its adapters off (--lora-rank); log-probs computed once before training (--reference cached); and none, for
+losses without a reference.
 
 Neither data nor reference change in a run, so --reference cached computes log π_ref once for every supervised
 token and keeps it beside the tokenised data. A step then needs no forward of the reference and no copy of
@@ -17,6 +18,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,13 +26,14 @@ from torch import Tensor
 
 from dataset.packing import build_stream, fill, stream_lengths
 from dataset.store import TokenStore
+from dataset.tokenizer import ChatTokenizer
 from errors import require
 from files import file_hash, write_whole
 from model.lora import WithoutAdapters
 from model.stream import TokenStream
 from model.transformer import Transformer
-from model.weights import weights_hash
-from training.distributed import World, wrap
+from model.weights import load_model, weights_hash
+from training.distributed import World, first_device, wrap
 from training.objective import Objective
 from training.precision import Precision
 
@@ -41,14 +44,29 @@ def make_reference(
     settings, objective: Objective, model: Transformer, world: World
 ) -> Callable[[TokenStream], Tensor]:
     """The reference of a run, from the model before its first step. Call it before the model is wrapped."""
+    other = getattr(settings, "reference_model", "")
     if settings.reference == "cached":
         check_cached(objective)
+        require(
+            not other, "--reference cached is for a reference that is --model; leave out one of the flags"
+        )
         return cached_reference  # Its file is filled by `cache_reference`, once the data is open.
     if not objective.needs_reference:
+        require(not other, f"--reference-model: --loss {objective.settings.loss} does not use a reference")
         return no_reference
+    if other:
+        return wrap(load_reference(settings, world).eval().requires_grad_(False), world, settings.shard)
     if settings.lora_rank:
         return WithoutAdapters(model)
     return wrap(copy.deepcopy(model).eval().requires_grad_(False), world, settings.shard)
+
+
+def load_reference(settings, world: World) -> Transformer:
+    """The model of --reference-model. Raises `InputError` if its tokenizer differs from that of --model."""
+    folders = settings.model, settings.reference_model
+    tokenizers = {ChatTokenizer(Path(folder) / "tokenizer.json").fingerprint for folder in folders}
+    require(len(tokenizers) == 1, f"{' and '.join(folders)} have different tokenizers")
+    return load_model(settings.reference_model, first_device(world, settings.shard))
 
 
 def no_reference(stream: TokenStream) -> Tensor:
@@ -87,9 +105,9 @@ def cache_references(
     """
     if settings.reference != "cached":
         return None
-    for store in (*held_out.values(), pairs):
-        digest = cache_reference(model, store, world, precision, settings.layout, max_tokens)
-    return digest
+    every = (store for data in (*held_out.values(), pairs) for store in (data.mismatched, data) if store)
+    digests = [cache_reference(model, each, world, precision, settings.layout, max_tokens) for each in every]
+    return digests[-1] if pairs.mismatched is None else "-".join(digests[-2:])
 
 
 def cache_reference(

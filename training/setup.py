@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from dataset.mismatched import mismatched
 from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, require
@@ -70,19 +71,21 @@ def open_data(
     tokenizer: ChatTokenizer,
     max_length: int,
     world: World,
-    check: Callable[[TokenStore, str], None] = lambda store, path: None,
+    check: Callable[[TokenStore, str], str] = lambda store, path: "",
 ) -> tuple[TokenStore, dict[str, TokenStore]]:
-    """The training data, and the held-out sets by name. `kind` is "preferences" or "conversations".
+    """The training data, and the held-out sets by name. `kind` is a key of `dataset.records.READERS`.
 
     Held out are the files of --eval-data; or, with --eval-share, that share of the prompts of --data.
-    `check` raises `InputError` for a store that the objective cannot use.
+    `check` raises `InputError` for a store that the objective cannot use, and returns a line of advice or "".
     """
 
     def open_one(path: str) -> TokenStore:
         options = max_length, settings.shape, settings.skip_bad, getattr(settings, "swap_by_score", False)
         store = world.node_first(lambda: open_store(path, kind, tokenizer, *options))
-        check(store, path)
+        advice = check(store, path)
         world.print(f"{path}: {store.report}")
+        if advice:
+            world.print(advice)
         return store
 
     settings.eval_data = held_out_data(settings)  # as config.json keeps it
@@ -90,10 +93,13 @@ def open_data(
     is_evaluated = bool(files or settings.eval_share)
     require(is_evaluated or not settings.keep_best, "--keep-best needs --eval-data or --eval-share")
     data = open_one(settings.data)
+    held_out = {name: open_one(path) for name, path in files.items()}
     if settings.eval_share:
-        data, held_out = data.split(settings.eval_share)
-        return data, {"": held_out}
-    return data, {name: open_one(path) for name, path in files.items()}
+        data, held_out[""] = data.split(settings.eval_share)
+    if kind == "feedback":
+        for store in (data, *held_out.values()):
+            mismatched(store)
+    return data, held_out
 
 
 def held_out_data(settings: TrainSettings) -> str | tuple[str, ...]:

@@ -5,12 +5,14 @@ from tests.planted import (
     data,
     experiments,
     folders,
+    lessons,
     log,
     loops,
     objectives,
     playground,
     resume,
     reward,
+    rounds,
     shard,
     speed,
     stream,
@@ -18,7 +20,7 @@ from tests.planted import (
 )
 
 ROOMS = (
-    stream, transformer, objectives, reward, answers, data, loops, folders, resume, shard, speed,
-    experiments, log, playground,
+    stream, transformer, objectives, reward, rounds, answers, data, loops, folders, resume, shard, speed,
+    experiments, log, playground, lessons,
 )  # fmt: skip
 MUTANTS = [mutant for room in ROOMS for mutant in room.MUTANTS]

@@ -4,39 +4,39 @@ from tests.planted.mutant import catalogue
 
 MUTANTS = catalogue(r"""
 cache-position-off in model.generate: decode_steps
-The first answered token is placed one position too far.
-- lengths[rows] + step
-+ lengths[rows] + step + 1
+The second answered token is placed one position too far.
+- positions + 1
++ positions + 1 + (step == 0)
 test_generate.py::test_greedy_answers_equal_the_plain_loop[5-plain]
 
-cache-hides-the-newest in model.generate: KVCache._decode
+cache-hides-the-newest in model.generate: KVCache.decode
 A token that does not see itself: the mask of a decoding step is off by one.
-- torch.arange(end, device=q.device) <= self.positions[:, None]
-+ torch.arange(end, device=q.device) < self.positions[:, None]
+- torch.arange(capacity, device=positions.device) <= positions[:, None]
++ torch.arange(capacity, device=positions.device) < positions[:, None]
 test_generate.py::test_greedy_answers_equal_the_plain_loop[2-plain]
 
-cache-shows-other-lengths in model.generate: KVCache._decode
+cache-shows-other-lengths in model.generate: KVCache.decode
 Without the mask a short row attends to the empty places of a longer one.
-- self.positions[:, None]
-+ self.positions.max()
+- torch.arange(capacity, device=positions.device) <= positions[:, None]
++ torch.arange(capacity, device=positions.device) <= positions.max()
 test_generate.py::test_greedy_answers_equal_the_plain_loop[5-plain]
 
 chunk-forgets-the-cache in model.generate: KVCache._prefill
 A second chunk of a prompt attends to itself and not to the first one.
-- attention(query, keys[row, :, :end], values[row, :, :end], bias)
-+ attention(query, keys[row, :, end - count : end], values[row, :, end - count : end], bias)
+- attention(q[:, here], keys[row, :, :last], values[row, :, :last], bias)
++ attention(q[:, here], keys[row, :, first:last], values[row, :, first:last], bias[:, first:])
 test_generate.py::test_cache_equals_the_full_forward[chunks2-plain]
 
 nucleus-loses-its-last in model.generate: sample
 The token that crosses p belongs to the nucleus; without it p = 0.5 may keep nothing at all.
-- mass_before >= top_p * probabilities.sum(dim=-1, keepdim=True)
-+ mass_before + probabilities >= top_p * probabilities.sum(dim=-1, keepdim=True)
+- cumulative - probabilities >= top_p
++ cumulative >= top_p
 test_generate.py::test_sampling_follows_the_intended_distribution[0.9-3-1.0]
 
 top-k-off-by-one in model.generate: sample
 One token too many.
-- probabilities[:, top_k:] = 0
-+ probabilities[:, top_k + 1 :] = 0
+- min(top_k or size, size)
++ min(top_k + 1 if top_k else size, size)
 test_generate.py::test_sampling_follows_the_intended_distribution[1.0-3-1.0]
 
 temperature-inverted in model.generate: sample
@@ -47,14 +47,14 @@ test_generate.py::test_sampling_follows_the_intended_distribution[1.0-0-2.0]
 
 draws-by-batch in model.generate: generate
 Every batch begins with the same draws, so that answers depend on the batch size.
-- decode_steps(model, prompts[batch], uniforms[batch], ..., **...)
-+ decode_steps(model, prompts[batch], uniforms[: len(prompts[batch])], ..., **...)
+- uniforms[places]
++ uniforms[: len(places)]
 test_generate.py::test_answers_depend_on_seed_and_place_alone
 
 speaks-after-its-end in model.generate: decode_steps
 A row that ended goes on speaking.
-- running = tokens != end_id
-+ running = tokens >= 0
+- token == end_id
++ token < 0
 test_generate.py::test_a_row_ends_with_its_end_token
 
 sampling-in-float64 in model.generate: sample
@@ -62,4 +62,40 @@ Apple's MPS has no float64: every chat there ends at its first token.
 - at_least_float32(logits)
 + logits.double()
 test_generate.py::test_generation_needs_no_float64[sampling0]
+
+samples-of-another-prompt in model.generate: decode_steps
+Each row starts from the keys of another prompt, and from the last state of its own.
+- cache.resize(origins, max(lengths) + 1)
++ cache.resize(origins.flip(0), max(lengths) + 1)
+test_generate.py::test_samples_are_those_of_a_repeated_prompt[sampling0]
+
+samples-at-wrong-positions in model.generate: decode_steps
+The positions of the prompts repeat as a whole, not one by one.
+- torch.tensor(lengths, device=device)[origins]
++ torch.tensor(lengths, device=device).repeat(samples)
+test_generate.py::test_samples_are_those_of_a_repeated_prompt[sampling0]
+
+an-ended-row-writes-on in model.generate: decode_steps
+An answer that ended, but whose row has not left, gets more tokens.
+- {answer: ids[row] for row, answer in enumerate(answers) if answer in running}
++ {answer: ids[row] for row, answer in enumerate(answers)}
+test_generate.py::test_answers_equal_the_plain_loop_while_rows_leave_and_the_cache_grows[plain]
+
+rows-leave-without-their-draws in model.generate: decode_steps
+After a row has left, the others continue with the draws of their neighbours.
+- uniforms[rows]
++ uniforms[: len(rows)]
+test_generate.py::test_samples_are_those_of_a_repeated_prompt[sampling0]
+
+a-larger-cache-loses-a-token in model.generate: KVCache.resize
+The newest token before each growth is not copied.
+- kept = min(capacity, rounded(length))
++ kept = min(capacity, rounded(length)) - 1
+test_generate.py::test_answers_equal_the_plain_loop_while_rows_leave_and_the_cache_grows[plain]
+
+a-piece-at-the-wrong-place in model.generate: prefill
+The second piece of a long prompt has the positions of the first.
+- torch.arange(first, last)
++ torch.arange(last - first)
+test_generate.py::test_answers_equal_the_plain_loop_while_rows_leave_and_the_cache_grows[plain]
 """)
