@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dataset.packing import Windows, micro_batches
+from dataset.mixture import windows_of
+from dataset.packing import micro_batches
 from errors import run_script
 from losses import sigmoid
 from model.lora import trained_part
@@ -64,7 +65,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
         compile_layers(model, reference)
     kind, check = objective.kind, objective.check_data  # the records that the objective reads: pairs for DPO
     pairs, held_out = open_data(settings, kind, tokenizer, max_length, world, check)
-    windows = Windows(len(pairs), settings.batch_size, settings.seed)  # the pairs of each optimizer step
+    windows = windows_of(pairs, settings.batch_size, settings.seed)  # the pairs of each optimizer step
     total_steps = settings.max_steps or settings.epochs * windows.per_epoch
     precision = Precision(settings.precision, world.device, settings.matmul_precision)
     fitted = settings, model, world, pairs, precision, reference, objective.forwards

@@ -16,7 +16,8 @@ its sigmoid is the probability that the first answer is preferred. `eval/score.p
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.packing import Windows, micro_batches
+from dataset.mixture import windows_of
+from dataset.packing import micro_batches
 from dataset.tokenizer import ChatTokenizer
 from errors import run_script
 from losses import bradley_terry_loss, reward_metrics
@@ -56,7 +57,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     if settings.compile:
         compile_layers(model)
     pairs, held_out = open_data(settings, "preferences", tokenizer, max_length, world)
-    windows = Windows(len(pairs), settings.batch_size, settings.seed)  # the pairs of each optimizer step
+    windows = windows_of(pairs, settings.batch_size, settings.seed)  # the pairs of each optimizer step
     total_steps = settings.max_steps or settings.epochs * windows.per_epoch
     precision = Precision(settings.precision, world.device, settings.matmul_precision)
     max_tokens = micro_batch_tokens(settings, model, world, pairs, precision)  # in one forward

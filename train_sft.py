@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dataset.packing import Windows, micro_batches
+from dataset.mixture import windows_of
+from dataset.packing import micro_batches
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script
 from model.config import PRESETS, ModelConfig
@@ -26,7 +27,7 @@ from training.metrics import Meter, MetricsLog
 from training.precision import Precision
 from training.run import RunFolder
 from training.schedule import clip_gradients, cosine_lr, require_finite, set_lr
-from training.settings import SAMPLE, SEVERAL_WHY, AdapterSettings, flag, parse
+from training.settings import FILES_WHY, SAMPLE, SEVERAL_WHY, AdapterSettings, flag, parse
 from training.setup import describe_run, load_policy, make_optimizer, open_data, prepare
 
 
@@ -34,7 +35,9 @@ from training.setup import describe_run, load_policy, make_optimizer, open_data,
 class Settings(AdapterSettings):
     model: str = flag("tiny", f"size of a new model ({', '.join(PRESETS)}), or a model folder to start from")
     tokenizer: str = flag(str(SAMPLE / "tokenizer.json"), "tokenizer.json of a new model")
-    data: str = flag(str(SAMPLE / "sft.jsonl"), "conversations: .jsonl or .json, also .gz")
+    data: str | tuple[str, ...] = flag(
+        str(SAMPLE / "sft.jsonl"), f"conversations: {FILES_WHY}", several=True
+    )
     eval_data: str | tuple[str, ...] = flag("", f"held-out conversations; {SEVERAL_WHY}", several=True)
     out: str = flag("runs/sft", "run folder: config, weights, tokenizer, metrics")
     epochs: int = flag(3, "passes over the data")
@@ -56,7 +59,7 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     if settings.compile:
         compile_layers(model)
     data, held_out = open_data(settings, "conversations", tokenizer, max_length, world)
-    windows = Windows(len(data), settings.batch_size, settings.seed)  # the conversations of each step
+    windows = windows_of(data, settings.batch_size, settings.seed)  # the conversations of each step
     total_steps = settings.max_steps or settings.epochs * windows.per_epoch
     precision = Precision(settings.precision, world.device, settings.matmul_precision)
     max_tokens = micro_batch_tokens(settings, model, world, data, precision)  # in one forward

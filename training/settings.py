@@ -19,6 +19,10 @@ LONGEST = 4096  # tokens of a record, where --max-length is 0
 DEVICES, PRECISIONS = ("auto", "cuda", "mps", "cpu"), ("auto", "fp32", "bf16", "fp16")
 DEVICE_WHY = "auto: CUDA, else Apple's MPS, else the CPU"
 SHAPE_WHY = "data format (see dataset/formats.py); auto detects it from the first record"
+FILES_WHY = (
+    ".jsonl or .json, also .gz, .parquet, .csv; several files, folders and patterns; FILE:0.7 FILE:0.3 mixes "
+    "them in this proportion"
+)
 SEVERAL_WHY = "several files as NAME=FILE; empty: none"
 SKIP_BAD_WHY = "skip bad records (at most 1 %) instead of stopping at the first"
 REPLACED = {
@@ -64,7 +68,7 @@ class TrainSettings(Flags):
     """The flags of all training scripts. A script adds its own and changes defaults."""
 
     model: str = flag("tiny", "model folder to start from")
-    data: str = flag("", "training data: .jsonl or .json, also .gz")
+    data: str | tuple[str, ...] = flag("", f"training data: {FILES_WHY}", several=True)
     eval_data: str | tuple[str, ...] = flag(
         "", f"held-out data, evaluated every --eval-every steps; {SEVERAL_WHY}", several=True
     )
@@ -168,7 +172,9 @@ def learning_rate_advice(settings: TrainSettings, weights: int) -> str:
 class PairSettings(TrainSettings):
     """The flags of the scripts that train on preference pairs."""
 
-    data: str = flag(str(SAMPLE / "preferences.jsonl"), "preference pairs: .jsonl or .json, also .gz")
+    data: str | tuple[str, ...] = flag(
+        str(SAMPLE / "preferences.jsonl"), f"preference pairs: {FILES_WHY}", several=True
+    )
     eval_data: str | tuple[str, ...] = flag(
         "auto", f"held-out pairs; {SEVERAL_WHY}; auto: the bundled ones of the bundled --data", several=True
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from dataset.mismatched import mismatched
+from dataset.mixture import data_files, join, split_weight
 from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, require
@@ -79,7 +80,7 @@ def open_data(
     `check` raises `InputError` for a store that the objective cannot use, and returns a line of advice or "".
     """
 
-    def open_one(path: str) -> TokenStore:
+    def open_file(path: str) -> TokenStore:
         options = max_length, settings.shape, settings.skip_bad, getattr(settings, "swap_by_score", False)
         store = world.node_first(lambda: open_store(path, kind, tokenizer, *options))
         advice = check(store, path)
@@ -88,12 +89,20 @@ def open_data(
             world.print(advice)
         return store
 
+    def open_all(path: str) -> TokenStore:
+        return join({file: open_file(file) for file in data_files(path)})
+
+    def open_weighted(values: list[str]) -> TokenStore:
+        paths, weights = zip(*map(split_weight, values or [""]), strict=True)
+        require(len({*paths}) == len(paths), "--data names one file twice; weights, FILE:2, repeat rows")
+        return join({path: open_all(path) for path in paths}, list(weights))
+
     settings.eval_data = held_out_data(settings)  # as config.json keeps it
     files = named_files(settings.eval_data)
     is_evaluated = bool(files or settings.eval_share)
     require(is_evaluated or not settings.keep_best, "--keep-best needs --eval-data or --eval-share")
-    data = open_one(settings.data)
-    held_out = {name: open_one(path) for name, path in files.items()}
+    data = open_weighted(each(settings.data))
+    held_out = {name: open_all(path) for name, path in files.items()}
     if settings.eval_share:
         data, held_out[""] = data.split(settings.eval_share)
     if kind == "feedback":
@@ -108,7 +117,7 @@ def held_out_data(settings: TrainSettings) -> str | tuple[str, ...]:
         if settings.eval_data and settings.eval_share:
             raise InputError("--eval-data names held-out data and --eval-share splits it off: choose one")
         return settings.eval_data
-    bundled = Path(settings.data).resolve() == SAMPLE / "preferences.jsonl"
+    bundled = [Path(path).resolve() for path in each(settings.data)] == [SAMPLE / "preferences.jsonl"]
     return str(SAMPLE / "heldout.jsonl") if bundled and not settings.eval_share else ""
 
 
