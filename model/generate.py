@@ -261,14 +261,15 @@ def decode_steps(
         running -= {answer for answer, token in new.items() if token == end_id}
         if not running or step == steps - 1:
             return
-        # Rows that have ended leave. While they are few they stay, unseen: leaving copies the whole cache.
-        longest = max(lengths[answer // samples] for answer in running) + step + 1
+        # Rows that have ended leave. While they are few they stay, unseen: leaving copies the whole cache. A
+        # row that stays needs room as well.
+        longest = max(lengths[answer // samples] for answer in answers) + step + 1
         if len(running) <= 0.75 * len(answers) or longest > cache.capacity:
             rows = [row for row, answer in enumerate(answers) if answer in running]
             answers = [answers[row] for row in rows]
             rows = torch.tensor(rows, device=device)
             tokens, positions, uniforms = tokens[rows], positions[rows], uniforms[rows]
-            cache.resize(rows, longest)
+            cache.resize(rows, max(lengths[answer // samples] for answer in answers) + step + 1)
         cache.decode(positions)
         hidden = decoder.hidden(tokens, positions, cache)  # (rows, d)
         positions = positions + 1
