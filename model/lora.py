@@ -91,6 +91,10 @@ class WithoutAdapters:
     def logits(self, hidden: Tensor) -> Tensor:
         return self.model.logits(hidden)  # The head has no adapter.
 
+    @property
+    def positions_at_once(self) -> int:
+        return self.model.positions_at_once
+
 
 def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
     """A and B of every adapter by name, all that training changes; empty for a model without adapters."""
