@@ -3,7 +3,8 @@
     reference = make_reference(settings, objective, model, world)
     reference_logps = reference(stream)                           # (N,) log π_ref(y_t | x, y_<t)
 
-Four kinds: a frozen copy of the model (the default); the same model with its adapters off (--lora-rank);
+Four kinds: a frozen copy of the model (the default); the same model with its adapters off (--lora-rank), or
+with a frozen copy of the adapter that it started with (--adapter);
 log-probs computed once before training (--reference cached); and none, for losses without a reference.
 
 Neither data nor reference change in a run, so --reference cached computes log π_ref once for every supervised
@@ -26,7 +27,7 @@ from dataset.packing import build_stream, fill, stream_lengths
 from dataset.store import TokenStore
 from errors import require
 from files import file_hash, write_whole
-from model.lora import WithoutAdapters
+from model.lora import AdapterReference, adapted_layers
 from model.stream import TokenStream
 from model.transformer import Transformer
 from model.weights import weights_hash
@@ -46,8 +47,11 @@ def make_reference(
         return cached_reference  # Its file is filled by `cache_reference`, once the data is open.
     if not objective.needs_reference:
         return no_reference
-    if settings.lora_rank:
-        return WithoutAdapters(model)
+    if layers := adapted_layers(model):
+        if settings.adapter and not settings.merge_adapter:
+            for layer in layers.values():
+                layer.keep_reference()
+        return AdapterReference(model)
     return wrap(copy.deepcopy(model).eval().requires_grad_(False), world, settings.shard)
 
 

@@ -143,14 +143,14 @@ Weights that move take the reference along, whose adapters are off.
 + model.requires_grad_(True)
 test_lora.py::test_training_changes_adapters_only
 
-reference-keeps-its-adapters in model.lora: WithoutAdapters.__call__
+reference-keeps-its-adapters in model.lora: AdapterReference.__call__
 Policy and reference are one model, and the loss is ln 2 for ever.
-- with adapters_off(self.model):
+- with as_reference(self.model):
 -     return self.model(stream)
 + return self.model(stream)
 test_lora.py::test_training_changes_adapters_only
 
-adapters-stay-off in model.lora: adapters_off
+adapters-stay-off in model.lora: as_reference
 After the reference's forward the policy has no adapters either, and no gradient.
 - for layer in layers:
 -     layer.on = True
