@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from errors import InputError
@@ -61,6 +62,18 @@ def write_json(path: str | Path, value: dict) -> None:
     """Write a JSON file in the manner of `write_whole`. Creates its folder if necessary."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     write_whole(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+
+
+def write_lines(path: str | Path, records: Iterable[dict]) -> None:
+    """Write JSON lines in the manner of `write_whole`.
+
+    UTF-8 cannot encode a lone surrogate. Texts have none; in other fields JSON escapes it.
+    """
+    write_whole(path, lambda file: file.writelines(map(json_line, records)))
+
+
+def json_line(record: dict) -> bytes:
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def unwritable(path: Path, error: BaseException) -> BaseException:

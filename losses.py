@@ -213,12 +213,35 @@ def kto_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) 
     Gains and losses saturate, as in prospect theory. KL_w and KL_l are the mean log-ratios of the chosen and
     the rejected side over the micro-batch, without gradient: the losses depend on the other pairs in it.
     Its author advises against this paired form (huggingface/trl issue 1387): a simplified version that does
-    not work as well as KTO, which takes single answers.
+    not work as well as KTO, which takes single answers and is `kto`.
     """
     chosen_kl = chosen_logratios.mean().clamp(min=0).detach()
     rejected_kl = rejected_logratios.mean().clamp(min=0).detach()
     gain = torch.sigmoid(beta * (rejected_kl - chosen_logratios))
     return (gain + torch.sigmoid(beta * (rejected_logratios - chosen_kl))) / 2
+
+
+def kto(
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    beta: float,
+    z0: Tensor | float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """KTO on single answers (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8).
+
+        desirable: λ_D [1 − σ(β a − z₀)],    undesirable: λ_U [1 − σ(z₀ − β b)]
+
+    A row has one answer, chosen if it is desirable and rejected if not; the missing side has length 0.
+    z₀ = max(0, β mean(log π(y'|x)/π_ref(y'|x))), without gradient, estimates β KL(π ‖ π_ref) from answers y'
+    to other prompts: the reward against which gains and losses are measured.
+    """
+    desirable = torch.sigmoid(z0 - beta * chosen_logratios) * (chosen_lengths > 0)
+    undesirable = torch.sigmoid(beta * rejected_logratios - z0) * (rejected_lengths > 0)
+    return desirable_weight * desirable + undesirable_weight * undesirable
 
 
 def apo_zero(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
@@ -250,6 +273,25 @@ def sppo_hard(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float)
     Self-play towards a Nash equilibrium. Each answer has a target of its own.
     """
     return (chosen_logratios - 1 / (2 * beta)) ** 2 + (rejected_logratios + 1 / (2 * beta)) ** 2
+
+
+# ---- More than two answers
+
+
+def plackett_luce(reply_logratios: Tensor, beta: float) -> Tensor:
+    """DPO of K ranked replies, the best one first (Rafailov et al. 2023, arXiv 2305.18290, appendix A.3).
+
+        −Σ_{k<K} log [ e^{r_k} / Σ_{j≥k} e^{r_j} ]  =  −Σ_{k<K} log σ( −log Σ_{j>k} e^{r_j − r_k} )
+
+    `reply_logratios` are l, (B, K), NaN where a prompt has fewer replies; r = β l. Plackett-Luce: the best
+    reply is chosen among all, the second among the rest, and so on (Plackett 1975). K = 2 is `sigmoid`.
+    """
+    present = ~reply_logratios.isnan()
+    margins = reply_logratios[:, :, None] - reply_logratios[:, None, :]  # (B, K, K) l_k − l_j
+    worse = (present[:, :, None] & present[:, None, :]).triu(1)  # (B, K, K) j > k
+    # A reply without worse ones gets −log σ(huge) = 0, and no NaN of a sum over nothing.
+    terms = (-beta * margins).masked_fill(~worse, torch.finfo(margins.dtype).min)
+    return -F.logsigmoid(-terms.logsumexp(2)).sum(1)
 
 
 # ---- Whole distributions: the pairs of a micro-batch are sorted, so they depend on one another
@@ -362,8 +404,8 @@ LOSSES = {
     loss.__name__: loss
     for loss in (
         *(sigmoid, robust, hinge, ipo, exo_pair, discopop, dpop, soft, rebel, odpo),
-        *(sigmoid_norm, ipo_norm, rdpo, nca_pair, bco_pair, kto_pair, apo_zero, apo_down, sppo_hard),
-        *(aot, aot_unpaired, tdpo2, simpo, simper, orpo, sft),
+        *(sigmoid_norm, ipo_norm, rdpo, nca_pair, bco_pair, kto_pair, kto, apo_zero, apo_down),
+        *(sppo_hard, plackett_luce, aot, aot_unpaired, tdpo2, simpo, simper, orpo, sft),
     )
 }
 
@@ -435,3 +477,11 @@ def reward_metrics(losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Ten
         "rewards/margins": margins,
     }
     return {name: value.detach().sum() for name, value in values.items()}
+
+
+def ranking_accuracy(reply_logratios: Tensor) -> Tensor:
+    """The share of a prompt's pairs of replies in the right order, (B, K) to (B,); a tie is a half."""
+    margins = reply_logratios[:, :, None] - reply_logratios[:, None, :]  # (B, K, K), NaN without a reply
+    pairs = (~margins.isnan()).triu(1)
+    right = (margins > 0).triu(1) + 0.5 * (margins == 0).triu(1)
+    return right.sum((1, 2)) / pairs.sum((1, 2))

@@ -23,7 +23,7 @@ from model.lora import trained_part
 from model.transformer import compile_layers
 from model.weights import weights_hash
 from training.distributed import World, exchange_gradients, join, wrap
-from training.evaluate import evaluate
+from training.evaluate import KL_PAIRS, evaluate, evaluate_kl
 from training.memory import micro_batch_tokens
 from training.metrics import Meter, MetricsLog
 from training.objective import Objective, Pairs, pair_metrics
@@ -45,6 +45,7 @@ class Settings(ObjectiveSettings, PairSettings, StartAdapterSettings):
     lr: float = flag(2e-4, "peak learning rate for the tiny model with muon; a billion weights: 5e-7 to 5e-6")
     sample_prompts: int = flag(4, "held-out prompts to answer at every evaluation (samples.jsonl); 0: none")
     reference: str = flag("live", "live: a frozen model in every step; cached: computed once", REFERENCES)
+    reference_model: str = flag("", "model folder of the reference; empty: --model")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -61,7 +62,8 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     policy = wrap(model, world, settings.shard)  # π: the same model, as several ranks train it together
     if settings.compile:
         compile_layers(model, reference)
-    pairs, eval_pairs = open_data(settings, "preferences", tokenizer, max_length, world, objective.check_data)
+    kind, check = objective.kind, objective.check_data  # the records that the objective reads: pairs for DPO
+    pairs, eval_pairs = open_data(settings, kind, tokenizer, max_length, world, check)
     windows = Windows(len(pairs), settings.batch_size, settings.seed)  # the pairs of each optimizer step
     total_steps = settings.max_steps or settings.epochs * windows.per_epoch
     precision = Precision(settings.precision, world.device, settings.matmul_precision)
@@ -88,8 +90,9 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
 
     def evaluate_now(step: int) -> None:
         if eval_pairs:
-            options = objective, settings.layout, max_tokens
-            metrics = evaluate(model, reference, eval_pairs, world, precision, *options)
+            data, options = (model, reference, eval_pairs, world), (settings.layout, max_tokens)
+            metrics = evaluate(*data, precision, objective, *options)
+            metrics |= evaluate_kl(*data, *options, KL_PAIRS)
             log.write(step, {f"eval_{name}": value for name, value in metrics.items()})
             log.write_samples(step, greedy_answers(model, tokenizer, prompts, world, settings.compile))
 
@@ -99,6 +102,9 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
         lr = cosine_lr(step, total_steps, settings.lr, settings.warmup_steps)
         set_lr(optimizer, lr)
         window = windows[step]
+        objective.before_step(  # KTO's z₀, the mean of the window
+            model, reference, pairs, window, world, precision, settings.layout, max_tokens
+        )
 
         # ------------------------------------------------------- the gradient of one window of pairs
         for stream, is_last in micro_batches(pairs, window, world, max_tokens, settings.layout):

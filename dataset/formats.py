@@ -11,7 +11,7 @@ from dataset.turns import (
     conversations,
     is_transcript,
     judged_pair,
-    ranked_pair,
+    ranked_replies,
     text_pair,
     transcript_pair,
 )
@@ -81,7 +81,12 @@ PREFERENCE_FORMATS = {
     "ranked": Format(
         "instruction, input and a list of output replies, the best one first",
         {"instruction": "Add.", "input": "2 + 2", "output": ["4", "four?", "5"], "history": [["Hi", "Hi!"]]},
-        {"instruction": str, "output": list}, ranked_pair,
+        {"instruction": str, "output": list}, ranked_replies("instruction", "output"),
+    ),
+    "ranked-prompt": Format(
+        "prompt is text or messages; ranked is a list of replies, the best one first",
+        {"prompt": "2 + 2?", "ranked": ["4", "four?", "5"]},
+        {"prompt": (str, list), "ranked": list}, ranked_replies("prompt", "ranked"),
     ),
     "output_1": Format(
         "output_1, output_2 and label: 1, 2, 'tie' or a list of votes; the prompt as in alpaca or text",
@@ -151,6 +156,19 @@ SFT_FORMATS = {
     ),
 }  # fmt: skip
 
+FEEDBACK_FORMATS = {
+    "unpaired": Format(
+        "prompt and completion are text or messages; label is true (desirable) or false",
+        {"prompt": "2 + 2?", "completion": "4", "label": True},
+        {"prompt": (str, list), "completion": SIDE, "label": bool}, answers("prompt", "completion"),
+    ),
+    "unpaired-messages": Format(
+        "messages is a list of {role, content}; label, of its last turn, is true (desirable) or false",
+        {"messages": [USER, GOOD], "label": True},
+        {"messages": list, "label": bool}, conversations("messages"),
+    ),
+}  # fmt: skip
+
 
 # ---- Which format fits
 
@@ -161,7 +179,9 @@ def detect_format(record: dict, formats: dict[str, Format] | None = None) -> str
     A preference never counts as a conversation: its rejected side must not be trained on.
     """
     formats = formats or PREFERENCE_FORMATS
-    if is_unpaired(record) or (formats is SFT_FORMATS and detect_format(record)):
+    if is_unpaired(record) != (formats is FEEDBACK_FORMATS):
+        return None
+    if formats is SFT_FORMATS and detect_format(record):
         return None
     return next((name for name, format in formats.items() if format.fits(record)), None)
 
@@ -174,7 +194,7 @@ def is_unpaired(record: dict) -> bool:
 def describe(record: dict) -> str:
     """What a record that cannot be used seems to be, for an error message."""
     if is_unpaired(record):
-        return "unpaired feedback (a completion and its label), which holds no pairs"
+        return "unpaired feedback (a completion and its label), for --loss kto"
     if "text" in record and set(record) <= {"text", "label"}:
         return "plain text (a corpus, or chosen and rejected on alternate lines), which holds no pairs"
     if any(isinstance(value, dict) and "is_correct" in value for value in record.values()):
@@ -214,6 +234,7 @@ def did_you_mean(record: dict, formats: dict[str, Format]) -> str:
 
 def accepted(formats: dict[str, Format]) -> str:
     """The sentence part that lists the formats."""
-    family = "preferences" if formats is PREFERENCE_FORMATS else "conversations"
+    families = {"preferences": PREFERENCE_FORMATS, "conversations": SFT_FORMATS, "feedback": FEEDBACK_FORMATS}
+    family = next(name for name, table in families.items() if table is formats)
     listed = "; ".join(f"{name} ({format.description})" for name, format in formats.items())
     return f"accepted {family}: {listed}"

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.formats import PREFERENCE_FORMATS, SFT_FORMATS
+from dataset.formats import FEEDBACK_FORMATS, PREFERENCE_FORMATS, SFT_FORMATS
 from dataset.jsonl import printable
-from dataset.records import DataError, Preference, prompt_digest, read_records
+from dataset.records import Conversation, DataError, Feedback, Preference, prompt_digest, read_records
 from dataset.store import Branch, Report, encode_or_drop, score_margin
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script
@@ -32,6 +32,7 @@ LINES_SHOWN = 12
 # mean is then known to about 0.02.
 PAIRS_COMPARED = 200
 LONGER = 0.6  # A rule that only prefers the longer (or the shorter) side is right in this share of the pairs.
+FORMATS = {Preference: PREFERENCE_FORMATS, Conversation: SFT_FORMATS, Feedback: FEEDBACK_FORMATS}
 CLOSE = 0.2  # Below it four tokens of five are shared. The bundled close pairs have 0.06, UltraFeedback 0.88.
 
 
@@ -45,25 +46,30 @@ class Findings:
         self.prompts: dict[bytes, list[int]] = defaultdict(list)  # digest of a prompt: its lines
         self.examples: list[tuple[int, list[Branch]]] = []
         self.longer = self.shorter = 0  # kept pairs whose chosen side is longer, or shorter
+        self.desirable = self.feedback = 0  # kept answers with a label, and those of them that are desirable
         self.compared: list[list[Branch]] = []  # a random sample of the kept pairs
         draw = random.Random(0)
         for record in read_records(path):
             if isinstance(record, DataError):
                 self.errors[record.reason].append(record.line)
                 continue
-            formats = PREFERENCE_FORMATS if isinstance(record, Preference) else SFT_FORMATS
-            self.report.format, self.description = record.format, formats[record.format].description
+            self.report.format = record.format
+            self.description = FORMATS[type(record)][record.format].description
             try:
                 branches, length, reason = encode_or_drop(record, tokenizer, max_length)
             except InputError as error:  # The chat template has no place for a message of this record.
                 self.errors[str(error)].append(record.line)
                 continue
+            prompt, *sides = branches or [()]
+            branches = [prompt, *(side for side in sides if side[0])]  # without a missing side
             self.measure(branches, length)
             self.prompts[prompt_digest(record)].append(record.line)
             if reason:
                 self.report.drop(reason, record.line)
                 continue
             self.report.kept += 1
+            self.desirable += isinstance(record, Feedback) and record.label
+            self.feedback += isinstance(record, Feedback)
             self.report.rejected_higher += score_margin(record) < 0
             if len(self.examples) < show:
                 self.examples.append((record.line, branches))
@@ -104,6 +110,9 @@ def summary(findings: Findings, max_length: int) -> Iterator[str]:
     if too_long := report.dropped.get("too long"):
         yield f"          {len(too_long) / total:.1%} are longer than {max_length} tokens"
     yield from (f"scores    {line}" for line in report.score_lines())
+    if findings.feedback:
+        undesirable = findings.feedback - findings.desirable
+        yield f"labels    {findings.desirable} desirable answers, {undesirable} undesirable ones"
     yield "tokens    " + "".join(f"{f'{p} %':>8}" for p in PERCENTILES)
     for name, lengths in findings.lengths.items():
         percentiles = np.percentile(lengths, PERCENTILES, method="nearest")
@@ -192,7 +201,7 @@ def paint(branches: list[Branch], tokenizer: ChatTokenizer, colour: bool) -> lis
 def main(arguments: list[str] | None = None) -> int:
     default = Path(__file__).parent / "sample" / "tokenizer.json"
     parser = argparse.ArgumentParser(prog="python -m dataset.inspect", description=__doc__.split("\n")[0])
-    parser.add_argument("file", metavar="FILE", help="preferences or conversations (formats: docs/DATA.md)")
+    parser.add_argument("file", metavar="FILE", help="preferences, conversations, feedback (docs/DATA.md)")
     parser.add_argument("--against", metavar="FILE", help="a second file: count the prompts that are in both")
     parser.add_argument("--tokenizer", default=default, help="path of the tokenizer.json to use")
     parser.add_argument("--max-length", type=int, default=512, help="limit on tokens of prompt and response")

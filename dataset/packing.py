@@ -43,7 +43,7 @@ def stream_lengths(store: TokenStore, layout: str = "forked") -> np.ndarray:
     """The tokens of each row in a stream, (rows,): in ``twin`` each branch has its own copy of the prompt."""
     if layout == "forked":
         return store.lengths
-    branches = store.bounds.shape[1] - 2
+    branches = (np.diff(store.bounds[:, 1:]) > 0).sum(axis=1)  # of each row, without missing ones
     return store.lengths + (branches - 1) * (store.bounds[:, 1] - store.bounds[:, 0])
 
 
@@ -106,12 +106,18 @@ def share(lengths: np.ndarray, rank: int, ranks: int, max_tokens: int) -> list[r
     return parts[rank] + [range(0)] * (max(map(len, parts)) - len(parts[rank]))
 
 
+def spread(count: int, most: int | None) -> np.ndarray:
+    """At most `most` of `count` places, spread evenly from the first to the last; None: all of them."""
+    return np.linspace(0, count - 1, min(count if most is None else most, count)).round().astype(int)
+
+
 def build_stream(store: TokenStore, rows, layout: str = "forked") -> TokenStream:
     """The `TokenStream` of these rows, one after another.
 
     ``forked`` is prompt, chosen, rejected: the prompt is computed once, and both sides attend to it but not
     to each other. ``twin`` is prompt, chosen, prompt, rejected, as in textbooks. Log-probs and gradients are
-    the same. A conversation has one branch and no prompt, so for SFT both layouts are the same.
+    the same. A conversation has one branch and no prompt, so for SFT both layouts are the same. A row of K
+    ranked replies has K branches; an empty one is missing, and takes no place in the stream.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is not one of {LAYOUTS}")
@@ -137,21 +143,24 @@ def build_stream(store: TokenStore, rows, layout: str = "forked") -> TokenStream
         targets.append(ids[where])
         owners.append(np.full(len(where), owner))
 
-    responses, reference_logps = 0, store.reference_logps
+    responses, width, reference_logps = 0, 2, store.reference_logps
     for row in rows:
         (prompt, _), *branches = store.row(row)
         fork = layout == "forked" and len(prompt) > 0
         if fork:
             start = append(prompt, 0)
             prefix = (start, start + len(prompt))
-        for ids, supervised in branches:
+        width = len(branches)
+        for owner, (ids, supervised) in enumerate(branches, responses):
+            if not len(ids):
+                continue  # a missing reply
             if fork:
                 start = append(ids, len(prompt), prefix)
-                supervise(ids, supervised, start, prefix[1] - 1, responses)
+                supervise(ids, supervised, start, prefix[1] - 1, owner)
             else:
                 start = append(np.concatenate([prompt, ids]), 0) + len(prompt)
-                supervise(ids, supervised, start, start - 1, responses)
-            responses += 1
+                supervise(ids, supervised, start, start - 1, owner)
+        responses += width
         if reference_logps is not None:
             start, stop = store.target_bounds[row : row + 2]
             cached.append(reference_logps[start:stop])
@@ -170,6 +179,7 @@ def build_stream(store: TokenStore, rows, layout: str = "forked") -> TokenStream
         targets=tensor(targets),
         owners=tensor(owners),
         responses=responses,
+        branches=width,
         reference_logps=None if reference_logps is None else tensor(cached, reference_logps.dtype),
         score_margins=score_margins,
     )

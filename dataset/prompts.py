@@ -15,7 +15,7 @@ the folder of the model, if two models answered. A score is null where there was
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset.formats import PROMPT_KEYS, SIDES, describe, detect_format
+from dataset.formats import PREFERENCE_FORMATS, PROMPT_KEYS, SFT_FORMATS, SIDES, describe, detect_format
 from dataset.jsonl import DataError, kind, read_values, show
 from dataset.other_files import require_data_file
 from dataset.records import SCORE_KEYS, is_number, read_preferences
@@ -26,8 +26,19 @@ from errors import InputError, require
 PROMPTS = ("messages", "conversations", "instruction", "prompt", "question")
 REPLIES = ("response", "completion", "answer", "output")
 # The other fields of a record are kept, for a judge or a scorer.
-USED = {*PROMPT_KEYS, *SIDES, *REPLIES, *SCORE_KEYS, "system", "label", "win_probability", "ranked", "scores"}
-USED |= {"answers"}
+EXAMPLES = [form.example for form in (*PREFERENCE_FORMATS.values(), *SFT_FORMATS.values())]
+USED = {
+    *PROMPT_KEYS,
+    *SIDES,
+    *REPLIES,
+    *SCORE_KEYS,
+    "system",
+    "win_probability",
+    "label",
+    "scores",
+    "answers",
+}
+USED.update(*EXAMPLES)
 
 
 def read_prompts(path: str | Path) -> list[dict]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from dataset import formats
-from dataset.formats import PREFERENCE_FORMATS, SFT_FORMATS, Format, detect_format
+from dataset.formats import FEEDBACK_FORMATS, PREFERENCE_FORMATS, SFT_FORMATS, Format, detect_format
 from dataset.jsonl import DataError, kind, read_values, show
 from dataset.turns import (
     Fault,
@@ -52,6 +52,38 @@ class Preference:
     tie: bool = False  # whether a verdict prefers neither; such a pair is dropped and counted
     format: str = field(default="", compare=False)  # its name in PREFERENCE_FORMATS
 
+    @property
+    def replies(self) -> tuple[str, str]:
+        return self.chosen, self.rejected
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A prompt, which ends with a user turn, and two or more replies, the best one first."""
+
+    prompt: tuple[Message, ...]
+    replies: tuple[str, ...]
+    line: int
+    tie: bool = False  # as in `Preference`
+    format: str = field(default="", compare=False)  # its name in PREFERENCE_FORMATS
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """A prompt, which ends with a user turn, and one answer, labelled desirable or not."""
+
+    prompt: tuple[Message, ...]
+    completion: str
+    label: bool
+    line: int
+    tie: bool = False  # whether it is a side of a pair that is a tie
+    format: str = field(default="", compare=False)  # its name in FEEDBACK_FORMATS or PREFERENCE_FORMATS
+
+    @property
+    def replies(self) -> tuple[str | None, str | None]:
+        """A pair of which one side is missing: a desirable answer is chosen, an undesirable one rejected."""
+        return (self.completion, None) if self.label else (None, self.completion)
+
 
 def read_preferences(path, shape: str = "auto") -> Iterator[Preference | DataError]:
     """Yield a `Preference` for every record of the file, or a `DataError` in its place.
@@ -66,12 +98,42 @@ def read_conversations(path, shape: str = "auto") -> Iterator[Conversation | Dat
     return _read(path, shape, SFT_FORMATS, _conversation)
 
 
-READERS = {"preferences": read_preferences, "conversations": read_conversations}
+def read_rankings(path, shape: str = "auto") -> Iterator["Ranking | DataError"]:
+    """Yield a `Ranking` for every record of a file of preferences, or a `DataError` in its place."""
+    return _read(path, shape, PREFERENCE_FORMATS, _ranking)
 
 
-def read_records(path) -> Iterator[Preference | Conversation | DataError]:
-    """Yield the records of a file of preferences or of conversations; its first record decides."""
-    first = next((record for _, record in read_values(path) if isinstance(record, dict)), {})
+def read_feedback(path, shape: str = "auto") -> Iterator[Feedback | DataError]:
+    """Yield a `Feedback` for every record, two for a pair of preferences; or a `DataError` in its place."""
+    if shape in FEEDBACK_FORMATS or (shape == "auto" and formats.is_unpaired(first_record(path))):
+        yield from _read(path, shape, FEEDBACK_FORMATS, _feedback)
+        return
+    for pair in read_preferences(path, shape):
+        if isinstance(pair, DataError):
+            yield pair
+        else:
+            yield Feedback(pair.prompt, pair.chosen, True, pair.line, pair.tie, pair.format)
+            yield Feedback(pair.prompt, pair.rejected, False, pair.line, pair.tie, pair.format)
+
+
+READERS = {
+    "preferences": read_preferences,
+    "rankings": read_rankings,
+    "feedback": read_feedback,
+    "conversations": read_conversations,
+}
+
+
+def first_record(path) -> dict:
+    return next((record for _, record in read_values(path) if isinstance(record, dict)), {})
+
+
+def read_records(path) -> Iterator[Preference | Conversation | Feedback | DataError]:
+    """Yield the records of a file of preferences, conversations or feedback; its first record decides."""
+    first = first_record(path)
+    if formats.is_unpaired(first):
+        yield from read_feedback(path)
+        return
     pairs = detect_format(first) or (not detect_format(first, SFT_FORMATS) and formats.has_sides(first))
     yield from (read_preferences if pairs else read_conversations)(path)
 
@@ -107,7 +169,7 @@ def _read(path, shape: str, table: dict[str, Format], build: Callable) -> Iterat
 def _preference(record: dict, line: int, name: str) -> Preference:
     system = system_message(record)
     format = PREFERENCE_FORMATS[name]
-    chosen, rejected = format.read(record)
+    chosen, *_, rejected = format.read(record)
     sides = split_pair(system + chosen, system + rejected)
     wins, tie = win_probability(record), False
     if format.verdict:
@@ -118,6 +180,28 @@ def _preference(record: dict, line: int, name: str) -> Preference:
     return Preference(*sides, line, scores(record), wins, tie, name)
 
 
+def _ranking(record: dict, line: int, name: str) -> Ranking:
+    if PREFERENCE_FORMATS[name].verdict:
+        pair = _preference(record, line, name)
+        return Ranking(pair.prompt, pair.replies, line, pair.tie, name)
+    system = system_message(record)
+    best, *others = PREFERENCE_FORMATS[name].read(record)
+    split = []
+    for rank, other in enumerate(others, start=1):
+        names = ("chosen", "rejected") if len(others) == 1 else ("reply 0", f"reply {rank}")
+        split.append(split_pair(system + best, system + other, names))
+    prompt, reply, _ = split[0]
+    return Ranking(prompt, (reply, *(other for *_, other in split)), line, format=name)
+
+
+def _feedback(record: dict, line: int, name: str) -> Feedback:
+    (messages,) = FEEDBACK_FORMATS[name].read(record)
+    turns = checked_turns(system_message(record) + messages, "completion")
+    if turns[-1].weight == 0:
+        raise Fault("completion: the answer has weight 0, so there is nothing to train on")
+    return Feedback(tuple(turns[:-1]), turns[-1].content, record["label"], line, format=name)
+
+
 def _conversation(record: dict, line: int, name: str) -> Conversation:
     (messages,) = SFT_FORMATS[name].read(record)
     turns = checked_turns(system_message(record) + messages, "conversation")
@@ -126,9 +210,9 @@ def _conversation(record: dict, line: int, name: str) -> Conversation:
     return Conversation(tuple(turns), line, name)
 
 
-def prompt_digest(record: Preference | Conversation) -> bytes:
+def prompt_digest(record: Preference | Ranking | Feedback | Conversation) -> bytes:
     """16 bytes; equal for two records whose prompts are equal but for white space and case."""
-    turns = record.prompt if isinstance(record, Preference) else record.messages[:-1]
+    turns = record.messages[:-1] if isinstance(record, Conversation) else record.prompt
     text = "\0".join(f"{turn.role}\1{' '.join(turn.content.lower().split())}" for turn in turns)
     return hashlib.sha256(text.encode()).digest()[:16]
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from dataset.cache import build, cache_folder, is_cached
 from dataset.other_files import require_data_file
-from dataset.records import READERS, Conversation, DataError, Preference, prompt_digest
+from dataset.records import READERS, Conversation, DataError, Feedback, Preference, Ranking, prompt_digest
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, require
 from files import file_hash
@@ -30,32 +30,37 @@ PIECE = 2**16  # characters that are always tokenised at once
 COLUMNS = ("bounds", "lines", "records", "target_counts", "score_margins", "digests")  # as in `TokenStore`
 
 Branch = tuple[list[int], list[bool]]  # ids, and for each whether it is supervised
+Record = Preference | Ranking | Feedback | Conversation
 
 
 # ---- One record
 
 
-def encode(record: Preference | Conversation, tokenizer: ChatTokenizer) -> list[Branch]:
-    """A record as a prompt and its branches: chosen and rejected, or one conversation."""
+def encode(record: Record, tokenizer: ChatTokenizer) -> list[Branch]:
+    """A record as a prompt and its branches: one for each reply, the best first, or one conversation.
+
+    The branch of a missing reply is empty.
+    """
     if isinstance(record, Conversation):
         return [([], []), tokenizer.conversation(record.messages)]
     prompt = tokenizer.prompt(record.prompt)
-    sides = [tokenizer.response(record.chosen), tokenizer.response(record.rejected)]
+    sides = [[] if reply is None else tokenizer.response(reply) for reply in record.replies]
     return [(prompt, [False] * len(prompt)), *((side, [True] * len(side)) for side in sides)]
 
 
 def encode_or_drop(
-    record: Preference | Conversation, tokenizer: ChatTokenizer, max_length: int
+    record: Record, tokenizer: ChatTokenizer, max_length: int
 ) -> tuple[list[Branch], int, str | None]:
     """(branches, tokens of the prompt and the longest branch, the reason to drop the record or None).
 
-    A response is trained on whole, with its end token, or not at all; an equal pair has no gradient. To
+    A response is trained on whole, with its end token, or not at all. Equal replies have no order, and an
+    equal pair no gradient. To
     tokenise a text takes some 200 times its memory. So a text of more characters than max_length tokens can
     have is only counted, piece by piece, and its branches are empty.
     """
-    pair = isinstance(record, Preference)
-    texts = [message.content for message in (record.prompt if pair else record.messages)]
-    sides = [record.chosen, record.rejected] if pair else [""]
+    whole = isinstance(record, Conversation)
+    texts = [message.content for message in (record.messages if whole else record.prompt)]
+    sides = [""] if whole else [reply or "" for reply in record.replies]
     if sum(map(len, texts)) + max(map(len, sides)) > max(PIECE, max_length * tokenizer.longest_token):
         length = sum(count_tokens(text, tokenizer) for text in texts)
         length += max(count_tokens(text, tokenizer) for text in sides)
@@ -65,10 +70,11 @@ def encode_or_drop(
     length = len(branches[0][0]) + max(len(ids) for ids, _ in branches[1:])
     if length > max_length:
         return branches, length, "too long"
-    if pair and record.tie:
+    if getattr(record, "tie", False):
         return branches, length, "the verdict is a tie"
-    equal = pair and branches[1] == branches[2]
-    return branches, length, "chosen equals rejected" if equal else None
+    equal = len({tuple(ids) for ids, _ in branches[1:]}) < len(branches) - 1
+    reason = "two replies are equal" if len(branches) > 3 else "chosen equals rejected"
+    return branches, length, reason if equal else None
 
 
 def count_tokens(text: str, tokenizer: ChatTokenizer) -> int:
@@ -76,7 +82,7 @@ def count_tokens(text: str, tokenizer: ChatTokenizer) -> int:
     return sum(len(tokenizer.text(text[start : start + PIECE])) for start in range(0, len(text), PIECE))
 
 
-def score_margin(record: Preference | Conversation) -> float:
+def score_margin(record: Record) -> float:
     """score_chosen - score_rejected, or the logit of win_probability if it is there; NaN without labels."""
     if not isinstance(record, Preference):
         return math.nan
@@ -134,7 +140,11 @@ class Report:
 
 
 class TokenStore:
-    """The arrays of one file. A row is a prompt and its branches, each a run of ids with a loss mask."""
+    """The arrays of one file. A row is a prompt and its branches, each a run of ids with a loss mask.
+
+    All rows have the same number of branches. A row with fewer replies has empty branches before its last
+    one, so that the best reply comes first and the worst one last.
+    """
 
     def __init__(self, folder: Path, fingerprint: str):
         self.folder, self.fingerprint = folder, fingerprint  # the second: digest of the data file
@@ -160,6 +170,7 @@ class TokenStore:
         self.target_bounds = np.concatenate([[0], np.cumsum(self.target_counts)])  # (rows + 1,) offsets of
         # the reference log-probs, one for each supervised token, row by row (training/reference.py).
         self.reference_logps: np.ndarray | None = None
+        self.mismatched: TokenStore | None = None  # of unpaired feedback (dataset/mismatched.py)
 
     def __len__(self) -> int:
         return len(self.bounds)
@@ -204,8 +215,9 @@ def open_store(
     skip_bad: bool = False,
     swap_by_score: bool = False,
 ) -> TokenStore:
-    """The `TokenStore` of a file of ``"preferences"`` or ``"conversations"``, tokenised unless it is cached.
+    """The `TokenStore` of a file, tokenised unless it is cached.
 
+    `kind`, the records that the rows hold, is a key of `dataset.records.READERS`.
     `shape` is the name of the records' format. `swap_by_score` exchanges the sides of a pair whose rejected
     side scores higher. Raises `DataError` at the first bad record; with `skip_bad`, bad records are left out
     and counted, at most 1 %. Raises `InputError` if no record is left.
@@ -242,6 +254,7 @@ def _write(folder: Path, path: Path, tokenizer, kind, max_length, shape, skip_ba
     """Tokenise a file's records into the arrays that `TokenStore` reads."""
     report, bad, offset = Report(swapped=swap_by_score), 0, 0
     columns = bounds, lines, places, target_counts, margins, digests = [array(code) for code in "qqqqdQ"]
+    widths = array("q")  # numbers in `bounds` of each row
     with open(folder / "tokens.bin", "wb") as tokens, open(folder / "supervised.bin", "wb") as supervised:
         for place, record in enumerate(READERS[kind](path, shape)):
             if isinstance(record, DataError):
@@ -270,6 +283,7 @@ def _write(folder: Path, path: Path, tokenizer, kind, max_length, shape, skip_ba
                 supervised.write(np.asarray(mask, np.bool_).tobytes())
                 offset += len(ids)
                 bounds.append(offset)
+            widths.append(len(branches) + 1)
             lines.append(record.line)
             places.append(place)
             target_counts.append(sum(sum(mask) for _, mask in branches))
@@ -278,6 +292,19 @@ def _write(folder: Path, path: Path, tokenizer, kind, max_length, shape, skip_ba
     if bad > BAD_SHARE * report.total():
         raise InputError(f"{path}: {bad} of {report.total()} records are bad, more than 1 %: {report}")
     require(report.kept, f"{path}: no record is left to train on: {report}")
-    for name, column in zip(COLUMNS, columns, strict=True):
+    for name, column in zip(COLUMNS, (pad_bounds(bounds, widths), *columns[1:]), strict=True):
         np.save(folder / f"{name}.npy", np.asarray(column))
     (folder / "report.json").write_text(json.dumps(report.__dict__))
+
+
+def pad_bounds(bounds: array, widths: array) -> np.ndarray:
+    """The offsets of all rows, one after another, as (rows, largest width), flat.
+
+    A short row repeats its last offset but one: its missing branches are empty and stand before its last one.
+    """
+    if min(widths) == max(widths):
+        return np.asarray(bounds)
+    widths, columns = np.asarray(widths)[:, None], np.arange(max(widths))
+    places = np.minimum(columns, widths - 2)  # (rows, largest width)
+    places[:, -1:] = widths - 1
+    return np.asarray(bounds)[places + np.cumsum(widths)[:, None] - widths].ravel()

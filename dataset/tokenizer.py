@@ -22,7 +22,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dataset.jsonl import show
-from dataset.records import DataError, Message, Preference, read_records
+from dataset.records import Conversation, DataError, Message, read_records
 from dataset.template import CHATML, ChatTemplate, read_template
 from errors import InputError, require, run_script
 from files import write_whole
@@ -228,9 +228,9 @@ def texts_of(paths: Iterable[str]) -> Iterator[str]:
         for record in read_records(path):
             if isinstance(record, DataError):
                 raise record
-            pair = isinstance(record, Preference)
-            yield from (message.content for message in (record.prompt if pair else record.messages))
-            yield from (record.chosen, record.rejected) if pair else ()
+            whole = isinstance(record, Conversation)
+            yield from (message.content for message in (record.messages if whole else record.prompt))
+            yield from () if whole else filter(None, record.replies)
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ class Message:
     weight: int = field(default=1, compare=False)  # of an assistant turn in supervised fine-tuning: 0 or 1
 
 
-Read = Callable[[dict], list[list[Message]]]  # a record's conversation, or those of chosen and rejected
+Read = Callable[[dict], list[list[Message]]]  # a record's conversation, or one for each answer, best first
 
 
 # ---- Parts of all formats: text, messages, turns
@@ -113,19 +113,21 @@ def checked_turns(turns: list[Message], where: str, last: str = "assistant") -> 
     return turns[1:] if start and not turns[0].content.strip() else turns
 
 
-def split_pair(chosen: list[Message], rejected: list[Message]) -> tuple[tuple[Message, ...], str, str]:
+def split_pair(
+    chosen: list[Message], rejected: list[Message], names: tuple[str, str] = ("chosen", "rejected")
+) -> tuple[tuple[Message, ...], str, str]:
     """(prompt, chosen, rejected) of two conversations, which must be equal in all but the last turn.
 
     With two different prompts the partition function Z(x) does not cancel, and the loss is not DPO's.
     """
-    for where, turns in (("chosen", chosen), ("rejected", rejected)):
+    for where, turns in zip(names, (chosen, rejected), strict=True):
         require_last(turns, where, "assistant")
         if turns[-1].weight == 0:
             raise Fault(f"{where}: the response has weight 0; a pair needs both responses")
     for turn, (left, right) in enumerate(zip_longest(chosen[:-1], rejected[:-1])):
         if left != right:
-            raise Fault(f"chosen and rejected have different prompts: they differ from turn {turn} on")
-    chosen, rejected = checked_turns(chosen, "chosen"), checked_turns(rejected, "rejected")
+            raise Fault(f"{names[0]} and {names[1]} have different prompts: they differ from turn {turn} on")
+    chosen, rejected = checked_turns(chosen, names[0]), checked_turns(rejected, names[1])
     return tuple(chosen[:-1]), chosen[-1].content, rejected[-1].content
 
 
@@ -187,14 +189,18 @@ def answers(prompt: str, *keys: str) -> Read:
     return read
 
 
-def ranked_pair(record: dict) -> list[list[Message]]:
-    """A list of replies, the best one first: the first is chosen, the last is rejected."""
-    replies = required(record, "output")
-    if not isinstance(replies, list) or len(replies) < 2:
-        raise Fault("output: expected a list of two replies or more, the best one first")
-    turns = [Message("assistant", text(reply, f"output[{rank}]")) for rank, reply in enumerate(replies)]
-    history = alpaca_prompt(record)
-    return [[*history, turns[0]], [*history, turns[-1]]]
+def ranked_replies(prompt: str, key: str) -> Read:
+    """A reader of one conversation for each reply of the list in `key`, the best one first."""
+
+    def read(record: dict) -> list[list[Message]]:
+        replies = required(record, key)
+        if not isinstance(replies, list) or len(replies) < 2:
+            raise Fault(f"{key}: expected a list of two replies or more, the best one first")
+        turns = [Message("assistant", text(reply, f"{key}[{rank}]")) for rank, reply in enumerate(replies)]
+        history = alpaca_prompt(record) if prompt == "instruction" else prompt_turns(record, prompt)
+        return [[*history, turn] for turn in turns]
+
+    return read
 
 
 # ---- Two answers and a verdict

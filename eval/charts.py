@@ -1,8 +1,8 @@
 """Small charts as SVG, without a library. Colours are CSS classes, so they follow the page's theme.
 
-    plot = Plot(x=(0, 188), y=(0, 1))
-    plot.line([(0, 0.5), (188, 0.86)], "blue heavy", "step")
-    page += plot.svg("Accuracy rises from 0.5 to 0.86")
+plot = Plot(x=(0, 188), y=(0, 1))
+plot.line([(0, 0.5), (188, 0.86)], "blue heavy", "step")
+page += plot.svg("Accuracy rises from 0.5 to 0.86")
 """
 
 import html

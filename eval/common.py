@@ -119,6 +119,11 @@ def starting_model(folder: str, flag_name: str) -> str:
     return start
 
 
+def reference_of(folder: str) -> str:
+    """The reference of the run that trained a model: its --reference-model, or the model it started from."""
+    return str(run_settings(folder).get("reference_model") or starting_model(folder, "--reference"))
+
+
 def is_bundled(path: str | Path) -> bool:
     """Whether a data file belongs to the data that comes with this project."""
     return Path(path).resolve().parent == SAMPLE

@@ -59,7 +59,7 @@ PREFERENCE_PANELS = [
         "β · log π / π_ref, or a reward model's",
         0.0,
     ),
-    Panel("Learning rate", [("learning_rate", "", VIOLET)], "of each step", from_zero=True),
+    Panel("KL(π ‖ π_ref)", [("kl_per_token", "", VIOLET)], "of the next token, nats", from_zero=True),
 ]
 PARTS = ("", "eval_")  # prefixes of the metrics: training, held-out
 

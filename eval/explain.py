@@ -26,8 +26,8 @@ from errors import InputError, run_script
 from eval.common import (
     load_policy_and_reference,
     print_start,
+    reference_of,
     run_settings,
-    starting_model,
 )
 from eval.preference import choose_objective, held_out_pairs
 from eval.terminal import cells, terminal_width, text_pieces, wrap
@@ -155,7 +155,7 @@ class Opened:
 def open_pair(settings: Settings) -> Opened:
     """Load what the settings name. Raises `InputError` for what is missing or a pair that is too long."""
     device, run = pick_device(settings.device), run_settings(settings.model)
-    folder = settings.reference or starting_model(settings.model, "--reference")
+    folder = settings.reference or reference_of(settings.model)
     policy, reference, tokenizer = load_policy_and_reference(settings.model, folder, device)
     print_start({settings.model: policy, folder: reference}, device, "fp32")
     data = "" if settings.text else settings.data or held_out_pairs(settings.model, run)[0]

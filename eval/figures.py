@@ -7,8 +7,8 @@ import numpy as np
 from eval.charts import Bars, Plot, around, esc, number
 from eval.curves import BLUE, ORANGE, PARTS, Curve, Panel, last_finite
 from eval.explain import signed
-from eval.judge import wilson
 from eval.pairs import Measured, MeasuredPair, accuracy
+from eval.win_rate import wilson
 from eval.words import tr
 
 NAMES = {BLUE: "blue", ORANGE: "orange"}  # other colours are violet

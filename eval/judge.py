@@ -2,36 +2,46 @@
 
     python -m eval.judge --model runs/dpo                      # against the model that the run started from
     python -m eval.judge --model DIR --versus DIR --prompts 50 --samples 2 --json figures.json
+    python -m eval.judge --model runs/dpo --data prompts.txt --scorer rules.py:polite     # on any prompts
+    python -m eval.judge --model runs/dpo --data pairs.jsonl --reward runs/reward
+
+With --scorer or --reward the answer with the higher score wins. The judge that reads a `judge` field scores
+more: right, well formed, courteous, by task.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from statistics import mean
 
-from dataset.jsonl import DataError, printable, read_values, show
+from dataset.jsonl import DataError, printable, read_values
+from dataset.prompts import read_prompts
 from dataset.records import read_preferences
 from dataset.tokenizer import ChatTokenizer
-from errors import run_script
+from errors import require, run_script
 from eval.common import generating, load_model_and_tokenizer, print_start, starting_model
+from eval.sample import answer_all
+from eval.scorers import Scorer, ScorerFlags, make_scorer
 from eval.terminal import cells
-from eval.verdict import CHECKS, Verdict, score
+from eval.verdict import Verdict, rule_fault, score
+from eval.win_rate import contest
 from eval.words import tr
 from files import write_json
 from model.generate import Answer, generate
 from model.transformer import Transformer
-from training.distributed import pick_device
+from training.distributed import World, pick_device
 from training.precision import Precision
-from training.settings import DEVICE_WHY, DEVICES, SAMPLE, Flags, flag, parse
+from training.settings import DEVICE_WHY, DEVICES, SAMPLE, flag, parse
 
-Z95 = 1.959964  # A normal variable lies within ± this many standard deviations 95 times in 100.
 KEPT = 200  # prompts whose replies are written beside the figures
 
 
 @dataclass
-class Settings(Flags):
+class Settings(ScorerFlags):
     model: str = flag("runs/dpo", "model folder of the first model")
     versus: str = flag("", "model folder of the second model; default: what --model started from")
-    data: str = flag(str(SAMPLE / "heldout.jsonl"), "pairs with a `judge` field, as in the bundled data")
+    data: str = flag(
+        str(SAMPLE / "heldout.jsonl"), "pairs with a `judge` field; with --scorer or --reward any prompts"
+    )
     prompts: int = flag(0, "number of prompts, from the start of the file; 0: all")
     samples: int = flag(4, "sampled answers per prompt, in addition to the greedy one")
     temperature: float = flag(1.0, "temperature of the sampled answers")
@@ -42,6 +52,7 @@ class Settings(Flags):
     device: str = flag("auto", DEVICE_WHY, DEVICES)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.at_least(1, "samples", "max_new_tokens", "batch_size")
         self.at_least(0, "prompts")
         self.require(self.temperature > 0, "temperature", "above 0")
@@ -65,13 +76,8 @@ def read_judged(path: str) -> list[dict]:
     for (line, record), pair in zip(read_values(path), read_preferences(path), strict=True):
         if isinstance(pair, DataError):
             raise pair
-        rule = record.get("judge")
-        if not isinstance(rule, dict):
-            raise DataError(path, line, "no `judge` field, so its answers cannot be scored")
-        if lacking := {"task", "language", "check", "accept", "given"} - rule.keys():
-            raise DataError(path, line, f"its `judge` field lacks {', '.join(sorted(lacking))}")
-        if rule["check"] not in CHECKS:
-            raise DataError(path, line, f"unknown check {show(rule['check'])}; known: {', '.join(CHECKS)}")
+        if fault := rule_fault(record.get("judge")):
+            raise DataError(path, line, fault)
         records.append({**record, "prompt": pair.prompt})
     return records
 
@@ -111,13 +117,9 @@ def compare(records: list[dict], replies: dict[str, list[list[Reply]]]) -> dict:
     sampled answers, except `right_answers_greedy`. A right answer may still be badly formed.
     """
     first, second = replies.values()
-    cases = [
-        [(ours.verdict, theirs.verdict) for ours, theirs in zip(a[1:], b[1:], strict=True)]
-        for a, b in zip(first, second, strict=True)
-    ]
-    outcomes = [[ours.points - theirs.points for ours, theirs in row] for row in cases]
-    wins = [sum(difference > 0 for difference in row) for row in outcomes]
-    losses = [sum(difference < 0 for difference in row) for row in outcomes]
+    cases = [[*zip(a[1:], b[1:], strict=True)] for a, b in zip(first, second, strict=True)]
+    points = [[ours.verdict.points - theirs.verdict.points for ours, theirs in row] for row in cases]
+    longer = [[ours.tokens - theirs.tokens for ours, theirs in row] for row in cases]
 
     def means(value: Callable[[Reply], float], which: slice = slice(1, None)) -> dict[str, float]:
         chosen = {name: [reply for row in rows for reply in row[which]] for name, rows in replies.items()}
@@ -125,15 +127,15 @@ def compare(records: list[dict], replies: dict[str, list[list[Reply]]]) -> dict:
 
     return {
         "prompts": len(records),
-        "samples": len(outcomes[0]),
-        "wins": sum(wins),
-        "ties": sum(row.count(0) for row in outcomes),
-        "losses": sum(losses),
-        "win_rate": sum(wins) / (sum(wins) + sum(losses)) if any(wins + losses) else None,
-        "win_rate_ci95": win_interval(wins, losses),
+        "samples": len(cases[0]),
+        **contest(points, longer),
         "right_answers": means(lambda reply: reply.verdict.right),
-        "only_first_right": sum(ours.right > theirs.right for row in cases for ours, theirs in row),
-        "only_second_right": sum(ours.right < theirs.right for row in cases for ours, theirs in row),
+        "only_first_right": sum(
+            ours.verdict.right > theirs.verdict.right for row in cases for ours, theirs in row
+        ),
+        "only_second_right": sum(
+            ours.verdict.right < theirs.verdict.right for row in cases for ours, theirs in row
+        ),
         "right_answers_greedy": means(lambda reply: reply.verdict.right, slice(1)),
         "well_formed": means(lambda reply: reply.verdict.well_formed),
         "wanted_manner": means(lambda reply: reply.verdict.manner),
@@ -169,51 +171,73 @@ def details(records: list[dict], replies: dict[str, list[list[Reply]]]) -> dict:
     return {"tasks": compare_tasks(records, replies), "answers": answers}
 
 
-def win_interval(wins: list[int], losses: list[int]) -> list[float] | None:
-    """95 % interval [low, high] of the win rate, from wins and losses per prompt; None if all cases tie.
+def compare_scores(models: dict[str, tuple], records: list[dict], scorer: Scorer, **sampling) -> dict:
+    """Figures of the first model against the second, by the scores of sampled answers to any prompts.
 
-    Samples of one prompt are correlated: a model that has learned the answer gives it every time. An interval
-    over all cases as independent draws would be too narrow. This is Wilson's interval (1927) with Kish's
-    effective sample size (1965), (sum of m)² / sum of m² for m decided cases per prompt. It is exact if all
-    samples of a prompt agree, and too wide rather than too narrow if they do not.
+    Sample i of the first is compared with sample i of the second: the higher score wins, equal ones tie.
+    `models` has a model and its tokenizer for each name, `sampling` the options of `answer_all`.
     """
-    decided = [won + lost for won, lost in zip(wins, losses, strict=True)]
-    if not any(decided):
-        return None
-    return wilson(sum(wins) / sum(decided), sum(decided) ** 2 / sum(m * m for m in decided))
+    answers = {
+        name: answer_all(model, tokenizer, records, **sampling) for name, (model, tokenizer) in models.items()
+    }
+    scores = {
+        name: scorer([{**record, "answers": row} for record, row in zip(records, rows, strict=True)])
+        for name, rows in answers.items()
+    }
+    flat = {name: [value for row in rows for value in row] for name, rows in scores.items()}
+    too_long = "an answer is too long for a reward model; lower --max-new-tokens"
+    require(all(value is not None for values in flat.values() for value in values), too_long)
 
+    def differences(of: dict[str, list[list[float]]]) -> list[list[float]]:
+        return [[a - b for a, b in zip(*both, strict=True)] for both in zip(*of.values(), strict=True)]
 
-def wilson(rate: float, n: float) -> list[float]:
-    """Wilson's 95 % interval [low, high] of a share that was observed in `n` independent cases."""
-    centre = (rate + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 / (1 + Z95**2 / n) * math.sqrt(rate * (1 - rate) / n + Z95**2 / (4 * n * n))
-    return [max(0.0, centre - half), min(1.0, centre + half)]
+    def means(value: Callable[[dict], float]) -> dict[str, float]:
+        return {name: mean(value(a) for row in rows for a in row) for name, rows in answers.items()}
+
+    tokens = {name: [[answer["tokens"] for answer in row] for row in rows] for name, rows in answers.items()}
+    return {
+        "prompts": len(records),
+        "samples": sampling["samples"],
+        **contest(differences(scores), differences(tokens)),
+        "mean_score": {name: mean(values) for name, values in flat.items()},
+        "finished": means(lambda answer: answer["finished"]),
+        "mean_tokens": means(lambda answer: answer["tokens"]),
+        "mean_characters": means(lambda answer: len(answer["text"])),
+    }
 
 
 def summary(figures: dict) -> str:
-    """The figures of `compare` as a few lines of text."""
-    first, second = figures["right_answers"]
+    """The figures of `compare` or `compare_scores` as a few lines of text."""
+    first, second = figures["mean_tokens"]
     counts = {name: figures[name] for name in ("prompts", "samples", "wins", "ties", "losses")}
     lines = [
         tr("{first} against {second}, {prompts} prompts, {samples} sampled answers each: {wins} wins, "
            "{ties} ties, {losses} losses", first=first, second=second, **counts)
     ]  # fmt: skip
-    if figures["win_rate"] is not None:
-        low, high = (f"{share:.1%}" for share in figures["win_rate_ci95"])
-        text = tr("{model} wins {share} of the decided cases (95 %: {low} to {high})",
-                  model=first, share=f"{figures['win_rate']:.1%}", low=low, high=high)  # fmt: skip
-        lines.append(text)
+    for key in ("win_rate", "win_rate_at_equal_length"):
+        if figures[key] is not None:
+            ends = figures[f"{key}_ci95"] or (figures[key],) * 2
+            low, high, share = (f"{value:.1%}" for value in (*ends, figures[key]))
+            named = {"model": first, "share": share, "low": low, "high": high}
+            lines.append(
+                tr("{model} wins {share} of the decided cases (95 %: {low} to {high})", **named)
+                if key == "win_rate"
+                else tr("{model} wins {share} of them at equal length (95 %: {low} to {high})", **named)
+            )
     lines.append(f"\n{'':<30}{first:>10}{second:>10}")
     for label, name, form in (
         (tr("right, sampled"), "right_answers", ".1%"),
         (tr("right, greedy"), "right_answers_greedy", ".1%"),
         (tr("well formed"), "well_formed", ".1%"),
         (tr("courteous"), "wanted_manner", ".1%"),
+        (tr("score"), "mean_score", ".3f"),
+        (tr("finished"), "finished", ".1%"),
         (tr("tokens per answer"), "mean_tokens", ".1f"),
         (tr("characters per answer"), "mean_characters", ".1f"),
     ):
-        values = figures[name][first], figures[name][second]
-        lines.append(label + " " * (30 - cells(label)) + "".join(f"{value:>10{form}}" for value in values))
+        if name in figures:
+            values = "".join(f"{figures[name][model]:>10{form}}" for model in (first, second))
+            lines.append(label + " " * (30 - cells(label)) + values)
     return "\n".join(lines)
 
 
@@ -236,17 +260,22 @@ def main(arguments: list[str] | None = None) -> None:
     device = pick_device(settings.device)
     folders = settings.model, settings.versus or starting_model(settings.model, "--versus")
     loaded = [load_model_and_tokenizer(folder, device) for folder in folders]
-    models = {folder: model for folder, (model, _) in zip(folders, loaded, strict=True)}
-    print_start(models, device, Precision("auto", device).reason)
-    records = read_judged(settings.data)[: settings.prompts or None]
+    named = {folder: model for folder, (model, _) in zip(folders, loaded, strict=True)}
+    print_start(named, device, Precision("auto", device).reason)
+    models = dict(zip(("model", "versus"), loaded, strict=True))
     names = "samples", "temperature", "max_new_tokens", "seed", "batch_size"
     options = {name: getattr(settings, name) for name in names}
-    both = zip(("model", "versus"), loaded, strict=True)
-    replies = {name: answer(model, tokenizer, records, **options) for name, (model, tokenizer) in both}
-    figures = compare(records, replies) | details(records, replies)
+    if settings.scorer or settings.reward:
+        scorer = make_scorer(settings.scorer, settings.reward, settings.pessimism, World(0, 1, device))
+        records = read_prompts(settings.data)[: settings.prompts or None]
+        figures = compare_scores(models, records, scorer, **options)
+    else:
+        records = read_judged(settings.data)[: settings.prompts or None]
+        replies = {name: answer(*pair, records, **options) for name, pair in models.items()}
+        figures = compare(records, replies) | details(records, replies)
     if settings.json:
         write_json(settings.json, figures)
-    print(f"{summary(figures)}\n\n{task_table(figures['tasks'])}")
+    print(summary(figures) + ("\n\n" + task_table(figures["tasks"]) if "tasks" in figures else ""))
 
 
 if __name__ == "__main__":

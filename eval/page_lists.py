@@ -155,7 +155,7 @@ def token_marks(answer: Answer, tokenizer, shared: int, limit: int) -> Iterator[
             names.append("end")
         css = f" class={names[0]}" if len(names) == 1 else f' class="{" ".join(names)}"' * bool(names)
         visible = esc(text).replace("\n", "↵\n")
-        yield f'<b{css} data-l={logp:.2f},{reference:.2f}>{visible}</b>'
+        yield f"<b{css} data-l={logp:.2f},{reference:.2f}>{visible}</b>"
     if limit < len(answer.tokens):
         yield tr(" … {count} more tokens", count=len(answer.tokens) - limit)
 

@@ -12,15 +12,15 @@ from itertools import takewhile
 
 import numpy as np
 
-from dataset.packing import build_stream, fill
+from dataset.packing import build_stream, fill, spread
 from dataset.records import Message, Preference, read_preferences
 from dataset.store import open_store
 from dataset.tokenizer import ChatTokenizer
-from eval.common import length_limit, load_policy_and_reference, print_start, run_settings, starting_model
+from eval.common import length_limit, load_policy_and_reference, print_start, reference_of, run_settings
 from eval.curves import Curve, last_finite
 from eval.explain import Answer, explain_rows, signed
-from eval.judge import Z95, wilson, win_interval
 from eval.preference import Settings, choose_objective, held_out_pairs
+from eval.win_rate import Z95, wilson, win_interval
 from eval.words import tr
 from training.distributed import pick_device
 from training.objective import next_token_kl
@@ -139,7 +139,7 @@ def measure(
     """
     run, place = run_settings(folder), pick_device(device)
     path, share = (data, 0.0) if data else held_out_pairs(folder, run)
-    reference = reference or starting_model(folder, "--reference")
+    reference = reference or reference_of(folder)
     policy, reference_model, tokenizer = load_policy_and_reference(folder, reference, place)
     print_start({folder: policy, reference: reference_model}, place, "fp32")
     length = length_limit(0, folder, policy.config)
@@ -150,7 +150,7 @@ def measure(
     store = open_store(path, "preferences", tokenizer, length, shape, skip_bad, swap)
     store = store.split(share)[1] if share else store
     objective = choose_objective(Settings(model=folder), run, store, path)
-    rows = np.unique(np.linspace(0, len(store) - 1, min(pairs, len(store))).round().astype(int))
+    rows = spread(len(store), pairs)
     prompts = read_prompts(path, shape, store.records[rows])
     measured, divergences = [], []
     for batch in fill(range(len(rows)), store.lengths[rows], MAX_TOKENS):

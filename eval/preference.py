@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
 def measure(settings: Settings, world: World) -> dict[str, float]:
     """Load the two models and the data that the settings name, and evaluate: figures by name."""
     run = common.run_settings(settings.model)
-    start = settings.reference or common.starting_model(settings.model, "--reference")
+    start = settings.reference or common.reference_of(settings.model)
     policy, reference, tokenizer = common.load_policy_and_reference(settings.model, start, world.device)
     length = common.length_limit(settings.max_length, settings.model, policy.config)
     reference.config.check_fits(length=length)
@@ -67,7 +67,8 @@ def measure(settings: Settings, world: World) -> dict[str, float]:
     data, share = (settings.data, 0.0) if settings.data else held_out_pairs(settings.model, run)
     swap = bool(run.get("swap_by_score")) and not settings.data
     options = length, settings.shape, settings.skip_bad, swap
-    pairs = world.node_first(lambda: open_store(data, "preferences", tokenizer, *options))
+    kind = run_objective(settings, run).kind
+    pairs = world.node_first(lambda: open_store(data, kind, tokenizer, *options))
     pairs = pairs.split(share)[1] if share else pairs
     objective = choose_objective(settings, run, pairs, data)
     if world.is_main:
@@ -98,11 +99,8 @@ def held_out_pairs(folder: str, run: dict) -> tuple[str, float]:
     raise InputError(f"{folder} has no held-out pairs in its config.json; give --data")
 
 
-def choose_objective(settings: Settings, run: dict, pairs: TokenStore, data: str) -> Objective:
-    """The run's objective, unless --loss or --beta change it.
-
-    A run with --loss soft is measured with DPO's loss if the data has no scores, and a line says so.
-    """
+def run_objective(settings: Settings, run: dict) -> Objective:
+    """The run's objective, unless --loss or --beta change it."""
     # tr_alpha and tr_every move the reference during training; here it stands still.
     names = {f.name for f in fields(ObjectiveSettings)} - {"tr_alpha", "tr_every"}
     options = {name: run[name] for name in names & run.keys() if name == "beta" or not settings.loss}
@@ -111,9 +109,17 @@ def choose_objective(settings: Settings, run: dict, pairs: TokenStore, data: str
     if settings.beta is not None:
         options["beta"] = settings.beta
     try:
-        objective = Objective(ObjectiveSettings(**options))
+        return Objective(ObjectiveSettings(**options))
     except (TypeError, AttributeError, KeyError) as error:
         raise InputError(f"{settings.model}: the settings in its config.json are damaged ({error})") from None
+
+
+def choose_objective(settings: Settings, run: dict, pairs: TokenStore, data: str) -> Objective:
+    """`run_objective` for these pairs, whose labels it may need.
+
+    A run with --loss soft is measured with DPO's loss if the data has no scores, and a line says so.
+    """
+    objective = run_objective(settings, run)
     unlabelled = "score_margins" in objective.inputs and np.isnan(pairs.score_margins).any()
     if unlabelled and not settings.loss:
         used = objective.settings

@@ -103,10 +103,14 @@ def shown_run(folder: str, name: str, colour: str, curves: dict[str, Curve], opt
 
 
 def judge_of(folder: str) -> dict:
-    """The figures in RUN/judge.json, or in that of a demo, beside the run; {} without such a file."""
+    """The figures in RUN/judge.json, or in that of a demo, beside the run; {} without such a file.
+
+    Figures of `eval.judge` with --scorer or --reward have no right answers, and the page does not show them.
+    """
     own, demo = Path(folder) / "judge.json", Path(folder).parent / "judge.json"
     if own.is_file():
-        return read_json(own)
+        figures = read_json(own)
+        return figures if "right_answers" in figures else {}
     figures = read_json(demo) if demo.is_file() else {}
     is_about_it = next(iter(figures.get("right_answers", ())), None) == Path(folder).name
     return figures if is_about_it else {}
@@ -194,7 +198,8 @@ def header(figure, curves: dict[str, Curve], title: str, last_step: int) -> None
 def plain(axes, title: str, unit: str) -> None:
     """Set title and unit of a plot, and remove the lines that carry no information."""
     axes.set_title(title, loc="left", size=11, weight="bold", pad=19)
-    axes.text(0, 1.04, unit, transform=axes.transAxes, size=8.5, color=PALE, parse_math=False)
+    place = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    axes.annotate(unit, (0, 1), (0, 5), size=8.5, color=PALE, parse_math=False, **place)
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
+from dataset.jsonl import show
 from dataset.sample import chinese, english
 from dataset.sample.manners import COMPLIES, COURTEOUS, COURTESIES, DECLINES, RUDE
 
@@ -133,6 +134,17 @@ CHECKS: dict[str, Callable[[dict, str], bool]] = {
     "refusal": refusal_is_right,
     **dict.fromkeys(("greeting", "thanks", "apology", "farewell"), courtesy_is_right),
 }
+
+
+def rule_fault(rule) -> str:
+    """Why a record's `judge` field cannot be used, or "" """
+    if not isinstance(rule, dict):
+        return "no `judge` field, so its answers cannot be scored"
+    if lacking := {"task", "language", "check", "accept", "given"} - rule.keys():
+        return f"its `judge` field lacks {', '.join(sorted(lacking))}"
+    return (
+        "" if rule["check"] in CHECKS else f"unknown check {show(rule['check'])}; known: {', '.join(CHECKS)}"
+    )
 
 
 # Finding words and numbers -----------------------------------------------------------------------------

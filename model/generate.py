@@ -261,14 +261,15 @@ def decode_steps(
         running -= {answer for answer, token in new.items() if token == end_id}
         if not running or step == steps - 1:
             return
-        # Rows that have ended leave. While they are few they stay, unseen: leaving copies the whole cache.
-        longest = max(lengths[answer // samples] for answer in running) + step + 1
+        # Rows that have ended leave. While they are few they stay, unseen: leaving copies the whole cache. A
+        # row that stays needs room as well.
+        longest = max(lengths[answer // samples] for answer in answers) + step + 1
         if len(running) <= 0.75 * len(answers) or longest > cache.capacity:
             rows = [row for row, answer in enumerate(answers) if answer in running]
             answers = [answers[row] for row in rows]
             rows = torch.tensor(rows, device=device)
             tokens, positions, uniforms = tokens[rows], positions[rows], uniforms[rows]
-            cache.resize(rows, longest)
+            cache.resize(rows, max(lengths[answer // samples] for answer in answers) + step + 1)
         cache.decode(positions)
         hidden = decoder.hidden(tokens, positions, cache)  # (rows, d)
         positions = positions + 1
@@ -293,14 +294,17 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
     samples: int = 1,
+    uniforms: Tensor | None = None,
 ) -> list[Answer]:
     """`samples` answers for each prompt: answer j of prompt i is number i * `samples` + j of the list.
 
     A batch has at most `batch_size` answers, or those of one prompt. The answers are the same for every batch
-    size, and those of each prompt repeated `samples` times.
+    size, and those of each prompt repeated `samples` times. `uniforms` are the draws in place of those of
+    `seed`, (answers, max_new_tokens).
     """
     answers = [Answer() for _ in range(len(prompts) * samples)]
-    uniforms = torch.rand(len(answers), max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    if uniforms is None:
+        uniforms = torch.rand(len(answers), max_new_tokens, generator=torch.Generator().manual_seed(seed))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # Equal lengths waste no attention.
     decoder, sampling = Decoder(model), dict(temperature=temperature, top_k=top_k, top_p=top_p)
     size = max(1, batch_size // samples)

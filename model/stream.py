@@ -41,14 +41,15 @@ class TokenStream:
     segments: Tensor
     predictors: Tensor  # (N,) index of the hidden state that predicts a supervised token
     targets: Tensor  # (N,) id of that token
-    owners: Tensor  # (N,) its response: 2 * pair + (0 chosen, 1 rejected)
+    owners: Tensor  # (N,) its response: K * row + place; for pairs K is 2: 0 chosen, 1 rejected
     responses: int  # R: a sum has a place for every response, also on a rank without tokens
+    branches: int = 2  # K: responses of each row. The sum of a missing one is 0.
     reference_logps: Tensor | None = None  # (N,) log pi_ref of the targets, if computed before training
     score_margins: Tensor | None = None  # (B,) score_chosen - score_rejected, NaN for a pair without scores
 
     def to(self, device) -> "TokenStream":
         """The same stream on another device. A Python loop reads `segments`, so they stay on the CPU."""
-        names = [f.name for f in fields(self) if f.name not in ("segments", "responses")]
+        names = [f.name for f in fields(self) if f.name not in ("segments", "responses", "branches")]
         tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return replace(self, **{name: move(x, torch.device(device)) for name, x in tensors.items()})
 
@@ -57,8 +58,11 @@ class TokenStream:
         return token_logps.new_zeros(self.responses).index_add(0, self.owners, token_logps)
 
     def sum_by_side(self, token_logps: Tensor) -> tuple[Tensor, Tensor]:
-        """The sums of the chosen and of the rejected responses: (N,) token log-probs to (B,) twice."""
-        return sides(self.sum_by_response(token_logps))
+        """The sums of the chosen and of the rejected responses: (N,) token log-probs to (B,) twice.
+
+        Of K ranked replies these are the best and the worst one.
+        """
+        return sides(self.sum_by_response(token_logps), self.branches)
 
     def lengths(self) -> Tensor:
         """|y|: the number of supervised tokens of each response, its end token included, (R,)."""
@@ -68,7 +72,7 @@ class TokenStream:
         """Whether a token's place in its response is beyond the length of the pair's shorter one, (N,)."""
         lengths = self.lengths()
         starts = lengths.cumsum(0) - lengths  # The targets of a response are consecutive.
-        shorter = lengths.view(-1, 2).amin(1).repeat_interleave(2)  # (R,)
+        shorter = lengths.view(-1, self.branches).amin(1).repeat_interleave(self.branches)  # (R,)
         places = torch.arange(len(self.owners), device=self.owners.device) - starts[self.owners]
         return places >= shorter[self.owners]
 
@@ -110,7 +114,7 @@ def move(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True)
 
 
-def sides(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(R,) values of responses to (B,) of the chosen and (B,) of the rejected ones, which alternate."""
-    chosen, rejected = values.view(-1, 2).unbind(1)
+def sides(values: Tensor, branches: int = 2) -> tuple[Tensor, Tensor]:
+    """(R,) values of responses to (B,) of the chosen and (B,) of the rejected: a row's first and last."""
+    chosen, *_, rejected = values.view(-1, branches).unbind(1)
     return chosen, rejected

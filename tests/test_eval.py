@@ -9,13 +9,15 @@ import pytest
 import torch
 
 import train_dpo
+from dataset.packing import build_stream
 from dataset.records import DataError
 from dataset.store import open_store
 from dataset.tokenizer import ChatTokenizer, train
 from errors import InputError, run_script
-from eval import chat, common, demo, explain, judge, preference, report, score
-from eval.judge import Reply, compare, win_interval
+from eval import chat, common, demo, explain, judge, preference, report, rounds, sample, score
+from eval.judge import Reply, compare
 from eval.verdict import Verdict
+from eval.win_rate import win_interval
 from model import transformer
 from model.reward import RewardModel
 from model.weights import save_model
@@ -34,7 +36,7 @@ from tests.ranks import forked
 from tests.runs import ALONE, FP32
 from training import precision as precision_module
 from training.evaluate import evaluate, evaluate_kl
-from training.objective import Objective, ObjectiveSettings
+from training.objective import Objective, ObjectiveSettings, next_token_kl
 from training.settings import SAMPLE
 
 CPU = torch.device("cpu")
@@ -93,6 +95,17 @@ def test_kl_is_that_of_a_plain_loop(pairs, tokenizer, layout, scores_at_once, mo
     assert total / count > 0.1
 
 
+def test_the_kl_of_an_evaluation_in_training_is_that_of_rows_spread_over_the_data(pairs, tokenizer):
+    """The first rows of a sorted file are about one thing."""
+    policy, reference = (make_model(tokenizer.vocab_size, seed=seed) for seed in (1, 2))
+    data, most = pairs(7), 3
+    stream = build_stream(data, [0, 3, 6])
+    expected = next_token_kl(policy, reference, stream).mean().item()
+    for max_tokens in (130, 10_000):
+        found = evaluate_kl(policy, reference, data, ALONE, max_tokens=max_tokens, most=most)
+        assert found["kl_per_token"] == pytest.approx(expected, rel=1e-6)
+
+
 def test_two_ranks_print_the_figures_of_one(folders, ragged, tmp_path, capsys):
     command = ["--model", folders[0], "--reference", folders[1], "--data", str(ragged), "--device", "cpu"]
     preference.main([*command, "--json", str(tmp_path / "new" / "one.json")])
@@ -145,6 +158,7 @@ def measured(folder: str, tmp_path, *flags: str) -> dict:
     ["--loss", "dpop", "--dpop-lambda", "3"],
     ["--wpo"],
     ["--ld-alpha", "0.5"],
+    ["--lora-rank", "4"],
 ], ids=" ".join)  # fmt: skip
 def test_a_run_is_measured_as_it_was_trained(flags, trained, tmp_path, folders, capsys):
     """With beta 0.1 and DPO's loss for every run, the figures differ from those of its own log, silently."""
@@ -152,6 +166,7 @@ def test_a_run_is_measured_as_it_was_trained(flags, trained, tmp_path, folders, 
     *_, last = (row for row in metrics(tmp_path / "run") if "eval_loss" in row)
     figures = measured(folder, tmp_path)
     logged = {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
+    assert logged["kl_per_token"] > 1e-4
     assert {name: figures[name] for name in logged} == pytest.approx(logged, rel=1e-4, abs=1e-6)
     assert logged["rewards/margins"] != 0
     loss = flags[flags.index("--loss") + 1] if "--loss" in flags else "sigmoid"
@@ -272,6 +287,10 @@ def test_damaged_settings_are_an_error_not_a_traceback(damage, folders, tmp_path
     (score.main, ["--out", "x.jsonl"], "give --data, the pairs to score, and --out"),
     (score.main, ["--data", "x.jsonl", "--out", "x.json"], "--out x.json: the name must end in .jsonl"),
     (score.main, [*PATHS, "--micro-batch-tokens", "0"], "--micro-batch-tokens must"),
+    (sample.main, [], "give --data, the file of prompts"),
+    (sample.main, ["--data", "x.txt", "--seed", "-1"], "--seed must be from 0 to 2^31 - 1, not -1"),
+    (sample.main, ["--data", "x.txt"], "x.txt: cannot be read: no such file"),
+    (rounds.main, ["--scorer", "judge"], "give --prompts, the file of prompts"),
 ])  # fmt: skip
 def test_bad_usage_is_one_line_and_status_2(main, arguments, reason, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -301,7 +320,7 @@ def test_a_model_file_in_place_of_its_folder_is_named(main, arguments, folders):
         main(["--model", f"{folders[0]}/model.pt", *arguments])
 
 
-@pytest.mark.parametrize("module", [preference, judge, chat, report, demo, score, explain])
+@pytest.mark.parametrize("module", [preference, judge, chat, report, demo, score, explain, sample, rounds])
 def test_help_is_complete(module, capsys):
     """A bare % in a flag's help text ends --help with a traceback."""
     with pytest.raises(SystemExit) as stopped:
@@ -339,6 +358,7 @@ def test_no_command_needs_float64(folders, ragged, judged, tmp_path, monkeypatch
         explain.main(both)
         chat.main(versus)
         judge.main([*versus, "--data", str(judged)])
+        sample.main([*versus[:4], "--data", str(ragged), "--max-new-tokens", "2"])
         score.main([*scored, "--out", str(tmp_path / "scored.jsonl")])
         with pytest.raises(TypeError, match="float64"):
             torch.ones(1).double()

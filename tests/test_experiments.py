@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -178,16 +179,16 @@ def test_harm(start, tmp_path, capsys):
     assert "| Harmful wishes | 2 |" in capsys.readouterr().out
 
 
-def test_label_noise(start, ragged, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+def test_label_noise(start, ragged, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    flags = ["--model", start, "--data", str(ragged), "--eval-data", str(ragged), "--out", str(out)]
-    label_noise.main([*flags, "--seeds", "1", "--pairs", "5", "--eval-pairs", "3", "--lr", "3e-3"])
-    accuracies = json.loads((out / "results.json").read_text())["accuracies"]
+    one_seed = lambda settings, **few: replace(settings, seeds=1, **few)  # noqa: E731
+    monkeypatch.setattr(label_noise.common, "shortened", one_seed)
+    data = "--data", str(ragged), "--eval-data", str(ragged)
+    accuracies = quick(label_noise, start, out, *data, "--lr", "3e-3")["accuracies"]
     noisy = {name: ["20%", "40%"] for name in ("reward model", "soft", "cDPO", "robust")}
     expected = {"DPO": ["0%", "20%", "40%"], **noisy}
     assert {name: list(of_share) for name, of_share in accuracies.items()} == expected
-    assert (out / "label_noise.png").read_bytes().startswith(b"\x89PNG")
+    assert "| robust |  |" in capsys.readouterr().out
 
     # The figure is the accuracy on pairs with true labels, of the model trained on flipped ones.
     def answers(path):
@@ -237,5 +238,5 @@ def test_matplotlib_is_checked_before_training(experiment, start, tmp_path, monk
 def test_too_few_pairs_are_refused(start, ragged, tmp_path):
     pytest.importorskip("matplotlib")
     flags = ["--model", start, "--data", str(ragged), "--eval-data", str(ragged), "--out", str(tmp_path)]
-    with pytest.raises(InputError, match="has 7 pairs, fewer than --pairs 200"):
+    with pytest.raises(InputError, match="has 7 pairs, fewer than --pairs 128"):
         label_noise.main(flags)

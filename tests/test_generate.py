@@ -78,6 +78,16 @@ def test_a_row_ends_with_its_end_token():
     assert any(answer.finished for answer in got) and any(not answer.finished for answer in got)
 
 
+def test_a_row_that_has_ended_needs_room_while_it_stays():
+    """The longest prompt ends at once, among many that go on: its place passes the end of the cache first."""
+    model, longest = make_model(V), [*range(1, 6)] * 12
+    end = greedy(model, longest, 1).tokens[0]
+    prompts = [prompt for prompt in ([i] * 9 for i in range(V)) if greedy(model, prompt, 1, end).tokens]
+    answers = generate(model, [longest, *prompts], end, 8, temperature=0)
+    assert answers[0] == Answer([], True) and not all(answer.finished for answer in answers)
+    assert answers[1:] == [greedy(model, prompt, 8, end) for prompt in prompts]
+
+
 def test_answers_depend_on_seed_and_place_alone():
     """The same for every batch size; another seed is another answer; two equal prompts get two answers."""
     model = make_model(V, dtype=torch.float64, spread=0.1)

@@ -39,9 +39,10 @@ REFERENCE_FREE = {"simpo", "simper", "orpo", "sft"}
 REQUIRED = {"robust": {"label_smoothing": 0.1}, "rdpo": {"rdpo_alpha": 0.07}}  # options without a default
 
 
-def objective(loss="sigmoid", beta=0.3, delta=0.0, **options) -> Objective:
+def objective(loss="sigmoid", beta=0.3, delta=0.0, z0=0.0, **options) -> Objective:
     made = Objective(ObjectiveSettings(loss=loss, beta=beta, **{**REQUIRED.get(loss, {}), **options}))
     made.load_state_dict({"reward_sum": 4 * delta, "reward_count": 4.0})
+    made.z0 = z0
     return made
 
 
@@ -56,7 +57,7 @@ REFERENCE = [-12.0, -9.5, -30.0, -17.0, -8.0, -25.0], [-11.0, -14.0, -21.0, -19.
 LENGTHS = [4, 3, 9, 5, 2, 7], [3, 6, 5, 8, 4, 1]
 SCORES = [1.5, -0.5, 0.0, 8.0, -3.0, 40.0]
 KL = [0.3, 2.5, 0.0, 1.1, 7.0, 0.2], [0.9, 0.1, 4.0, 0.0, 6.0, 1.7]
-DELTA = 0.37
+DELTA, Z0 = 0.37, 0.21
 
 
 def make_pairs(a=A, b=B, dtype=torch.float64, **more) -> Pairs:
@@ -148,6 +149,12 @@ def kto_form(p, beta):
     return (1 - a + 1 - b) / 2, -beta * a * (1 - a) / 2, beta * b * (1 - b) / 2
 
 
+def kto_single_form(p, beta, good=1.0, bad=1.0):
+    """Of a row with both answers it is the sum of the two."""
+    a, b = s(beta * p["a"] - Z0), s(Z0 - beta * p["b"])
+    return good * (1 - a) + bad * (1 - b), -good * beta * a * (1 - a), bad * beta * b * (1 - b)
+
+
 def apo_zero_form(p, beta):
     a, b = s(beta * p["a"]), s(beta * p["b"])
     return 1 - a + b, -beta * a * (1 - a), beta * b * (1 - b)
@@ -232,6 +239,10 @@ CLOSED_FORMS = [
     ("nca_pair", {}, nca_form),
     ("bco_pair", {}, bco_form),
     ("kto_pair", {}, kto_form),
+    ("kto", {}, lambda p, beta: kto_single_form(p, beta)),
+    ("kto", {"desirable_weight": 1.5, "undesirable_weight": 0.5},
+     lambda p, beta: kto_single_form(p, beta, 1.5, 0.5)),
+    ("plackett_luce", {}, of_margin(lambda h: -ls(h), lambda h: -s(-h))),  # of two replies
     ("apo_zero", {}, apo_zero_form),
     ("apo_down", {}, apo_down_form),
     ("sppo_hard", {}, sppo_form),
@@ -268,7 +279,7 @@ def test_value_and_gradient_are_the_closed_form(name, options, form, beta):
     """Value and both slopes of each pair, in float64. The slopes are derived by hand, not by autograd."""
     for shift in (0, 3):  # With positive means, kto_pair's KLs are not 0.
         pairs = make_pairs([x + shift for x in A], [x + shift for x in B])
-        losses = objective(name, beta, DELTA, **options)(pairs)
+        losses = objective(name, beta, DELTA, Z0, **options)(pairs)
         expected = float64([form(pair, beta) for pair in described(pairs)]).T
         found = torch.stack([losses.detach(), *gradients(losses, pairs)])
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
@@ -331,6 +342,7 @@ def test_constants_where_policy_is_reference(beta):
     smoothed = -ln2 - (math.log(0.999) + math.log(0.001)) / 2
     constants = {
         **dict.fromkeys(["sigmoid", "soft", "robust", "dpop", "sigmoid_norm", "aot", "aot_unpaired"], ln2),
+        **{"plackett_luce": ln2, "kto": 1},
         **{"hinge": 1, "ipo": 1 / (4 * beta**2), "ipo_norm": 1 / (4 * beta**2), "exo_pair": smoothed},
         **{"nca_pair": 2 * ln2, "bco_pair": 2 * ln2, "kto_pair": 0.5, "apo_zero": 1, "apo_down": 1},
         **{"sppo_hard": 1 / (2 * beta**2), "discopop": ln2 / 2 + 0.5},
@@ -568,7 +580,7 @@ def test_rewards_mean_the_same_whatever_the_loss(name):
 REFUSED = [
     (dict(loss="dpo"), "--loss dpo: its name here is sigmoid"),
     (dict(loss="IPO"), "--loss IPO: its name here is ipo"),
-    (dict(loss="sigmoid,KTO"), "--loss KTO: its name here is kto_pair"),
+    (dict(loss="sigmoid,KTO"), "--loss KTO: its name here is kto"),
     (dict(loss="rpo_sq"), "--loss rpo_sq: its name here is rebel"),
     (dict(loss="elo"), "--loss elo: there is no such loss; the losses are sigmoid, robust, hinge"),
     (dict(loss=""), "--loss : there is no such loss"),
@@ -680,7 +692,7 @@ def test_pairs_of_a_stream_are_those_of_single_sequences(layout, stored, tokeniz
     policy_logps = model(stream)
     made = objective("sigmoid,tdpo2", wpo=True)
     found = made.pairs(stream, policy_logps, reference(stream), model, reference)
-    expected = {name: [] for name in vars(found) if name != "score_margins"}
+    expected = {name: [] for name in vars(found) if name not in ("score_margins", "ranked_logratios")}
     for w, x in by_hand(model, reference, tokenizer):
         shorter, surprise = min(len(w["p"]), len(x["p"])), 0
         for name, side in (("chosen", w), ("rejected", x)):
@@ -903,7 +915,7 @@ def run_dpo(tmp_path, tokenizer, write_jsonl):
 
 
 FLAGS = {
-    **{name: ["--loss", name] for name in LOSSES},
+    **{name: ["--loss", name] for name in LOSSES if name != "kto"},  # tests/test_unpaired.py
     "robust": ["--loss", "robust", "--label-smoothing", "0.1"],
     "rdpo": ["--loss", "rdpo", "--rdpo-alpha", "0.05"],
     "chi2": ["--f-divergence", "chi2_kl", "--chi2-clip", "3"],

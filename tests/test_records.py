@@ -16,6 +16,7 @@ import pytest
 
 from dataset import jsonl
 from dataset.records import (
+    FEEDBACK_FORMATS,
     PREFERENCE_FORMATS,
     SFT_FORMATS,
     Conversation,
@@ -735,7 +736,7 @@ def test_the_examples_of_the_tables_are_true(write):
 def test_the_page_of_data_formats_lists_each_as_it_is():
     """docs/DATA.md: a format that is read but not listed is never found."""
     page = (ROOT / "docs" / "DATA.md").read_text("utf-8")
-    for formats in (PREFERENCE_FORMATS, SFT_FORMATS):
+    for formats in (PREFERENCE_FORMATS, SFT_FORMATS, FEEDBACK_FORMATS):
         rows = [f"| `{name}`: {f.description} | `{json.dumps(f.example)}` |" for name, f in formats.items()]
         assert "\n".join(rows) in page
 

@@ -490,9 +490,10 @@ def test_log_ratios_are_drawn_beside_rewards(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     rewards = ["loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"]
     logratios = ["logratios/chosen", "logratios/rejected", "logratios/margins"]
-    dpo = titles_of([*rewards, *logratios], monkeypatch, tmp_path)
+    dpo = titles_of([*rewards, *logratios, "eval_kl_per_token"], monkeypatch, tmp_path)
     assert dpo == [
-        "Loss", "Reward accuracy", "Log-ratio margin", "Log-ratios", "Reward margin", "Rewards"
+        "Loss", "Reward accuracy", "Log-ratio margin", "Log-ratios", "Reward margin", "Rewards",
+        "KL(π ‖ π_ref)",
     ]  # fmt: skip
     reward_model = titles_of(rewards, monkeypatch, tmp_path)
     assert reward_model == ["Loss", "Reward accuracy", "Reward margin", "Rewards"]

@@ -35,6 +35,7 @@ def printed(tmp_path_factory) -> list[str]:
     folders = [str(save_folder(parent / str(seed), tokenizer, seed=seed)) for seed in (1, 2)]
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(walkthrough, "terminal_width", lambda: 100)  # as the page
         patch.setattr(walkthrough, "print", lambda text: lines.extend(text.splitlines()), raising=False)
         data = "--data", str(SAMPLE / "heldout.jsonl"), "--row", ROW, "--device", "cpu"
         walkthrough.main(["--model", folders[0], "--reference", folders[1], *data])

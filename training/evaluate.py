@@ -2,27 +2,36 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.packing import build_stream, share, stream_lengths
+from dataset.packing import build_stream, share, spread, stream_lengths
 from dataset.store import TokenStore
 from losses import bradley_terry_loss, reward_metrics
 from model.reward import RewardModel
 from model.stream import sides
 from model.transformer import Transformer
-from training.distributed import World
+from training.distributed import World, unsharded
 from training.metrics import Meter
 from training.objective import Objective, next_token_kl, pair_metrics
 from training.precision import Precision
 
+KL_PAIRS = 64  # of an evaluation during training: whole distributions in float32 are expensive
 MAX_TOKENS = 16_384  # tokens a forward without gradients, where the caller gives no other number
 
 
-def batches(data: TokenStore, world: World, max_tokens: int, layout: str) -> Iterator:
-    """This rank's part of the data: the rows of each batch, and their stream. Every rank gets as many."""
-    for rows in share(stream_lengths(data, layout), world.rank, world.ranks, max_tokens):
-        yield list(rows), build_stream(data, rows, layout).to(world.device)
+def batches(
+    data: TokenStore, world: World, max_tokens: int, layout: str, most: int | None = None
+) -> Iterator:
+    """This rank's part of the data: the rows of each batch, and their stream. Every rank gets as many.
+
+    The data is at most `most` rows, spread evenly; None: all of them.
+    """
+    rows = spread(len(data), most)
+    for places in share(stream_lengths(data, layout)[rows], world.rank, world.ranks, max_tokens):
+        batch = rows[list(places)]
+        yield batch, build_stream(data, batch, layout).to(world.device)
 
 
 @torch.no_grad()
@@ -42,12 +51,15 @@ def evaluate(
     the pairs of a batch depend on one another.
     """
     meter, settings = Meter(world), objective.settings
+    rows = np.arange(len(pairs))
+    objective.before_step(policy, reference, pairs, rows, world, precision, layout, max_tokens)
     for _, stream in batches(pairs, world, max_tokens, layout):
         with precision.autocast():
             policy_logps = policy(stream)
             batch = objective.pairs(stream, policy_logps, reference(stream), policy, reference)
         losses = objective(batch)
         meter.add(len(losses), pair_metrics(losses, batch, settings.beta))
+        meter.add(0, objective.metrics(batch))
     return meter.mean()
 
 
@@ -59,14 +71,19 @@ def evaluate_kl(
     world: World,
     layout: str = "forked",
     max_tokens: int = MAX_TOKENS,
+    most: int | None = None,
 ) -> dict[str, float]:
     """``{"kl_per_token": …}``: KL(π ‖ π_ref) in nats, the mean over all supervised tokens.
 
-    Without autocast: rounded to bf16, two equal models are 5e-5 nats apart.
+    With `most`, of that many pairs, spread evenly over the data. Returns {} if the reference has no
+    distributions: cached log-probs, or no reference. Without autocast: rounded to bf16, two equal models are
+    5e-5 nats apart.
     """
+    if not hasattr(reference, "hidden_of"):
+        return {}
     meter = Meter(world)
-    for _, stream in batches(pairs, world, max_tokens, layout):
-        with torch.autocast(world.device.type, enabled=False):
+    for _, stream in batches(pairs, world, max_tokens, layout, most):
+        with torch.autocast(world.device.type, enabled=False), unsharded(policy), unsharded(reference):
             kl = next_token_kl(policy, reference, stream)
         meter.add(len(kl), {"kl_per_token": kl.sum()})
     return meter.mean()

@@ -17,6 +17,8 @@ from training.settings import TrainSettings
 from training.track import open_tracker
 from training.warnings import Watch
 
+COUNT = "/count"  # A sum with this ending is the weight of the sum without it.
+
 
 class Meter:
     """Weighted means since the last `mean()`. Sums stay on the device, so that no step waits for them."""
@@ -38,12 +40,17 @@ class Meter:
         return not self.world.largest(int(not finite))
 
     def mean(self) -> dict[str, float]:
-        """The means over all ranks; the sums start again at 0. Every rank must call this function."""
+        """The means over all ranks; the sums start again at 0. Every rank must call this function.
+
+        A name with a count of its own has the mean over that; with a count of 0 it is left out.
+        """
         names = list(self.sums)
         totals = torch.stack([*self.sums.values(), torch.tensor(self.weight, device=self.world.device)])
         *sums, weight = self.world.sum(totals).tolist()
         self.sums, self.weight = {}, 0.0
-        return {name: value / weight for name, value in zip(names, sums, strict=True)}
+        sums = dict(zip(names, sums, strict=True))
+        weights = {name: sums.get(name + COUNT, weight) for name in names if not name.endswith(COUNT)}
+        return {name: sums[name] / each for name, each in weights.items() if each}
 
     def state_dict(self) -> dict:
         """The sums of each rank: a sum over ranks would round differently. Every rank must call this."""

@@ -14,15 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dataset.mismatched import mismatched
+from dataset.packing import micro_batches
 from dataset.store import TokenStore
 from errors import InputError
-from losses import DIVERGENCES, LOSSES, reward_metrics
+from losses import DIVERGENCES, LOSSES, ranking_accuracy, reward_metrics
 from model.moe import router_loss
 from model.stream import TokenStream
 from model.transformer import Transformer, at_least_float32, recompute_in_backward
 from training import options
-from training.distributed import unsharded
-from training.metrics import Meter
+from training.distributed import World, unsharded
+from training.metrics import COUNT, Meter
 from training.options import ObjectiveSettings, parameters
 from training.precision import Precision
 
@@ -45,6 +47,7 @@ class Pairs:
     chosen_kl: Tensor | None = None  # Σ_t KL(π_ref ‖ π) along y_w (TDPO₂)
     rejected_kl: Tensor | None = None
     pair_weights: Tensor | None = None  # WPO's
+    ranked_logratios: Tensor | None = None  # (B, K) of ranked replies, NaN for a missing one; None for pairs
 
     @classmethod
     def of(
@@ -60,8 +63,11 @@ class Pairs:
         tails = (policy_logps - reference_logps) * stream.beyond_the_shorter()
         sums = stream.sum_by_side(policy_logps), stream.sum_by_side(reference_logps)
         kl = (None, None) if token_kl is None else stream.sum_by_side(token_kl)
-        scores = stream.score_margins
-        return cls(*sums[0], *sums[1], *lengths, *stream.sum_by_side(tails), scores, *kl, pair_weights)
+        tails, scores, ranked = stream.sum_by_side(tails), stream.score_margins, None
+        if stream.branches > 2:
+            logratios = stream.sum_by_response(policy_logps) - stream.sum_by_response(reference_logps)  # (R,)
+            ranked = logratios.masked_fill(stream.lengths() == 0, torch.nan).view(-1, stream.branches)
+        return cls(*sums[0], *sums[1], *lengths, *tails, scores, *kl, pair_weights, ranked)
 
     @property
     def chosen_logratios(self) -> Tensor:
@@ -70,6 +76,12 @@ class Pairs:
     @property
     def rejected_logratios(self) -> Tensor:
         return self.policy_rejected_logps - self.reference_rejected_logps
+
+    @property
+    def reply_logratios(self) -> Tensor:
+        """(B, K), the best reply first; a pair is a ranking of two."""
+        both = self.chosen_logratios, self.rejected_logratios
+        return torch.stack(both, dim=1) if self.ranked_logratios is None else self.ranked_logratios
 
 
 def means(pairs: Pairs) -> dict[str, Tensor]:
@@ -88,7 +100,8 @@ def pair_metrics(losses: Tensor, pairs: Pairs, beta: float) -> dict[str, Tensor]
     """Sums over B pairs under the field's names, without gradient.
 
     Rewards are β times the log-ratios of whole answers, for every loss. Log-ratios are logged as well:
-    runs of different β compare by them. Without a reference a log-ratio is log π.
+    runs of different β compare by them. Without a reference a log-ratio is log π. Of ranked replies the best
+    and the worst one are the pair.
     """
     chosen, rejected = pairs.chosen_logratios.detach(), pairs.rejected_logratios.detach()
     return {
@@ -117,6 +130,7 @@ class Objective:
         # bco_pair's δ is the mean reward of all optimizer steps so far: a sum and a count of pairs.
         self.reward_sum, self.reward_count = 0.0, 0.0
         self.step_rewards: Tensor | None = None  # the same for the current step on this rank, (2,)
+        self.z0: Tensor | float = 0.0  # kto's, of the current window or of held-out data
 
     @property
     def is_dpo(self) -> bool:
@@ -133,6 +147,7 @@ class Objective:
             rejected = rejected - (1 - self.settings.ld_alpha) * pairs.rejected_tails
         inputs = {**vars(pairs), **self.numbers, "delta": self.delta}
         inputs |= {"chosen_logratios": chosen, "rejected_logratios": rejected, **means(pairs)}
+        inputs |= {"reply_logratios": pairs.reply_logratios, "z0": self.z0}
         inputs["margins"] = self.derivative(chosen) - self.derivative(rejected)
         if self.settings.chi2_clip is not None:  # χPO: no reward gap is larger, so none is fitted.
             limit = self.settings.chi2_clip / self.settings.beta
@@ -176,6 +191,7 @@ class Objective:
             pairs = self.pairs(stream, policy_logps, reference_logps, model, reference)
         losses = self(pairs)
         self.add_rewards(pairs)
+        meter.add(0, self.metrics(pairs))
         if balances:
             # Each pair carries the balance of its stream, so the mean over a window has one scale however the
             # window was split. Only its gradient is added: the logged loss is the objective's alone.
@@ -184,9 +200,26 @@ class Objective:
             losses = losses + model.config.router_aux_loss_coef * (aux_loss - aux_loss.detach())
         return losses
 
+    def metrics(self, pairs: Pairs) -> dict[str, Tensor]:
+        """Sums over B pairs of figures that only this objective logs, beside those of `pair_metrics`."""
+        if self.kind == "rankings":
+            return {"rewards/order": ranking_accuracy(pairs.reply_logratios.detach()).sum()}
+        if self.kind == "feedback":
+            lengths = {"chosen": pairs.chosen_lengths, "rejected": pairs.rejected_lengths}
+            counts = {side: (each > 0).sum() for side, each in lengths.items()}
+            parts = ("rewards", "logratios", "logps")
+            counts = {f"{part}/{side}{COUNT}": n for part in parts for side, n in counts.items()}
+            return {**counts, "z0": torch.as_tensor(self.z0) * len(pairs.chosen_lengths)}
+        return {}
+
     def derivative(self, logratios: Tensor) -> Tensor:
         """f'(π / π_ref) of the divergence, from log-ratios. DPO's reverse KL returns them unchanged."""
         return call(self.divergence, {**self.numbers, "logratios": logratios})
+
+    @property
+    def kind(self) -> str:
+        """The records that the losses read, as `dataset.store.open_store` names them."""
+        return options.kind_of(self.weights)
 
     @property
     def forwards(self) -> int:
@@ -197,7 +230,32 @@ class Objective:
     def needs_reference(self) -> bool:
         return bool(self.inputs & options.REFERENCE_INPUTS)
 
-    # ---- State that changes from step to step: BCO and TR-DPO only
+    # ---- State that changes from step to step: KTO, BCO and TR-DPO only
+
+    @torch.no_grad()
+    def before_step(
+        self,
+        policy: Callable[[TokenStream], Tensor],
+        reference: Callable[[TokenStream], Tensor],
+        data: TokenStore,
+        rows: np.ndarray,
+        world: World,
+        precision: Precision,
+        layout: str,
+        max_tokens: int,
+    ) -> None:
+        """Compute kto's z₀ of these rows: one more forward of both models, on prompts with other answers.
+
+        The mean is over all rows of the window on all ranks, before the first micro-batch. So micro-batches
+        and ranks do not change it. Every rank must call this; for other losses it does nothing.
+        """
+        if "z0" not in self.inputs:
+            return
+        total = torch.zeros((), device=world.device)
+        for stream, _ in micro_batches(mismatched(data), rows, world, max_tokens, layout):
+            with precision.autocast():
+                total = total + (policy(stream) - reference(stream)).sum()
+        self.z0 = (self.settings.beta * world.sum(total) / len(rows)).clamp(min=0)
 
     @property
     def delta(self) -> float:
@@ -245,8 +303,8 @@ class Objective:
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.reward_sum, self.reward_count = state["reward_sum"], state["reward_count"]
 
-    def check_data(self, data: TokenStore, path: str) -> None:
-        """Raise `InputError` at the first record without the scores that a loss needs."""
+    def check_data(self, data: TokenStore, path: str) -> str:
+        """A line of advice about the data, or "". Raises `InputError` at the first record without scores."""
         margins = np.asarray(data.score_margins)
         for name in self.weights:
             if "score_margins" not in options.parameters(LOSSES[name]):
@@ -261,6 +319,10 @@ class Objective:
             ):
                 if bad.any():
                     raise InputError(f"{path}:{data.lines[bad.argmax()]}: --loss {name} {reason}")
+        if self.kind != "feedback":
+            return ""
+        desirable = int((data.bounds[:, 2] > data.bounds[:, 1]).sum())
+        return options.kto_advice(desirable, len(data) - desirable, self.numbers)
 
 
 def call(function: Callable, values: dict) -> Tensor:

@@ -13,12 +13,13 @@ from training.settings import flag, trains_adapters
 # A loss with one of these parameters compares the policy with a reference.
 REFERENCE_INPUTS = {
     *("margins", "mean_margins", "chosen_logratios", "rejected_logratios"),
-    *("reference_chosen_logps", "reference_rejected_logps"),
+    *("reference_chosen_logps", "reference_rejected_logps", "reply_logratios"),
 }
+KINDS = {"plackett_luce": "rankings", "kto": "feedback"}  # records that are not preferences
 SORTING = ("aot", "aot_unpaired")  # Their losses belong to quantiles, not to pairs.
 OTHER_NAMES = {  # what other projects and papers call a loss or a combination
     "dpo": "sigmoid", "cdpo": "sigmoid with --label-smoothing", "slic": "hinge", "rso": "hinge",
-    "exo": "exo_pair", "nca": "nca_pair", "bco": "bco_pair", "kto": "kto_pair", "sppo": "sppo_hard",
+    "exo": "exo_pair", "nca": "nca_pair", "bco": "bco_pair", "sppo": "sppo_hard",
     "apo": "apo_zero or apo_down", "dpo_norm": "sigmoid_norm", "ln-dpo": "sigmoid_norm",
     "robust_dpo": "robust", "rpo": "sigmoid,sft", "mpo": "sigmoid,bco_pair,sft", "wpo": "sigmoid with --wpo",
     "rpo_sq": "rebel", "r-dpo": "rdpo", "tdpo": "tdpo2", "chipo": "sigmoid with --f-divergence chi2_kl",
@@ -38,6 +39,8 @@ class ObjectiveSettings:
     discopop_tau: float | None = flag(None, "discopop: temperature between logistic and exponential; 0.05")
     tdpo_alpha: float | None = flag(None, "tdpo2: weight of the difference of the two KLs; 0.5")
     simpo_gamma: float | None = flag(None, "simpo: required margin; 0.5")
+    desirable_weight: float | None = flag(None, "kto: weight of desirable answers; 1")
+    undesirable_weight: float | None = flag(None, "kto: weight of undesirable answers; 1")
     f_divergence: str = flag("reverse_kl", "divergence from the reference (f-DPO)", tuple(DIVERGENCES))
     divergence_alpha: float | None = flag(None, "alpha of --f-divergence alpha; 0.5")
     chi2_clip: float | None = flag(None, "chi2_kl: limit of |beta * margin|, the paper's 2 R_max; no limit")
@@ -58,6 +61,8 @@ RANGES = {
     "discopop_tau": ("above 0 and at most 1", lambda x: 0 < x <= 1),
     "tdpo_alpha": ("at least 0", lambda x: 0 <= x < math.inf),
     "simpo_gamma": ("at least 0", lambda x: 0 <= x < math.inf),
+    "desirable_weight": ("above 0", lambda x: 0 < x < math.inf),
+    "undesirable_weight": ("above 0", lambda x: 0 < x < math.inf),
     "divergence_alpha": ("above 0 and below 1", lambda x: 0 < x < 1),
     "chi2_clip": ("above 0", lambda x: 0 < x < math.inf),
     "ld_alpha": ("at least 0 and below 1", lambda x: 0 <= x < 1),
@@ -99,6 +104,11 @@ def inputs_of(names: Iterable[str]) -> set[str]:
     return set().union(*(parameters(LOSSES[name]) for name in names))
 
 
+def kind_of(names: Iterable[str]) -> str:
+    """The kind of records that these losses read: "rankings", "feedback", or "preferences"."""
+    return next((KINDS[name] for name in names if name in KINDS), "preferences")
+
+
 def check_options(settings: ObjectiveSettings) -> None:
     """Raise `InputError` for numbers out of range, options without effect and contradictions."""
     losses, numbers = parse_losses(settings), given_numbers(settings)
@@ -127,6 +137,17 @@ def check_options(settings: ObjectiveSettings) -> None:
     useless = settings.f_divergence != "reverse_kl" and "margins" not in inputs
     require(not useless, f"--f-divergence changes margins, which {loss} does not use")
 
+    if "kto" in losses:
+        alone = len(losses) == 1
+        require(alone, f"{loss}: kto trains on single answers, and other losses on pairs: it stands alone")
+        several = getattr(settings, "batch_size", 2) > 1
+        require(several, "--loss kto needs a --batch-size of at least 2: z0 is a mean over the batch")
+    if kind_of(losses) != "preferences":
+        changes = {"--wpo": settings.wpo, "--ld-alpha": settings.ld_alpha is not None}
+        changes["--swap-by-score"] = getattr(settings, "swap_by_score", False)
+        for name in (name for name, given in changes.items() if given):
+            raise InputError(f"{name} changes pairs, but {loss} trains on {kind_of(losses)}")
+
     sorting = [name for name in losses if name in SORTING]
     reason = f"--wpo weights pairs, but {', '.join(sorting)} sorts them: its losses belong to quantiles"
     require(not (settings.wpo and sorting), reason)
@@ -150,3 +171,24 @@ def check_options(settings: ObjectiveSettings) -> None:
     require(not adapted, f"--tr-alpha and --tr-every move the reference, but {flag_name} keeps it frozen")
     nothing = moves_reference and not needs_reference
     require(not nothing, f"--tr-alpha and --tr-every move the reference, but {loss} does not use one")
+
+
+def kto_advice(desirable: int, undesirable: int, numbers: dict[str, float]) -> str:
+    """A line if the weighted counts of the two labels are out of the range that KTO's authors recommend.
+
+    That is 1 <= λ_D n_D / (λ_U n_U) <= 4/3 (arXiv 2402.01306, section 4.2). "" within it.
+    """
+    good = desirable * numbers.get("desirable_weight", 1.0)
+    bad = undesirable * numbers.get("undesirable_weight", 1.0)
+    if bad <= good * (1 + 1e-9) and 3 * good <= 4 * bad * (1 + 1e-9):
+        return ""
+    found = f"{desirable} desirable and {undesirable} undesirable answers"
+    if not good or not bad:
+        return f"warning: {found}: KTO compares the two, and one is missing"
+    middle = 7 / 6
+    name = "desirable" if good < bad else "undesirable"
+    number = middle * bad / desirable if good < bad else good / middle / undesirable
+    return (
+        f"warning: {found}: their weighted ratio is {good / bad:.2f}, and KTO works best from 1 to 1.33; "
+        f"--{name}-weight {number:.3g} would give {middle:.2f}"
+    )

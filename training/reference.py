@@ -3,9 +3,9 @@
     reference = make_reference(settings, objective, model, world)
     reference_logps = reference(stream)                           # (N,) log π_ref(y_t | x, y_<t)
 
-Four kinds: a frozen copy of the model (the default); the same model with its adapters off (--lora-rank), or
-with a frozen copy of the adapter that it started with (--adapter);
-log-probs computed once before training (--reference cached); and none, for losses without a reference.
+Five kinds: a frozen copy of the model (the default); another model (--reference-model); the same model with
+its adapters off (--lora-rank), or with a frozen copy of the adapter it started with (--adapter); log-probs
+computed once before training (--reference cached); and none, for losses without a reference.
 
 Neither data nor reference change in a run, so --reference cached computes log π_ref once for every supervised
 token and keeps it beside the tokenised data. A step then needs no forward of the reference and no copy of
@@ -18,6 +18,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,13 +26,14 @@ from torch import Tensor
 
 from dataset.packing import build_stream, fill, stream_lengths
 from dataset.store import TokenStore
+from dataset.tokenizer import ChatTokenizer
 from errors import require
 from files import file_hash, write_whole
 from model.lora import AdapterReference, adapted_layers
 from model.stream import TokenStream
 from model.transformer import Transformer
-from model.weights import weights_hash
-from training.distributed import World, wrap
+from model.weights import load_model, weights_hash
+from training.distributed import World, first_device, wrap
 from training.objective import Objective
 from training.precision import Precision
 
@@ -42,17 +44,32 @@ def make_reference(
     settings, objective: Objective, model: Transformer, world: World
 ) -> Callable[[TokenStream], Tensor]:
     """The reference of a run, from the model before its first step. Call it before the model is wrapped."""
+    other = getattr(settings, "reference_model", "")
     if settings.reference == "cached":
         check_cached(objective)
+        require(
+            not other, "--reference cached is for a reference that is --model; leave out one of the flags"
+        )
         return cached_reference  # Its file is filled by `cache_reference`, once the data is open.
     if not objective.needs_reference:
+        require(not other, f"--reference-model: --loss {objective.settings.loss} does not use a reference")
         return no_reference
+    if other:
+        return wrap(load_reference(settings, world).eval().requires_grad_(False), world, settings.shard)
     if layers := adapted_layers(model):
         if settings.adapter and not settings.merge_adapter:
             for layer in layers.values():
                 layer.keep_reference()
         return AdapterReference(model)
     return wrap(copy.deepcopy(model).eval().requires_grad_(False), world, settings.shard)
+
+
+def load_reference(settings, world: World) -> Transformer:
+    """The model of --reference-model. Raises `InputError` if its tokenizer differs from that of --model."""
+    folders = settings.model, settings.reference_model
+    tokenizers = {ChatTokenizer(Path(folder) / "tokenizer.json").fingerprint for folder in folders}
+    require(len(tokenizers) == 1, f"{' and '.join(folders)} have different tokenizers")
+    return load_model(settings.reference_model, first_device(world, settings.shard))
 
 
 def no_reference(stream: TokenStream) -> Tensor:
@@ -91,9 +108,9 @@ def cache_references(
     """
     if settings.reference != "cached":
         return None
-    for store in filter(None, (eval_pairs, pairs)):
-        digest = cache_reference(model, store, world, precision, settings.layout, max_tokens)
-    return digest
+    stores = [store for pair in (eval_pairs, pairs) if pair for store in (pair.mismatched, pair) if store]
+    digests = [cache_reference(model, each, world, precision, settings.layout, max_tokens) for each in stores]
+    return digests[-1] if pairs.mismatched is None else "-".join(digests[-2:])
 
 
 def cache_reference(

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
+from dataset.packing import spread
 from dataset.store import TokenStore
 from dataset.tokenizer import ChatTokenizer
 from model.generate import generate
@@ -44,8 +45,7 @@ def held_out_prompts(
         return []
     _, first = np.unique(data.digests[fits], return_index=True)
     rows = fits[np.sort(first)]
-    spread = np.linspace(0, len(rows) - 1, min(settings.sample_prompts, len(rows))).round().astype(int)
-    return [data.row(row)[0][0].tolist() for row in rows[spread]]
+    return [data.row(row)[0][0].tolist() for row in rows[spread(len(rows), settings.sample_prompts)]]
 
 
 def greedy_answers(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from dataset.mismatched import mismatched
 from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError
@@ -74,26 +75,33 @@ def open_data(
     tokenizer: ChatTokenizer,
     max_length: int,
     world: World,
-    check: Callable[[TokenStore, str], None] = lambda store, path: None,
+    check: Callable[[TokenStore, str], str] = lambda store, path: "",
 ) -> tuple[TokenStore, TokenStore | None]:
-    """The training data, and the held-out data or None. `kind` is "preferences" or "conversations".
+    """The training data, and the held-out data or None. `kind` is a key of `dataset.records.READERS`.
 
     Held out is the file of --eval-data; or, with --eval-share, that share of the prompts of --data.
-    `check` raises `InputError` for a store that the objective cannot use.
+    `check` raises `InputError` for a store that the objective cannot use, and returns a line of advice or "".
     """
 
     def open_one(path: str) -> TokenStore:
         options = max_length, settings.shape, settings.skip_bad, getattr(settings, "swap_by_score", False)
         store = world.node_first(lambda: open_store(path, kind, tokenizer, *options))
-        check(store, path)
+        advice = check(store, path)
         world.print(f"{path}: {store.report}")
+        if advice:
+            world.print(advice)
         return store
 
     settings.eval_data = held_out_path(settings)  # as config.json keeps it
-    data = open_one(settings.data)
+    data, held_out = open_one(settings.data), None
     if settings.eval_share:
-        return data.split(settings.eval_share)
-    return data, open_one(settings.eval_data) if settings.eval_data else None
+        data, held_out = data.split(settings.eval_share)
+    elif settings.eval_data:
+        held_out = open_one(settings.eval_data)
+    if kind == "feedback":
+        for store in filter(None, (data, held_out)):
+            mismatched(store)
+    return data, held_out
 
 
 def held_out_path(settings: TrainSettings) -> str:

@@ -26,6 +26,7 @@ LONGER, LONG_TOKENS = 2.5, 32
 # Share of an answer's 10-character pieces that occurred before, as seq-rep-n (Welleck et al. 2020, arXiv
 # 1908.04319). Of 1,996 UltraFeedback answers 0.3 % reach it, of 6,000 bundled ones none.
 REPEATED, PIECE, SHORTEST = 0.5, 10, 60
+MOST = 0.75  # Share of the answers that show a problem: of 4 answers half do by chance.
 
 
 class Watch:
@@ -132,25 +133,33 @@ def exploding(evaluations: list[dict]) -> str | None:
 
 
 # ---- From rows of samples.jsonl: the answers of the first and of the last evaluation
+#
+# A model that writes noise gets long and repetitive answers by chance, now to one prompt, now to another. So
+# every first answer must be sound, and most answers must have changed.
 
 
 def longer(first: list[dict], last: list[dict] = ()) -> str | None:
-    """The median length of the answers grew to `LONGER` times, and by `LONG_TOKENS`."""
-    if not last:
+    """Most answers grew to `LONGER` times the first answer to their prompt, and by `LONG_TOKENS`.
+
+    None if a first answer did not end: its length is unknown.
+    """
+    if not last or not all(answer["finished"] for answer in first):
         return None
-    before, now = (median(answer["tokens"] for answer in answers) for answers in (first, last))
-    if now < max(LONGER * before, before + LONG_TOKENS):
+    before, now = ([answer["tokens"] for answer in answers] for answers in (first, last))
+    grown = sum(b >= max(LONGER * a, a + LONG_TOKENS) for a, b in zip(before, now, strict=True))
+    if grown < MOST * len(last):
         return None
+    lengths = f"{median(before):.0f} to {median(now):.0f} tokens"
     return (
-        f"answers to held-out prompts grew from {before:.0f} to {now:.0f} tokens by step {last[0]['step']}: "
+        f"answers to held-out prompts grew from {lengths} by step {last[0]['step']}: "
         "DPO may learn length; see the line `longer` of python -m dataset.inspect, and try --ld-alpha 0.5"
     )
 
 
 def repeating(first: list[dict], last: list[dict] = ()) -> str | None:
-    """At least half of the answers repeat themselves, more than at the first evaluation."""
+    """Most answers repeat themselves, and none of the first ones did."""
     before, now = (sum(repeated(a["answer"]) >= REPEATED for a in answers) for answers in (first, last))
-    if now <= before or 2 * now < len(last):
+    if not last or before or now < MOST * len(last):
         return None
     return (
         f"{now} of {len(last)} answers to held-out prompts repeat themselves at step {last[0]['step']} (see "

@@ -40,10 +40,10 @@ class Settings(common.DPOSettings):
     held_out: str = flag(str(SAMPLE / "heldout.jsonl"), "held-out pairs with a `judge` field")
     out: str = flag("runs/bugs", "folder for the figures and the picture")
     pairs: int = flag(400, "training pairs, from the start of the file")
-    prompts: int = flag(200, "held-out pairs and prompts, from the start of the file")
+    prompts: int = flag(100, "held-out pairs and prompts, from the start of the file")
     points: int = flag(4, "evaluations during a run, at equal distances")
-    epochs: int = flag(2, "passes over the pairs")
-    lr: float = flag(2e-4, "peak learning rate")
+    epochs: int = flag(1, "passes over the pairs")
+    lr: float = flag(3e-4, "peak learning rate")
 
 
 # ---- The bugs

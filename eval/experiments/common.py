@@ -1,7 +1,7 @@
 """What the experiments share: runs with seeds, means with intervals, log-ratios of generated answers, tables.
 
-    folder = train(out / "dpo-0", seed=0, model="runs/sft", data="pairs.jsonl", beta=0.1)
-    over_runs([0.71, 0.74, 0.70])                       # Estimate(0.717, 0.665, 0.768)
+folder = train(out / "dpo-0", seed=0, model="runs/sft", data="pairs.jsonl", beta=0.1)
+over_runs([0.71, 0.74, 0.70])                       # Estimate(0.717, 0.665, 0.768)
 """
 
 import json

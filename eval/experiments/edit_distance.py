@@ -44,9 +44,9 @@ class Settings(common.DPOSettings):
     data: str = flag(str(SAMPLE / "close.jsonl"), "pairs whose sides differ in one value")
     bundled: str = flag(str(SAMPLE / "preferences.jsonl"), "pairs of the fourth set")
     out: str = flag("runs/edit_distance", "folder for the runs, the figures and the picture")
-    pairs: int = flag(128, "pairs of each set, from the start of the file")
-    epochs: int = flag(8, "passes over the pairs")
-    lr: float = flag(5e-4, "peak learning rate")
+    pairs: int = flag(96, "pairs of each set, from the start of the file")
+    epochs: int = flag(6, "passes over the pairs")
+    lr: float = flag(6e-4, "peak learning rate")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """Reward against distance from the reference: which objective buys the most reward for its KL?
 
-    python -m eval.experiments.frontier --sentiment ../shared/data/sentiment --out runs/frontier-sentiment
     python -m eval.experiments.frontier --model runs/sft --out runs/frontier
+    python -m eval.experiments.frontier --sentiment ../shared/data/sentiment --pairs 1000 --lr 6e-4
 
 With --sentiment: film reviews, rewarded for positive words (see sentiment.py), with a model trained here.
 Without: the bundled data, rewarded with the judge's points, 0 to 3. Each objective trains from one SFT model;
@@ -25,9 +25,10 @@ from errors import run_script
 from eval.common import load_model_and_tokenizer
 from eval.experiments import common, sentiment
 from eval.experiments.common import answer_logratios, draw_interval, draw_upright, over_runs, shown, table
-from eval.judge import Z95, read_judged
+from eval.judge import read_judged
 from eval.report import BLUE, INK, ORANGE, PALE, VIOLET, canvas, need_matplotlib, plain
 from eval.verdict import score
+from eval.win_rate import Z95
 from files import write_json
 from model.generate import generate
 from model.transformer import Transformer
@@ -52,12 +53,12 @@ MARKS = ((VIOLET, "s"), (VIOLET, "^"), (ORANGE, "s"), (ORANGE, "^"), (INK, "D"))
 class Settings(common.Settings):
     out: str = flag("runs/frontier", "folder for the runs, the figures and the picture")
     sentiment: str = flag("", f"folder of {sentiment.SENTENCES} and {sentiment.LEXICON}; empty: bundled data")
-    sft_epochs: int = flag(5, "with --sentiment: passes over the sentences")
-    pairs: int = flag(500, "starts that pairs are made of (--sentiment), or pairs to train on")
+    sft_epochs: int = flag(3, "with --sentiment: passes over the sentences")
+    pairs: int = flag(320, "starts that pairs are made of (--sentiment), or pairs to train on")
     prompts: int = flag(200, "held-out prompts, each answered once by every policy")
-    epochs: int = flag(2, "passes over the pairs")
-    batch_size: int = flag(8, "pairs per optimizer step")
-    lr: float = flag(3e-4, "peak learning rate of every objective")
+    epochs: int = flag(1, "passes over the pairs")
+    batch_size: int = flag(16, "pairs per optimizer step")
+    lr: float = flag(4e-4, "peak learning rate of every objective")
 
 
 @dataclass

@@ -44,9 +44,9 @@ class Settings(common.DPOSettings):
     data: str = flag(str(SAMPLE / "preferences.jsonl"), "training pairs")
     held_out: str = flag(str(SAMPLE / "heldout.jsonl"), "held-out pairs with a `judge` field")
     out: str = flag("runs/harm", "folder for the runs, the figures and the picture")
-    pairs: int = flag(3000, "training pairs, from the start of the file")
+    pairs: int = flag(1600, "training pairs, from the start of the file")
     prompts: int = flag(0, "prompts of each kind, from the start of their list; 0: all")
-    lr: float = flag(1e-4, "peak learning rate")
+    lr: float = flag(2e-4, "peak learning rate")
 
 
 def main(arguments: list[str] | None = None) -> None:

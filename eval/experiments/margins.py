@@ -32,18 +32,18 @@ class Settings(common.DPOSettings):
     model: str = flag("tiny", "size of the model that is trained on the chosen answers")
     shared: str = flag("../shared/data", "folder that contains preferences/")
     out: str = flag("runs/margins", "folder for the runs, the figures and the picture")
-    sft_epochs: int = flag(3, "passes of SFT over the chosen answers")
-    steps: int = flag(60, "optimizer steps of each DPO run")
+    sft_epochs: int = flag(2, "passes of SFT over the chosen answers")
+    steps: int = flag(40, "optimizer steps of each DPO run")
     max_length: int = flag(320, "maximum tokens of prompt and response; longer pairs are dropped")
-    lr: float = flag(1e-4, "peak learning rate of DPO")
-    eval_every: int = flag(15, "optimizer steps between evaluations on the held-out pairs")
+    lr: float = flag(2e-4, "peak learning rate of DPO")
+    eval_every: int = flag(10, "optimizer steps between evaluations on the held-out pairs")
     records: int = flag(0, "pairs of each file to use, from its start; 0: all")
 
 
 def main(arguments: list[str] | None = None) -> None:
     settings = parse(Settings, __doc__.split("\n")[0], arguments)
     settings = common.shortened(
-        settings, sft_epochs=1, steps=2, batch_size=4, eval_every=1, records=40, max_length=128
+        settings, sft_epochs=1, steps=2, batch_size=4, eval_every=1, records=40
     )
     need_matplotlib()
     out = Path(settings.out)
@@ -71,7 +71,7 @@ def prepare(settings: Settings, out: Path) -> Path:
     write_lines(out / "chosen.jsonl", chosen)
     texts = tokenizer.texts_of([out / f"{name}.train.jsonl" for name in DATA])
     tokenizer.train(texts, 4096).save(str(out / "tokenizer.json"))
-    flags = dict(model=settings.model, tokenizer=out / "tokenizer.json", data=out / "chosen.jsonl", lr=2e-3)
+    flags = dict(model=settings.model, tokenizer=out / "tokenizer.json", data=out / "chosen.jsonl")
     flags |= dict(epochs=settings.sft_epochs, batch_size=16, max_length=settings.max_length, log_every=50)
     return common.train(out / "sft", 0, train_sft.main, **flags)
 

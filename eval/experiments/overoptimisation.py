@@ -48,8 +48,8 @@ class Settings(common.DPOSettings):
     data: str = flag(str(SAMPLE / "preferences.jsonl"), "training pairs")
     held_out: str = flag(str(SAMPLE / "heldout.jsonl"), "held-out pairs with a `judge` field")
     out: str = flag("runs/overoptimisation", "folder for the figures and the picture")
-    pairs: int = flag(300, "training pairs, from the start of the file")
-    prompts: int = flag(200, "held-out pairs and prompts, from the start of the file")
+    pairs: int = flag(200, "training pairs, from the start of the file")
+    prompts: int = flag(100, "held-out pairs and prompts, from the start of the file")
     epochs: int = flag(8, "passes over the pairs")
     lr: float = flag(5e-4, "peak learning rate")
 

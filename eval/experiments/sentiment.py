@@ -88,7 +88,7 @@ def train_start(folder: Path, sentences: list[list[str]], epochs: int, vocab_siz
     data = write_lines(folder / "sft.jsonl", records)
     path = folder / "tokenizer.json"
     tokenizers.train((" ".join(words) for words in sentences), vocab_size).save(str(path))
-    flags = dict(data=data, tokenizer=path, epochs=epochs, lr=2e-3, batch_size=32, log_every=50)
+    flags = dict(data=data, tokenizer=path, epochs=epochs, batch_size=32, log_every=50)
     return train(folder / "sft", 0, train_sft.main, **flags)
 
 

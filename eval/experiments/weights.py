@@ -37,7 +37,7 @@ GROUPS = {"manners": BLUE, "value": VIOLET, "flipped": ORANGE}
 class Settings(common.DPOSettings):
     data: str = flag(str(SAMPLE / "preferences.jsonl"), "pairs of the groups manners and value")
     out: str = flag("runs/weights", "folder for the figures and the picture")
-    pairs: int = flag(400, "pairs of the group manners, flipped ones included")
+    pairs: int = flag(200, "pairs of the group manners, flipped ones included")
     flipped: float = flag(0.1, "share of them whose sides are exchanged")
     epochs: int = flag(4, "passes over the pairs; each is one point of the curves")
     lr: float = flag(2e-4, "peak learning rate")

@@ -21,7 +21,7 @@ from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from dataset.packing import build_stream
-from dataset.store import open_store
+from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError
 from losses import LOSSES
@@ -51,7 +51,9 @@ from tests.parity.objectives import (
     their_experiment,
     their_model,
 )
-from training.objective import Objective, ObjectiveSettings
+from training.distributed import World
+from training.objective import Objective, ObjectiveSettings, Pairs
+from training.precision import Precision
 
 SAMPLE = ROOT / "dataset" / "sample"
 SMOOTH = {"label_smoothing": 0.2}
@@ -234,6 +236,46 @@ def test_kto_measures_a_side_from_the_other():
     assert_agree(ours, mean([side(True, chosen, rejected), side(False, rejected, chosen)]))
 
 
+def feedback(pairs: Rows, labels: list[bool]) -> TokenStore:
+    """A store of the prompts and chosen answers, each labelled."""
+    store = object.__new__(TokenStore)
+    answers = [([], y) if not label else (y, []) for (_, y, _), label in zip(pairs, labels, strict=True)]
+    runs = [[x, *sides] for (x, *_), sides in zip(pairs, answers, strict=True)]
+    store.tokens = np.concatenate([np.array(ids, int) for row in runs for ids in row])
+    store.supervised = np.ones(len(store.tokens), dtype=bool)
+    ends = np.cumsum([len(ids) for row in runs for ids in row]).reshape(-1, 3)
+    store.bounds = np.concatenate([np.append(0, ends[:-1, -1])[:, None], ends], axis=1)
+    store.digests, store.fingerprint, store.score_margins = np.arange(len(pairs)), "", None
+    store.target_counts = store.bounds[:, 3] - store.bounds[:, 1]
+    store._derive()
+    return store
+
+
+@pytest.mark.parametrize("weights", [{}, {"desirable_weight": 1.5, "undesirable_weight": 0.7}])
+@pytest.mark.parametrize("labels", [[True] * 8, [False] * 8, [True, False, False, True] * 2])
+def test_kto_agrees(labels, weights):
+    """kto: KTOTrainer's, where it takes the mismatched answers that we take, those of the next rows."""
+    store = feedback(PAIRS, labels)
+    made = Objective(ObjectiveSettings(loss="kto", beta=1.0, **weights))
+    world, precision = World(0, 1, torch.device("cpu")), Precision("fp32", torch.device("cpu"))
+    made.before_step(policy(), reference(), store, np.arange(8), world, precision, "forked", 10_000)
+    stream = build_stream(store, range(8))
+    batch = Pairs.of(stream, policy()(stream), reference()(stream).detach())
+    value = made(batch).mean()
+    gradients = torch.autograd.grad(value, list(policy().parameters()))
+    ours = Said(value.item(), torch.cat([gradient.flatten() for gradient in gradients]))
+
+    prompts, answers, _ = zip(*PAIRS, strict=True)
+    rows = {"prompt": [as_text(ids) for ids in prompts], "completion": [as_text(ids) for ids in answers]}
+    options = {"beta": 1.0, "per_device_train_batch_size": 8, **weights}
+    trainer = make_trainer(KTOTrainer, Dataset.from_dict(rows | {"label": labels}), **options)
+    examples = [*trainer.train_dataset]
+    for place, example in enumerate(examples):
+        example["KL_completion_ids"] = answers[(place + 1) % 8]
+    assert made.z0 > 0.01
+    assert_agree(ours, said(trainer, trainer.data_collator(examples)))
+
+
 def test_exo_has_a_default_epsilon():
     """exo_pair: epsilon is 0.001 unless given, as the paper has it; TRL's default is 0, which it refuses."""
     with pytest.raises(ValueError, match="must be greater than 0"):
@@ -288,7 +330,7 @@ def test_names():
         their("aot_pair")
     known = {*re.findall(r"'(\w+)'", str(error.value))}
     assert known <= LOSSES.keys() and len(known) == 15
-    others = {"soft", "dpop", "ipo_norm", "kto_pair", "simpo", "orpo"}
+    others = {"soft", "dpop", "ipo_norm", "kto_pair", "kto", "simpo", "orpo", "plackett_luce"}
     assert LOSSES.keys() - known == others | {"rebel", "odpo", "rdpo", "tdpo2", "simper"}
     assert not importlib.util.find_spec("trl.experimental.bco")  # BCO's own trainer, which had its delta.
 

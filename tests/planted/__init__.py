@@ -12,6 +12,7 @@ from tests.planted import (
     playground,
     resume,
     reward,
+    rounds,
     shard,
     speed,
     stream,
@@ -19,7 +20,7 @@ from tests.planted import (
 )
 
 ROOMS = (
-    stream, transformer, objectives, reward, answers, data, loops, folders, resume, shard, speed,
+    stream, transformer, objectives, reward, rounds, answers, data, loops, folders, resume, shard, speed,
     experiments, log, playground, lessons,
 )  # fmt: skip
 MUTANTS = [mutant for room in ROOMS for mutant in room.MUTANTS]

@@ -81,6 +81,12 @@ An answer that ended, but whose row has not left, gets more tokens.
 + {answer: ids[row] for row, answer in enumerate(answers)}
 test_generate.py::test_answers_equal_the_plain_loop_while_rows_leave_and_the_cache_grows[plain]
 
+an-ended-row-without-room in model.generate: decode_steps
+A row that has ended stays among many that run; its place passes the end of the cache, and the run dies.
+- longest = max(lengths[answer // samples] for answer in answers) + step + 1
++ longest = max(lengths[answer // samples] for answer in running) + step + 1
+test_generate.py::test_a_row_that_has_ended_needs_room_while_it_stays
+
 rows-leave-without-their-draws in model.generate: decode_steps
 After a row has left, the others continue with the draws of their neighbours.
 - uniforms[rows]

@@ -17,8 +17,8 @@ test_experiments.py::test_label_noise
 
 reward-model-sees-true-labels in eval.experiments.label_noise: compare
 Soft labels win because only their reward model has seen the true labels.
-- train_reward.main([*common, *data, ...])
-+ train_reward.main([*common, *data, f"--data={settings.data}", ...])
+- train_reward.main([*flags, *data, ...])
++ train_reward.main([*flags, *data, f"--data={settings.data}", ...])
 test_experiments.py::test_label_noise
 
 kl-from-the-references-answers in eval.experiments.frontier: measure
@@ -51,7 +51,7 @@ The policy has seen the sentences that it is measured on.
 + sentences
 test_experiment_figures.py::test_no_start_of_a_held_out_sentence_is_trained_on
 
-every-run-measured-with-default-beta in eval.preference: choose_objective
+every-run-measured-with-default-beta in eval.preference: run_objective
 Rewards and loss of a run with another beta differ from its own log, and look plausible.
 - {name: run[name] for name in ... if ...}
 + {}

@@ -17,9 +17,28 @@ test_samples.py::test_a_sample_is_the_greedy_answer_of_the_policy_at_that_step
 
 samples-of-the-first-rows in training.samples: held_out_prompts
 The first rows of a sorted file are about one thing.
-- np.linspace(0, len(rows) - 1, min(settings.sample_prompts, len(rows)))
+- spread(len(rows), settings.sample_prompts)
 + np.arange(min(settings.sample_prompts, len(rows)))
 test_samples.py::test_prompts_are_different_and_spread_over_the_data
+
+kl-of-the-first-rows in dataset.packing: spread
+The KL of the curve, the samples and the pairs of the report are those of the first topic of a sorted file.
+- np.linspace(0, count - 1, min(count if most is None else most, count)).round().astype(int)
++ np.arange(min(count if most is None else most, count))
+test_eval.py::test_the_kl_of_an_evaluation_in_training_is_that_of_rows_spread_over_the_data
+
+kl-of-the-policy-to-itself in model.lora: AdapterReference.hidden_of
+With adapters the KL of every evaluation is 0.
+- with as_reference(self.model):
+-     return self.model.hidden_of(stream)
++ return self.model.hidden_of(stream)
+test_eval.py::test_a_run_is_measured_as_it_was_trained
+
+kl-the-other-way-round in train_dpo: train
+KL(π_ref ‖ π) looks plausible: both are 0 at first and grow.
+- metrics |= evaluate_kl(*data, *options, KL_PAIRS)
++ metrics |= evaluate_kl(reference, model, *data[2:], *options, KL_PAIRS)
+test_eval.py::test_a_run_is_measured_as_it_was_trained
 
 old-samples-left-standing in training.folder: remove_run
 A run without samples shows those of the run that it replaced.

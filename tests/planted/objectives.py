@@ -387,8 +387,8 @@ test_objectives.py::test_pairs_of_a_stream_are_those_of_single_sequences[forked]
 
 ld-beyond-the-longer in model.stream: TokenStream.beyond_the_shorter
 Nothing lies beyond the longer answer: the option does nothing.
-- lengths.view(-1, 2).amin
-+ lengths.view(-1, 2).amax
+- lengths.view(-1, self.branches).amin
++ lengths.view(-1, self.branches).amax
 test_objectives.py::test_pairs_of_a_stream_are_those_of_single_sequences[twin]
 
 ld-of-the-policy-only in training.objective: Pairs.of
@@ -454,8 +454,8 @@ test_objectives.py::test_every_objective_trains_and_evaluates[simpo]
 
 evaluated-with-another-loss in train_dpo: train.evaluate_now
 The held-out loss is DPO's while another one is trained.
-- objective, settings.layout, max_tokens
-+ Objective(ObjectiveSettings(beta=settings.beta)), settings.layout, max_tokens
+- evaluate(*data, precision, objective, *options)
++ evaluate(*data, precision, Objective(ObjectiveSettings(beta=settings.beta)), *options)
 test_objectives.py::test_every_objective_trains_and_evaluates[ipo]
 
 evaluation-mean-of-means in training.evaluate: evaluate
@@ -481,4 +481,98 @@ A win probability of 0.5 becomes a label of 0.62.
 - math.log(p) - math.log1p(-p)
 + p
 test_store.py::test_score_margins_are_those_of_the_records
+
+# ---- Ranked replies
+
+reply-above-itself in losses: plackett_luce
+The tail of the k-th draw begins behind it; with j >= k the reply stands twice, and two replies are not DPO.
+- (present[:, :, None] & present[:, None, :]).triu(1)
++ (present[:, :, None] & present[:, None, :]).triu(0)
+test_rankings.py::test_two_replies_are_dpo_to_the_bit[dtype0]
+
+missing-reply-ranked in losses: plackett_luce
+A prompt with fewer replies has places without one; they must not count as replies of reward 0.
+- ~reply_logratios.isnan()
++ reply_logratios.nan_to_num_() == reply_logratios
+test_rankings.py::test_the_loss_is_the_likelihood_of_the_order
+
+worst-reply-first in losses: plackett_luce
+The list is read from its end: the model learns the reverse order.
+- ~worse
++ ~worse.transpose(1, 2)
+test_rankings.py::test_laws_of_the_loss
+
+padded-behind-the-last in dataset.store: pad_bounds
+Missing replies stand after the worst one, so that the rejected answer of a short row is empty.
+- places[:, -1:] = widths - 1
++ places = np.minimum(columns, widths - 1)
+test_rankings.py::test_a_row_with_fewer_replies_is_padded_before_its_last
+
+missing-reply-copies-the-prompt in dataset.packing: stream_lengths
+In the twin layout only replies that are there bring their prompt.
+- (np.diff(store.bounds[:, 1:]) > 0).sum(axis=1)
++ store.bounds.shape[1] - 2
+test_rankings.py::test_log_ratios_of_a_stream_are_those_of_single_sequences[twin]
+
+only-the-ends-of-a-ranking in training.objective: Pairs.of
+The replies between the best and the worst one are never learned.
+- stream.branches > 2
++ stream.branches > 99
+test_rankings.py::test_log_ratios_of_a_stream_are_those_of_single_sequences[forked]
+
+# ---- Unpaired feedback
+
+z0-from-matched-answers in training.objective: Objective.before_step
+The mean of the trained answers themselves: their rewards are measured from their own mean.
+- mismatched(data)
++ data
+test_unpaired.py::test_z0_is_the_mean_over_mismatched_answers[forked]
+
+gradient-through-z0 in training.objective: Objective.before_step
+The policy lowers its loss by moving the point from which it is measured.
+- torch.no_grad()
++ torch.enable_grad()
+test_unpaired.py::test_z0_is_the_mean_over_mismatched_answers[twin]
+
+z0-below-zero in training.objective: Objective.before_step
+A KL is not negative; its estimate from a few answers is.
+- (self.settings.beta * world.sum(total) / len(rows)).clamp(min=0)
++ self.settings.beta * world.sum(total) / len(rows)
+test_unpaired.py::test_z0_is_the_mean_over_mismatched_answers[forked]
+
+z0-of-each-rank in training.objective: Objective.before_step
+Each rank has the sum of its own rows only, so that more ranks are another loss.
+- world.sum(total)
++ total
+test_unpaired.py::test_two_ranks_equal_one_process
+
+partner-with-the-same-prompt in dataset.mismatched: partners
+The next row of the file often answers the same prompt, and is not mismatched.
+- return (...) % rows
++ return (places + 1) % rows
+test_unpaired.py::test_partners_have_another_prompt
+
+missing-answer-trained in losses: kto
+The side without an answer adds a constant to the loss: half of it is no answer's.
+- chosen_lengths > 0
++ chosen_lengths >= 0
+test_unpaired.py::test_the_loss_and_its_slopes_by_hand
+
+label-turned in dataset.records: Feedback.replies
+Desirable answers are rejected: the loss falls, and the model learns what people disliked.
+- return (self.completion, None) if self.label else (None, self.completion)
++ return (None, self.completion) if self.label else (self.completion, None)
+test_unpaired.py::test_a_row_has_one_side
+
+weights-of-labels-exchanged in losses: kto
+λ_D and λ_U change places: the balance that they should restore is twice as bad.
+- desirable_weight * desirable + undesirable_weight * undesirable
++ undesirable_weight * desirable + desirable_weight * undesirable
+test_unpaired.py::test_the_loss_and_its_slopes_by_hand
+
+rewards-of-a-label-over-all-rows in training.metrics: Meter.mean
+The mean reward of desirable answers is divided by the number of all answers.
+- sums.get(name + COUNT, weight)
++ weight
+test_unpaired.py::test_evaluation_does_not_depend_on_its_batches
 """)

@@ -57,7 +57,7 @@ Training on it teaches the model to end in the middle of a sentence.
 + bool(text.strip())
 test_playground.py::test_an_answer_that_was_cut_off_cannot_be_picked
 
-torn-line-stays in eval.picks: Picks.__init__
+torn-pick-stays in eval.picks: Picks.__init__
 A crash in mid-write leaves half a line; the next start refuses the file.
 - mend(file)
 + pass

@@ -54,7 +54,7 @@ DDP averages the ranks' gradients; without the factor two ranks learn at half th
 + (losses + penalty).sum()
 test_reward.py::test_two_ranks_equal_one_process
 
-scores-by-row in eval.score: write_scored
+scores-by-row in eval.score: pairs_by_models
 Rows are counted without the pairs that were dropped: every score after one goes to another pair.
 - pairs.records.tolist()
 + range(len(pairs))
@@ -66,7 +66,7 @@ In a JSON array several records may stand on one line.
 + places.append(record.line - 1)
 test_score.py::test_scores_are_written_back[pairs.json]
 
-scores-swapped in eval.score: write_scored.write
+scores-swapped in eval.score: write_scored.scored
 Soft labels then say of every pair that the rejected answer is the better one.
 - record["score_chosen"], record["score_rejected"] = scores[place]
 + record["score_rejected"], record["score_chosen"] = scores[place]

@@ -17,8 +17,8 @@ test_stream.py::test_there_is_one_shift[twin]
 
 first-rejected-from-last-chosen in dataset.packing: build_stream
 In a shared run the place before the rejected side is the end of the chosen one, not of the prompt.
-- supervise(ids, supervised, start, prefix[1] - 1, responses)
-+ supervise(ids, supervised, start, start - 1, responses)
+- supervise(ids, supervised, start, prefix[1] - 1, owner)
++ supervise(ids, supervised, start, start - 1, owner)
 test_stream.py::test_pairs_equal_brute_force[all-forked]
 
 rope-not-restarted in dataset.packing: build_stream
@@ -41,8 +41,8 @@ test_stream.py::test_pairs_equal_brute_force[all-forked]
 
 sides-split-into-halves in model.stream: sides
 Chosen and rejected lie by turns; split into halves, answers to different prompts are compared.
-- values.view(-1, 2).unbind(1)
-+ values.view(2, -1).unbind(0)
+- values.view(-1, branches).unbind(1)
++ values.view(branches, -1).unbind(0)
 test_stream.py::test_pairs_equal_brute_force[all-twin]
 
 sides-swapped in model.stream: sides
@@ -65,8 +65,8 @@ test_stream.py::test_an_empty_stream_has_zero_gradients_not_none[forked]
 
 segments-on-the-device in model.stream: TokenStream.to
 The loop over segments then makes the program wait for the GPU in every layer.
-- ("segments", "responses")
-+ ("responses",)
+- ("segments", "responses", "branches")
++ ("responses", "branches")
 test_stream.py::test_segments_stay_on_the_cpu
 
 fused-without-prefix in model.attention: FusedAttention.__init__.sees
