@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dataset.packing import Windows, micro_batches
+from dataset.mixture import windows_of
+from dataset.packing import micro_batches
 from errors import run_script
 from losses import sigmoid
 from model.lora import trained_part
@@ -63,14 +64,14 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     if settings.compile:
         compile_layers(model, reference)
     kind, check = objective.kind, objective.check_data  # the records that the objective reads: pairs for DPO
-    pairs, eval_pairs = open_data(settings, kind, tokenizer, max_length, world, check)
-    windows = Windows(len(pairs), settings.batch_size, settings.seed)  # the pairs of each optimizer step
+    pairs, held_out = open_data(settings, kind, tokenizer, max_length, world, check)
+    windows = windows_of(pairs, settings.batch_size, settings.seed)  # the pairs of each optimizer step
     total_steps = settings.max_steps or settings.epochs * windows.per_epoch
     precision = Precision(settings.precision, world.device, settings.matmul_precision)
     fitted = settings, model, world, pairs, precision, reference, objective.forwards
     max_tokens = micro_batch_tokens(*fitted)  # in one forward
-    cached = cache_references(settings, model, pairs, eval_pairs, world, precision, max_tokens)
-    prompts = held_out_prompts(settings, eval_pairs, model, world)  # to be answered at every evaluation
+    cached = cache_references(settings, model, pairs, held_out, world, precision, max_tokens)
+    prompts = held_out_prompts(settings, held_out, model, world)  # to be answered at every evaluation
     optimizer, meter = make_optimizer(settings, model, precision), Meter(world)
     plain_dpo = objective.is_dpo and not model.config.num_experts
     describe_run(settings, world, precision, model, f"DPO, --loss {settings.loss}, beta {settings.beta:g}")
@@ -89,12 +90,14 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     world.print(windows.describe(total_steps, world.ranks, max_tokens))
 
     def evaluate_now(step: int) -> None:
-        if eval_pairs:
+        figures = {}  # of all held-out sets
+        for name, eval_pairs in held_out.items():
             data, options = (model, reference, eval_pairs, world), (settings.layout, max_tokens)
             metrics = evaluate(*data, precision, objective, *options)
             metrics |= evaluate_kl(*data, *options, KL_PAIRS)
-            log.write(step, {f"eval_{name}": value for name, value in metrics.items()})
-            log.write_samples(step, greedy_answers(model, tokenizer, prompts, world, settings.compile))
+            figures |= log.write_held_out(step, name, metrics)
+        run.keep_best(step, figures, model, tokenizer)
+        log.write_samples(step, greedy_answers(model, tokenizer, prompts, world, settings.compile))
 
     if first_step == 0:
         evaluate_now(step=0)

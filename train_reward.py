@@ -16,7 +16,8 @@ its sigmoid is the probability that the first answer is preferred. `eval/score.p
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.packing import Windows, micro_batches
+from dataset.mixture import windows_of
+from dataset.packing import micro_batches
 from dataset.tokenizer import ChatTokenizer
 from errors import run_script
 from losses import bradley_terry_loss, reward_metrics
@@ -55,8 +56,8 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     reward = wrap(model, world, settings.shard)  # the same model, as several ranks train it together
     if settings.compile:
         compile_layers(model)
-    pairs, eval_pairs = open_data(settings, "preferences", tokenizer, max_length, world)
-    windows = Windows(len(pairs), settings.batch_size, settings.seed)  # the pairs of each optimizer step
+    pairs, held_out = open_data(settings, "preferences", tokenizer, max_length, world)
+    windows = windows_of(pairs, settings.batch_size, settings.seed)  # the pairs of each optimizer step
     total_steps = settings.max_steps or settings.epochs * windows.per_epoch
     precision = Precision(settings.precision, world.device, settings.matmul_precision)
     max_tokens = micro_batch_tokens(settings, model, world, pairs, precision)  # in one forward
@@ -74,9 +75,11 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     world.print(windows.describe(total_steps, world.ranks, max_tokens))
 
     def evaluate_now(step: int) -> None:
-        if eval_pairs:
+        figures = {}  # of all held-out sets
+        for name, eval_pairs in held_out.items():
             rewards = score_pairs(model, eval_pairs, world, precision, settings.layout, max_tokens)
-            log.write(step, {f"eval_{name}": value for name, value in evaluate_rewards(rewards).items()})
+            figures |= log.write_held_out(step, name, evaluate_rewards(rewards))
+        run.keep_best(step, figures, model, tokenizer)
 
     if first_step == 0:
         evaluate_now(step=0)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dataset.packing import Windows, micro_batches
+from dataset.mixture import windows_of
+from dataset.packing import micro_batches
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, run_script
 from model.config import PRESETS, ModelConfig
@@ -26,7 +27,7 @@ from training.metrics import Meter, MetricsLog
 from training.precision import Precision
 from training.run import RunFolder
 from training.schedule import clip_gradients, cosine_lr, require_finite, set_lr
-from training.settings import SAMPLE, AdapterSettings, flag, parse
+from training.settings import FILES_WHY, SAMPLE, SEVERAL_WHY, AdapterSettings, flag, parse
 from training.setup import describe_run, load_policy, make_optimizer, open_data, prepare
 
 
@@ -34,8 +35,10 @@ from training.setup import describe_run, load_policy, make_optimizer, open_data,
 class Settings(AdapterSettings):
     model: str = flag("tiny", f"size of a new model ({', '.join(PRESETS)}), or a model folder to start from")
     tokenizer: str = flag(str(SAMPLE / "tokenizer.json"), "tokenizer.json of a new model")
-    data: str = flag(str(SAMPLE / "sft.jsonl"), "conversations: .jsonl or .json, also .gz")
-    eval_data: str = flag("", "held-out conversations; empty: none")
+    data: str | tuple[str, ...] = flag(
+        str(SAMPLE / "sft.jsonl"), f"conversations: {FILES_WHY}", several=True
+    )
+    eval_data: str | tuple[str, ...] = flag("", f"held-out conversations; {SEVERAL_WHY}", several=True)
     out: str = flag("runs/sft", "run folder: config, weights, tokenizer, metrics")
     epochs: int = flag(3, "passes over the data")
     batch_size: int = flag(32, "conversations per optimizer step, over all ranks and micro-batches")
@@ -55,8 +58,8 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
     policy = wrap(model, world, settings.shard)  # the same model, as several ranks train it together
     if settings.compile:
         compile_layers(model)
-    data, eval_data = open_data(settings, "conversations", tokenizer, max_length, world)
-    windows = Windows(len(data), settings.batch_size, settings.seed)  # the conversations of each step
+    data, held_out = open_data(settings, "conversations", tokenizer, max_length, world)
+    windows = windows_of(data, settings.batch_size, settings.seed)  # the conversations of each step
     total_steps = settings.max_steps or settings.epochs * windows.per_epoch
     precision = Precision(settings.precision, world.device, settings.matmul_precision)
     max_tokens = micro_batch_tokens(settings, model, world, data, precision)  # in one forward
@@ -105,9 +108,12 @@ def train(settings: Settings, world: World, run: RunFolder) -> None:
         if done % settings.log_every == 0 or done == total_steps:
             metrics = {"grad_norm": grad_norm, "learning_rate": lr, **precision.metrics()}
             log.write(done, {**meter.mean(), **metrics})
-        if eval_data and (done % settings.eval_every == 0 or done == total_steps):
-            metrics = evaluate_sft(model, eval_data, world, precision, max_tokens)
-            log.write(done, {f"eval_{name}": value for name, value in metrics.items()})
+        if done % settings.eval_every == 0 or done == total_steps:
+            figures = {}  # of all held-out sets
+            for name, eval_data in held_out.items():
+                metrics = evaluate_sft(model, eval_data, world, precision, max_tokens)
+                figures |= log.write_held_out(done, name, metrics)
+            run.keep_best(done, figures, model, tokenizer)
         run.save_when_due(done)
 
     log.close()

@@ -1,7 +1,8 @@
 """JSON values of a data file, each with its line number.
 
 A ``.jsonl`` file contains one value a line. A ``.json`` file contains one array, or one value a line. Either
-may be gzipped. Both are read piece by piece, so a file may be larger than memory.
+may be gzipped. Both are read piece by piece, so a file may be larger than memory. `tables.py` reads Parquet
+and CSV.
 """
 
 import codecs
@@ -114,14 +115,20 @@ def read_values(path) -> Iterator[tuple[int, object]]:
     gzip, or a broken array.
     """
     require_data_file(path)
+    from dataset.tables import READERS  # which imports this module
+
     line = 0
     try:
-        with _opened(path) as stream:
-            plain_name = str(path).lower().removesuffix(".gz")
-            # A .jsonl file is read by lines whatever its first byte is: a list on line 1 is one bad line.
-            array = not plain_name.endswith(".jsonl") and stream.peek(1).lstrip()[:1] == b"["
-            for line, value in (_array if array else _lines)(stream, path):
+        if reader := READERS.get(Path(path).suffix.lower()):
+            for line, value in reader(path):
                 yield line, value
+        else:
+            with _opened(path) as stream:
+                plain_name = str(path).lower().removesuffix(".gz")
+                # A .jsonl file is read by lines whatever its first byte is: a list on line 1 is one bad line.
+                array = not plain_name.endswith(".jsonl") and stream.peek(1).lstrip()[:1] == b"["
+                for line, value in (_array if array else _lines)(stream, path):
+                    yield line, value
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(path, line + 1, f"the gzip data is damaged or truncated ({error})") from None
     except OSError as error:

@@ -148,6 +148,7 @@ class TokenStore:
 
     def __init__(self, folder: Path, fingerprint: str):
         self.folder, self.fingerprint = folder, fingerprint  # the second: digest of the data file
+        self.weights: list | None = None  # of several files that are mixed (dataset/mixture.py)
         self.report = Report(**json.loads((folder / "report.json").read_text()))
         self.tokens = np.memmap(folder / "tokens.bin", np.int32, "r")
         self.supervised = np.memmap(folder / "supervised.bin", np.bool_, "r")

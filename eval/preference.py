@@ -27,6 +27,7 @@ from training.evaluate import evaluate, evaluate_kl
 from training.objective import Objective, ObjectiveSettings
 from training.precision import Precision
 from training.settings import SAMPLE, flag, parse
+from training.setup import named_files
 
 
 @dataclass
@@ -92,8 +93,8 @@ def held_out_pairs(folder: str, run: dict) -> tuple[str, float]:
     data, eval_data, share = run.get("data"), run.get("eval_data"), run.get("eval_share")
     if "beta" in run and data and isinstance(share, float) and 0 < share < 1:
         return str(data), share
-    if "beta" in run and eval_data and eval_data != "auto":
-        return str(eval_data), 0.0
+    if "beta" in run and isinstance(eval_data, (str, list)) and eval_data and eval_data != "auto":
+        return next(iter(named_files(eval_data).values())), 0.0  # the first set
     if data and common.is_bundled(str(data)):
         return str(SAMPLE / "heldout.jsonl"), 0.0
     raise InputError(f"{folder} has no held-out pairs in its config.json; give --data")

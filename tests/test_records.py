@@ -329,26 +329,6 @@ def test_a_huge_element_of_an_array_is_refused(write, monkeypatch):
 # ---- Files of other formats
 
 
-def test_a_csv_file_is_refused_with_a_command_that_converts_it(tmp_path):
-    """The command, as the message gives it, makes records that are read as they were meant."""
-    path = tmp_path / "my pairs.csv"
-    path.write_text('prompt,chosen,rejected\n"2, or\n3?",你好,"say ""no"""\n', encoding="utf-8-sig")
-    with pytest.raises(InputError, match="it is CSV; write it as JSON lines: python -c") as caught:
-        list(read_preferences(path))
-    command = str(caught.value).split("JSON lines: ")[1].replace("python", shlex.quote(sys.executable), 1)
-    subprocess.run(command, shell=True, check=True, timeout=60)
-    (record,) = read_preferences(tmp_path / "my pairs.jsonl")
-    assert (record.prompt, record.chosen, record.rejected) == ((user("2, or\n3?"),), "你好", 'say "no"')
-
-
-def test_a_parquet_file_is_refused_with_a_command(tmp_path):
-    path = tmp_path / "pairs.parquet"
-    path.write_bytes(b"PAR1")
-    with pytest.raises(InputError, match=r"Parquet; write it as JSON lines: python .*pyarrow") as caught:
-        list(read_preferences(path))
-    compile(shlex.split(str(caught.value).split("JSON lines: ")[1])[2], "command", "exec")
-
-
 def test_a_folder_names_a_file_in_it(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_bytes(GOOD)
@@ -358,7 +338,7 @@ def test_a_folder_names_a_file_in_it(tmp_path):
 
 def test_a_name_of_the_hub_gets_the_download_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = "hf download HuggingFaceH4/ultra --repo-type dataset --local-dir ultra, then name a file in"
+    command = "hf download HuggingFaceH4/ultra --repo-type dataset --local-dir ultra; its files are then in"
     with pytest.raises(InputError, match=command):
         list(read_preferences("HuggingFaceH4/ultra"))
     (tmp_path / "runs").mkdir()

@@ -86,7 +86,7 @@ def test_prompts_are_different_and_spread_over_the_data(tokenizer, write_jsonl, 
 
     def chosen(**changes) -> list[list[int]]:
         vars(settings).update(changes)
-        return samples.held_out_prompts(settings, store, model, ALONE)
+        return samples.held_out_prompts(settings, {"": store}, model, ALONE)
 
     def ids(*texts: str) -> list[list[int]]:
         return [tokenizer.prompt([Message("user", text)]) for text in texts]

@@ -11,7 +11,7 @@ from errors import InputError
 from tests.loops import metrics
 from tests.runs import run_flags
 from training.settings import SAMPLE
-from training.setup import held_out_path
+from training.setup import held_out_data
 
 HELD_OUT = str(SAMPLE / "heldout.jsonl")
 
@@ -26,13 +26,13 @@ HELD_OUT = str(SAMPLE / "heldout.jsonl")
 ])  # fmt: skip
 def test_the_bundled_held_out_pairs_are_for_the_bundled_pairs(settings, path):
     """Beside a user's own data they would show held-out figures of another task."""
-    assert held_out_path(train_dpo.Settings(**settings)) == path
-    assert held_out_path(train_sft.Settings()) == ""
+    assert held_out_data(train_dpo.Settings(**settings)) == path
+    assert held_out_data(train_sft.Settings()) == ""
 
 
 def test_held_out_data_is_named_once():
     with pytest.raises(InputError, match="--eval-data names held-out data and --eval-share splits it off"):
-        held_out_path(train_dpo.Settings(eval_data="mine.jsonl", eval_share=0.1))
+        held_out_data(train_dpo.Settings(eval_data="mine.jsonl", eval_share=0.1))
 
 
 @pytest.fixture

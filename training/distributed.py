@@ -272,12 +272,20 @@ def unsharded(model: nn.Module) -> Iterator[None]:
             model.reshard()
 
 
+@contextmanager
 @torch.no_grad()
-def gather(model: nn.Module, world: World) -> None:
-    """Gather a split model on the main rank's CPU, after training. Every rank must call this function."""
+def gathered(model: nn.Module, world: World) -> Iterator[None]:
+    """Within, the main rank has the whole weights of a split model, on its CPU. Every rank must call this."""
+    split = []
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             if isinstance(weight, DTensor):
                 whole = weight.full_tensor()
                 if world.is_main:
+                    split.append((module, name, weight))
                     setattr(module, name, nn.Parameter(whole.cpu(), requires_grad=False))
+    try:
+        yield
+    finally:
+        for module, name, weight in split:
+            setattr(module, name, weight)

@@ -5,6 +5,7 @@
     OUT/metrics.jsonl      the log
     OUT/samples.jsonl      answers to held-out prompts, if the run generates them
     OUT/tracker.json, tensorboard/      with --track, see track.py
+    OUT/best/              with --keep-best: the model with the best held-out figure so far
     OUT/config.json, tokenizer files, adapter.pt, model.pt      written at the end, model.pt last
 
 A run overwrites and removes only files that a run wrote; their names identify them.
@@ -13,6 +14,7 @@ A run overwrites and removes only files that a run wrote; their names identify t
 import contextlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from errors import InputError
@@ -29,7 +31,9 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json"
              "tokenizer.model", "added_tokens.json")  # fmt: skip
 WRITTEN = (*WEIGHTS, "config.json", "metrics.jsonl", "samples.jsonl", "tracker.json", "tensorboard",
            *TOKENIZER)  # fmt: skip
+MODEL = (*WEIGHTS, "config.json", *TOKENIZER)  # the files of a model folder
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
+BESTS = BEST, NEXT_BEST, OLD_BEST = "best", "best.tmp", "best.old"
 
 
 def take_lock(folder: Path):
@@ -69,8 +73,10 @@ def is_finished(folder: Path) -> bool:
 def require_no_foreign_files(folder: Path) -> None:
     """Raise `InputError` if a new run would overwrite or remove files that no run wrote."""
     foreign = [path for path in listed(folder / CHECKPOINTS) if not is_checkpoint_file(path.name)]
+    models = [path for name in BESTS for path in listed(folder / name)]
+    foreign += [path for path in models if plain_name(path) not in MODEL]
     if not (folder / LOCK).exists():
-        foreign += [folder / name for name in WRITTEN if (folder / name).exists()]
+        foreign += [folder / name for name in (*WRITTEN, *BESTS) if (folder / name).exists()]
     if foreign:
         raise InputError(f"--out {folder}: a run did not write {foreign[0]}; choose another folder")
 
@@ -81,6 +87,8 @@ def require_replaceable(folder: Path, overwrite: bool) -> None:
         return
     if is_finished(folder):
         found, other = f"a finished run ({folder / 'model.pt'})", "choose another folder"
+    elif (folder / BEST).exists() and not checkpoints(folder / CHECKPOINTS):
+        found, other = f"the best weights of a stopped run ({folder / BEST})", "choose another folder"
     elif left := checkpoints(folder / CHECKPOINTS):
         found, other = f"a run that was stopped after step {step_of(left[0])}", "continue it with --resume"
     else:
@@ -91,8 +99,12 @@ def require_replaceable(folder: Path, overwrite: bool) -> None:
 def remove_unfinished(folder: Path) -> None:
     """Remove the incomplete files that a killed run left."""
     for path in listed(folder):
-        if (name := UNFINISHED.fullmatch(path.name)) and name[1] in WRITTEN:
+        if UNFINISHED.fullmatch(path.name) and plain_name(path) in WRITTEN:
             remove(path)
+    if (folder / OLD_BEST).exists() and not (folder / BEST).exists():
+        (folder / OLD_BEST).rename(folder / BEST)
+    for name in (NEXT_BEST, OLD_BEST):
+        remove_model(folder / name)
     for path in listed(folder / CHECKPOINTS):
         if is_checkpoint_file(path.name) and path.suffix == ".tmp":
             remove(path)
@@ -105,7 +117,39 @@ def remove_run(folder: Path) -> None:
     for events in folder.glob("tensorboard/events.out.tfevents.*"):
         events.unlink()
     sync(folder)
+    for name in BESTS:
+        remove_model(folder / name)
     remove_checkpoints(folder)
+
+
+def replace_best(folder: Path, write: Callable[[Path], None]) -> None:
+    """Replace OUT/best by the model folder that ``write(path)`` writes; a crash leaves the old or new one.
+
+    Between the two renames the old one is called best.old, and `remove_unfinished` restores it.
+    """
+    best, following, old = (folder / name for name in BESTS)
+    following.mkdir()
+    write(following)
+    if best.exists():
+        best.rename(old)
+    following.rename(best)
+    sync(folder)
+    remove_model(old)
+
+
+def remove_model(folder: Path) -> None:
+    """Remove the files of a model from a folder, and the folder if it is then empty."""
+    for path in listed(folder):
+        if plain_name(path) in MODEL:
+            remove(path)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def plain_name(path: Path) -> str:
+    """The name of a file; of an incomplete one, the name that it would have got."""
+    unfinished = UNFINISHED.fullmatch(path.name)
+    return unfinished[1] if unfinished else path.name
 
 
 def remove_checkpoints(folder: Path) -> None:
@@ -122,7 +166,7 @@ def require_room(folder: Path, checkpoint: int, model: int, keep: int) -> None:
 
     The space of the files that the run replaces or prunes counts as free.
     """
-    replaced = [folder / name for name in WEIGHTS] + checkpoints(folder / CHECKPOINTS)
+    replaced = [folder / name for name in (*WEIGHTS, BEST)] + checkpoints(folder / CHECKPOINTS)
     free = shutil.disk_usage(folder).free + sum(map(size, replaced))
     needed = checkpoint * (keep + 1) + model
     if free < needed:

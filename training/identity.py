@@ -10,8 +10,8 @@ from training.distributed import World
 from training.settings import TrainSettings
 
 # Settings that do not change the weights: a resumed run may have other values.
-MAY_CHANGE = ("out", "eval_data", "log_every", "eval_every", "save_every", "keep_checkpoints", "resume",
-              "override", "overwrite", "sample_prompts", "track")  # fmt: skip
+MAY_CHANGE = ("out", "eval_data", "log_every", "eval_every", "save_every", "keep_checkpoints", "keep_best",
+              "resume", "override", "overwrite", "sample_prompts", "track")  # fmt: skip
 DIGESTS = ("model", "data", "tokenizer")  # Compared by content, because a file may move.
 
 

@@ -138,9 +138,8 @@ class MetricsLog:
         self.bar.update()
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """Append a row and show its main figures: of training on the bar, of an evaluation as a line.
+        """Append a row; a row of training also gets its speed, and its main figures stand on the bar.
 
-        A row of training also gets its speed, pairs or conversations per second.
         Raises `NotFiniteError` on every rank if an evaluation is not finite, `InputError` if the disk fails.
         """
         for name, value in row.items():
@@ -154,13 +153,24 @@ class MetricsLog:
             self.items, self.since = 0, now
             speed = {f"{self.unit}/s": f"{row[f'{self.unit}_per_second']:.1f}"}
             self.bar.set_postfix({**shown(row, ""), **speed})
-        if "eval_loss" in row:
-            figures = ", ".join(f"{name} {value}" for name, value in shown(row, "eval_").items())
-            self.bar.write(f"step {step} of {self.total_steps}: held-out {figures}")
         self.rows.append([{"step": step, **row}])
         if self.tracker:
             self.tracker.log(step, row)
         self.warn(self.watch.see({"step": step, **row}))
+
+    def write_held_out(self, step: int, name: str, metrics: dict[str, float]) -> dict[str, float]:
+        """Write the row of an evaluation and show its main figures; return the row.
+
+        Its metrics are eval_…, and eval_NAME_… if the held-out set has a name, as Hugging Face's Trainer has.
+        """
+        part = f"eval_{name}_" if name else "eval_"
+        row = {f"{part}{metric}": value for metric, value in metrics.items()}
+        self.write(step, row)
+        figures = ", ".join(f"{short} {value}" for short, value in shown(row, part).items())
+        of = f"held-out {name}" if name else "held-out"
+        if self.world.is_main:
+            self.bar.write(f"step {step} of {self.total_steps}: {of} {figures}")
+        return row
 
     def write_samples(self, step: int, samples: list[dict]) -> None:
         """Append the rows of `training.samples` of an evaluation."""

@@ -96,20 +96,20 @@ def cache_references(
     settings,
     model: Transformer,
     pairs: TokenStore,
-    eval_pairs: TokenStore | None,
+    held_out: dict[str, TokenStore],
     world: World,
     precision: Precision,
     max_tokens: int,
 ) -> str | None:
-    """With --reference cached, fill the caches of both data files; return the digest of the first.
+    """With --reference cached, fill the caches of all data; return the digest of the training data.
 
     The digest belongs to the identity of a run: the last bits of a log-prob depend on the other pairs of its
     forward, so a cache that was computed again could change a resumed run.
     """
     if settings.reference != "cached":
         return None
-    stores = [store for pair in (eval_pairs, pairs) if pair for store in (pair.mismatched, pair) if store]
-    digests = [cache_reference(model, each, world, precision, settings.layout, max_tokens) for each in stores]
+    every = (store for data in (*held_out.values(), pairs) for store in (data.mismatched, data) if store)
+    digests = [cache_reference(model, each, world, precision, settings.layout, max_tokens) for each in every]
     return digests[-1] if pairs.mismatched is None else "-".join(digests[-2:])
 
 

@@ -13,9 +13,11 @@
 An unfinished run's folder contains `checkpoints` and no model.pt; a finished run's folder, the opposite.
 """
 
+import json
 import os
 import signal
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from dataset.tokenizer import ChatTokenizer
@@ -24,7 +26,7 @@ from model.lora import Adapters
 from model.transformer import Transformer
 from model.weights import read_json, save_model
 from training import checkpoint, folder, identity
-from training.distributed import World, gather
+from training.distributed import World, gathered
 from training.settings import TrainSettings
 from training.track import require_tracker
 
@@ -43,6 +45,7 @@ class RunFolder:
         self.folder = Path(settings.out)
         self.checkpoints = self.folder / folder.CHECKPOINTS
         self.step = self.saved_step = 0  # optimizer steps done, and in the newest checkpoint
+        self.best: dict = {}  # of --keep-best: {"metric": …, "value": …, "step": …}
         self.saved = None  # the state in the checkpoint to continue from, until it is restored
         self.signal, self.signal_time = 0, 0.0  # the first signal that stops the run, and when it came
         self.handlers: dict = {}
@@ -76,7 +79,7 @@ class RunFolder:
         self.automatic = [name for name in more if getattr(self.settings, name, None) == "auto"]
         more |= {"model": model, "data": data, "tokenizer": tokenizer}
         self.identity = identity.identity_of(self.settings, self.world, state["precision"].name, **more)
-        path, main = self.world.from_main(lambda: (self._prepare(), self.identity))
+        path, main, self.best = self.world.from_main(lambda: (self._prepare(), self.identity, self.best))
         self._take_automatic(main)
         if other := identity.differences(main, self.identity):
             listed = identity.listed(other)
@@ -119,16 +122,47 @@ class RunFolder:
         if self.saved_step < self.step:
             self._save()
         self._require_steps_at_the_end()
-        gather(model, self.world)  # if it was split
-        if self.world.is_main:
-            folder.require_same_folder(self.folder, self.lock)
-            try:
-                tokenizer.save(self.folder)
-                save_model(self.folder, model, settings=self.settings.to_dict(), run=self.identity)
-                self.remove_checkpoints()
-            except OSError as error:
-                raise InputError(f"{self.folder}: cannot be written ({error.strerror})") from None
-            print(f"saved in {self.folder}; {next_commands(self.folder, model)}", flush=True)
+        with gathered(model, self.world):
+            if self.world.is_main:
+                with writing(self.folder):
+                    self._write_model(self.folder, model, tokenizer)
+                    self.remove_checkpoints()
+                print(f"saved in {self.folder}; {next_commands(self.folder, model)}", flush=True)
+                if self.best:
+                    best = "{metric} {value:.4f} at step {step}".format(**self.best)
+                    print(f"best held-out weights: {self.folder / folder.BEST} ({best})", flush=True)
+
+    def keep_best(
+        self, step: int, figures: dict[str, float], model: Transformer, tokenizer: ChatTokenizer
+    ) -> None:
+        """Write the weights to OUT/best if `figures` has the best value of --keep-best so far.
+
+        Of equal values the first one counts. All ranks must call it. A resumed run keeps the best of the
+        steps that it repeats: they have the same values again.
+        """
+        metric = self.settings.keep_best
+        if not metric:
+            return
+        known = f"--keep-best {metric}: not a held-out metric; choose from {', '.join(figures)}"
+        require(metric in figures, known)
+        sign = -1 if metric.endswith("loss") else 1  # as `greater_is_better` of Hugging Face's Trainer
+        if self.best and sign * figures[metric] <= sign * self.best["value"]:
+            return
+        self.best = {"metric": metric, "value": figures[metric], "step": step}
+
+        def write() -> None:
+            with writing(self.folder):
+                folder.replace_best(self.folder, lambda path: self._write_model(path, model, tokenizer))
+
+        with gathered(model, self.world):
+            self.world.from_main(write)
+
+    def _write_model(self, path: Path, model: Transformer, tokenizer: ChatTokenizer) -> None:
+        """Write a model folder with the settings of the run, in the run's folder."""
+        folder.require_same_folder(self.folder, self.lock)
+        tokenizer.save(path)
+        best = {"best": self.best} if self.best else {}
+        save_model(path, model, settings=self.settings.to_dict(), run=self.identity, **best)
 
     def _require_steps_at_the_end(self) -> None:
         """Raise FloatingPointError if fp16 skipped the last steps; a single skip is normal."""
@@ -213,7 +247,8 @@ class RunFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = folder.take_lock(self.folder)
         if not resumes:
-            folder.require_replaceable(self.folder, self.settings.overwrite)
+            replaces = self.settings.overwrite or self.settings.resume
+            folder.require_replaceable(self.folder, replaces)
         folder.remove_unfinished(self.folder)
         self._require_room()
         if resumes:
@@ -221,10 +256,21 @@ class RunFolder:
             then = identity.recorded(self.saved.get("identity"), path)
             self._take_automatic(then)
             identity.require_same_run(then, self.identity, self.settings.override, self.folder)
+            self.best = self._best_so_far()
             return str(path)
         folder.remove_run(self.folder)
         self.checkpoints.mkdir(exist_ok=True)
         return ""
+
+    def _best_so_far(self) -> dict:
+        """The entry "best" in OUT/best/config.json; empty if its metric or its held-out data were others."""
+        path = self.folder / folder.BEST / "config.json"
+        if not self.settings.keep_best or not path.exists():
+            return {}
+        config = read_json(path)
+        then, now = config.get("settings", {}), json.loads(json.dumps(self.settings.to_dict()))
+        same = all(then.get(name) == now[name] for name in ("keep_best", "eval_data", "eval_share"))
+        return config.get("best", {}) if same else {}
 
     def _require_room(self) -> None:
         """Raise `InputError` unless the disk can hold the checkpoints and the model, with merged adapters."""
@@ -234,11 +280,23 @@ class RunFolder:
             model += nbytes(part.model)
         reference = nbytes(self.state["reference"]) if "reference" in self.state else 0
         # AdamW has two moments for each weight that is trained.
-        folder.require_room(self.folder, 3 * trained + reference, model, self.settings.keep_checkpoints)
+        models = 3 if self.settings.keep_best else 1  # also the best one, and one that replaces it
+        folder.require_room(
+            self.folder, 3 * trained + reference, model * models, self.settings.keep_checkpoints
+        )
 
     def _take_automatic(self, then: dict) -> None:
         """Take over the values that "auto" had when the run was started."""
         self.identity |= {name: then[name] for name in self.automatic if name in then}
+
+
+@contextmanager
+def writing(path: Path):
+    """Turn an error of the disk into an `InputError`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def nbytes(part) -> int:

@@ -26,14 +26,15 @@ PROMPT_TOKENS = 512
 
 
 def held_out_prompts(
-    settings: TrainSettings, data: TokenStore | None, model: Transformer, world: World
+    settings: TrainSettings, held_out: dict[str, TokenStore], model: Transformer, world: World
 ) -> list[list[int]]:
-    """The ids of at most --sample-prompts different prompts, spread evenly over the held-out data.
+    """The ids of at most --sample-prompts different prompts, spread evenly over the first held-out set.
 
     Prints one line if there are none although they were requested.
     """
-    if not data or not settings.sample_prompts:
+    if not held_out or not settings.sample_prompts:
         return []
+    data = next(iter(held_out.values()))
     if settings.shard and world.ranks > 1:
         # A token of an answer is a forward, and each forward would gather all weights from all ranks.
         world.print("no samples: with --shard they are too slow; python -m eval.chat shows answers later")

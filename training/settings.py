@@ -19,6 +19,11 @@ LONGEST = 4096  # tokens of a record, where --max-length is 0
 DEVICES, PRECISIONS = ("auto", "cuda", "mps", "cpu"), ("auto", "fp32", "bf16", "fp16")
 DEVICE_WHY = "auto: CUDA, else Apple's MPS, else the CPU"
 SHAPE_WHY = "data format (see dataset/formats.py); auto detects it from the first record"
+FILES_WHY = (
+    ".jsonl or .json, also .gz, .parquet, .csv; several files, folders and patterns; FILE:0.7 FILE:0.3 mixes "
+    "them in this proportion"
+)
+SEVERAL_WHY = "several files as NAME=FILE; empty: none"
 SKIP_BAD_WHY = "skip bad records (at most 1 %) instead of stopping at the first"
 REPLACED = {
     "--micro-batch-size": "--micro-batch-tokens (tokens in a forward, instead of records)",
@@ -31,9 +36,17 @@ def default_length(config: ModelConfig) -> int:
     return min(LONGEST, config.max_position_embeddings, config.sliding_window or LONGEST)
 
 
-def flag(default, why: str, choices: tuple[str, ...] | None = None):
-    """A field of a settings class: its default, its help text in one line, and the allowed values."""
-    return field(default=default, metadata={"why": why, "choices": choices})
+def flag(default, why: str, choices: tuple[str, ...] | None = None, several: bool = False):
+    """A field of a settings class: its default, its help text in one line, and the allowed values.
+
+    With `several` the flag takes one or more values: one is kept as text, more as a tuple.
+    """
+    return field(default=default, metadata={"why": why, "choices": choices, "several": several})
+
+
+def each(value: str | tuple[str, ...]) -> list[str]:
+    """The values of a flag that takes several; none if it is empty."""
+    return [value] if isinstance(value, str) and value else list(value)
 
 
 class Flags:
@@ -55,8 +68,10 @@ class TrainSettings(Flags):
     """The flags of all training scripts. A script adds its own and changes defaults."""
 
     model: str = flag("tiny", "model folder to start from")
-    data: str = flag("", "training data: .jsonl or .json, also .gz")
-    eval_data: str = flag("", "held-out data, evaluated every --eval-every steps; empty: no evaluation")
+    data: str | tuple[str, ...] = flag("", f"training data: {FILES_WHY}", several=True)
+    eval_data: str | tuple[str, ...] = flag(
+        "", f"held-out data, evaluated every --eval-every steps; {SEVERAL_WHY}", several=True
+    )
     eval_share: float = flag(0.0, "share of the prompts of --data that is held out and evaluated; 0: none")
     out: str = flag("", "run folder for config, weights, tokenizer, metrics and checkpoints")
     shape: str = flag("auto", SHAPE_WHY)
@@ -90,6 +105,11 @@ class TrainSettings(Flags):
     eval_every: int = flag(100, "optimizer steps between evaluations on --eval-data")
     save_every: int = flag(500, "optimizer steps between checkpoints; 0: only when a signal stops the run")
     keep_checkpoints: int = flag(2, "number of newest checkpoints to keep, in case one is damaged")
+    keep_best: str = flag(
+        "",
+        "held-out metric, such as eval_rewards/accuracies: OUT/best keeps the weights with its best value "
+        "(lowest for a loss, else highest)",
+    )
     track: str = flag("none", "tracker that also gets the rows of metrics.jsonl; needs its package", TRACKERS)
     overwrite: bool = flag(False, "replace the run that --out contains, finished or stopped")
     resume: bool = flag(False, "continue from the newest valid checkpoint in --out, or start if it has none")
@@ -100,6 +120,7 @@ class TrainSettings(Flags):
         self.at_least(1, "epochs", "batch_size", "log_every", "eval_every", "keep_checkpoints")
         self.at_least(0, "max_steps", "max_length", "lr", "warmup_steps", "weight_decay", "grad_clip")
         self.at_least(0, "save_every")
+        self.require(self.keep_best[:5] in ("", "eval_"), "keep_best", "a metric that begins with eval_")
         self.require(0 <= self.seed < 2**63, "seed", "from 0 to 2^63 - 1")
         self.require(0 <= self.eval_share < 1, "eval_share", "at least 0 and below 1")
         tokens = self.micro_batch_tokens
@@ -173,8 +194,12 @@ def learning_rate_advice(settings: TrainSettings, weights: int) -> str:
 class PairSettings(TrainSettings):
     """The flags of the scripts that train on preference pairs."""
 
-    data: str = flag(str(SAMPLE / "preferences.jsonl"), "preference pairs: .jsonl or .json, also .gz")
-    eval_data: str = flag("auto", "held-out pairs; empty: none; auto: the bundled ones of the bundled --data")
+    data: str | tuple[str, ...] = flag(
+        str(SAMPLE / "preferences.jsonl"), f"preference pairs: {FILES_WHY}", several=True
+    )
+    eval_data: str | tuple[str, ...] = flag(
+        "auto", f"held-out pairs; {SEVERAL_WHY}; auto: the bundled ones of the bundled --data", several=True
+    )
     swap_by_score: bool = flag(False, "exchange the sides of a pair whose rejected side has the higher score")
     layout: str = flag("forked", "forked: both answers share the prompt; twin: each has its own", LAYOUTS)
 
@@ -197,9 +222,15 @@ def parse(settings_class: type, description: str, arguments: list[str] | None = 
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= {"type": kind, "choices": f.metadata["choices"]}
+        if f.metadata["several"]:
+            options["nargs"] = "+"
         parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
     given = sys.argv[1:] if arguments is None else arguments
     for old, new in REPLACED.items():
         if any(argument == old or argument.startswith(f"{old}=") for argument in given):
             raise InputError(f"{old} was replaced by {new}")
-    return settings_class(**vars(parser.parse_args(arguments)))
+    values = vars(parser.parse_args(arguments))
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = value[0] if len(value) == 1 else tuple(value)
+    return settings_class(**values)

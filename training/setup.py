@@ -1,14 +1,16 @@
 """What the training scripts do before their loops: load a model, open data, describe the run in a line."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from dataset.mismatched import mismatched
+from dataset.mixture import data_files, join, split_weight
 from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
-from errors import InputError
+from errors import InputError, require
 from model.config import PRESETS
 from model.lora import add_adapters, merge_adapters
 from model.peft import add_adapter
@@ -18,7 +20,14 @@ from training.distributed import World, first_device
 from training.muon import MuonWithAdamW
 from training.precision import Precision
 from training.schedule import adamw
-from training.settings import SAMPLE, AdapterSettings, TrainSettings, learning_rate_advice, trains_adapters
+from training.settings import (
+    SAMPLE,
+    AdapterSettings,
+    TrainSettings,
+    each,
+    learning_rate_advice,
+    trains_adapters,
+)
 
 
 def load_policy(settings: AdapterSettings, world: World) -> tuple[Transformer, ChatTokenizer, int]:
@@ -76,14 +85,14 @@ def open_data(
     max_length: int,
     world: World,
     check: Callable[[TokenStore, str], str] = lambda store, path: "",
-) -> tuple[TokenStore, TokenStore | None]:
-    """The training data, and the held-out data or None. `kind` is a key of `dataset.records.READERS`.
+) -> tuple[TokenStore, dict[str, TokenStore]]:
+    """The training data, and the held-out sets by name. `kind` is a key of `dataset.records.READERS`.
 
-    Held out is the file of --eval-data; or, with --eval-share, that share of the prompts of --data.
+    Held out are the files of --eval-data; or, with --eval-share, that share of the prompts of --data.
     `check` raises `InputError` for a store that the objective cannot use, and returns a line of advice or "".
     """
 
-    def open_one(path: str) -> TokenStore:
+    def open_file(path: str) -> TokenStore:
         options = max_length, settings.shape, settings.skip_bad, getattr(settings, "swap_by_score", False)
         store = world.node_first(lambda: open_store(path, kind, tokenizer, *options))
         advice = check(store, path)
@@ -92,26 +101,52 @@ def open_data(
             world.print(advice)
         return store
 
-    settings.eval_data = held_out_path(settings)  # as config.json keeps it
-    data, held_out = open_one(settings.data), None
+    def open_all(path: str) -> TokenStore:
+        return join({file: open_file(file) for file in data_files(path)})
+
+    def open_weighted(values: list[str]) -> TokenStore:
+        paths, weights = zip(*map(split_weight, values or [""]), strict=True)
+        require(len({*paths}) == len(paths), "--data names one file twice; weights, FILE:2, repeat rows")
+        return join({path: open_all(path) for path in paths}, list(weights))
+
+    settings.eval_data = held_out_data(settings)  # as config.json keeps it
+    files = named_files(settings.eval_data)
+    is_evaluated = bool(files or settings.eval_share)
+    require(is_evaluated or not settings.keep_best, "--keep-best needs --eval-data or --eval-share")
+    data = open_weighted(each(settings.data))
+    held_out = {name: open_all(path) for name, path in files.items()}
     if settings.eval_share:
-        data, held_out = data.split(settings.eval_share)
-    elif settings.eval_data:
-        held_out = open_one(settings.eval_data)
+        data, held_out[""] = data.split(settings.eval_share)
     if kind == "feedback":
-        for store in filter(None, (data, held_out)):
+        for store in (data, *held_out.values()):
             mismatched(store)
     return data, held_out
 
 
-def held_out_path(settings: TrainSettings) -> str:
-    """The file of held-out data; "" for none. ``auto`` is the bundled file beside the bundled pairs."""
+def held_out_data(settings: TrainSettings) -> str | tuple[str, ...]:
+    """The value of --eval-data; "" for none. ``auto`` is the bundled file beside the bundled pairs."""
     if settings.eval_data != "auto":
         if settings.eval_data and settings.eval_share:
             raise InputError("--eval-data names held-out data and --eval-share splits it off: choose one")
         return settings.eval_data
-    bundled = Path(settings.data).resolve() == SAMPLE / "preferences.jsonl"
+    bundled = [Path(path).resolve() for path in each(settings.data)] == [SAMPLE / "preferences.jsonl"]
     return str(SAMPLE / "heldout.jsonl") if bundled and not settings.eval_share else ""
+
+
+def named_files(eval_data: str | tuple[str, ...]) -> dict[str, str]:
+    """The files of --eval-data by name; a file without a name has the name "", which one file may have.
+
+    A path that exists is a path, also with an equals sign.
+    """
+    files: dict[str, str] = {}
+    for entry in each(eval_data):
+        name, equals, path = entry.partition("=")
+        if not equals or not re.fullmatch(r"[\w.-]+", name) or Path(entry).exists():
+            name, path = "", entry
+        advice = f"has the name of another one ({name})" if name else "needs a name of its own: NAME=FILE"
+        require(name not in files, f"--eval-data {entry}: a held-out set {advice}")
+        files[name] = path
+    return files
 
 
 def describe_run(

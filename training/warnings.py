@@ -26,6 +26,7 @@ LONGER, LONG_TOKENS = 2.5, 32
 # Share of an answer's 10-character pieces that occurred before, as seq-rep-n (Welleck et al. 2020, arXiv
 # 1908.04319). Of 1,996 UltraFeedback answers 0.3 % reach it, of 6,000 bundled ones none.
 REPEATED, PIECE, SHORTEST = 0.5, 10, 60
+RATIO = "logratios/chosen"
 MOST = 0.75  # Share of the answers that show a problem: of 4 answers half do by chance.
 
 
@@ -35,6 +36,7 @@ class Watch:
     def __init__(self):
         self.unmoved: list[dict] | None = []  # training rows until the loss moves; then None
         self.evaluations: list[dict] = []
+        self.part = ""  # what the metrics of the first held-out set begin with; further sets are not watched
         self.answers: list[list[dict]] = []  # of the first and of the last evaluation
         self.given: set[str] = set()
 
@@ -44,7 +46,10 @@ class Watch:
             if self.unmoved is not None and "still" not in self.given:
                 self.unmoved = None if has_moved(row) else [*self.unmoved, row]
             return self.new(still=still(self.unmoved), falling=falling(row))
-        if has_reference(row, "eval_"):
+        part = next((name.removesuffix(RATIO) for name in row if name.endswith(f"_{RATIO}")), "eval_")
+        if has_reference(row, part) and self.part in ("", part):
+            self.part = part
+            row = {name.replace(part, "eval_", 1): value for name, value in row.items()}
             self.evaluations.append(row)
             return self.new(falling=falling(row, "eval_"), exploding=exploding(self.evaluations))
         return []
@@ -66,7 +71,7 @@ class Watch:
 
 def has_reference(row: dict, part: str = "") -> bool:
     """Whether a row has log-ratios to a reference. Losses without a reference log log π in their place."""
-    ratio = row.get(f"{part}logratios/chosen")
+    ratio = row.get(f"{part}{RATIO}")
     return ratio is not None and not math.isclose(ratio, row[f"{part}logps/chosen"], rel_tol=1e-6)
 
 

@@ -205,4 +205,32 @@ A side that only lacks a word at its start counts as a different text.
 - np.minimum.accumulate(np.concatenate([[i], best]) - places) + places
 + np.concatenate([[i], best])
 test_inspect.py::test_the_edit_distance_is_levenshteins
+
+# ---- Several files
+
+mixed-by-epoch in dataset.mixture: Mixture.__init__
+The proportions are right in a whole round only: its first steps see one file, its last steps another.
+- self.order = sources[np.argsort(places, kind="stable")]
++ self.order = sources
+test_mixture.py::test_every_window_has_the_proportions_and_every_source_its_epochs
+
+sources-share-one-order in dataset.mixture: Mixture._row
+Every epoch of a source has the same order.
+- [self.seed, epoch, source]
++ [self.seed, source]
+test_mixture.py::test_every_window_has_the_proportions_and_every_source_its_epochs
+
+weights-outside-the-identity in dataset.mixture: join
+A run is resumed with other weights, and nobody notices.
+- [str(weight) for weight in weights]
++ []
+test_mixture.py::test_a_resumed_mixture_changes_no_bit
+
+ragged-row-is-cut in dataset.tables: csv_record
+A text with a comma that is not quoted loses its end.
+- len(fields) != len(header)
++ len(fields) < len(header)
+- zip(header, fields, strict=True)
++ zip(header, fields, strict=False)
+test_tables.py::test_a_csv_that_is_wrong_is_one_clear_line[1]
 """)

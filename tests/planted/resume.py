@@ -183,4 +183,17 @@ Arrays that were cut short are read as other ids for the same rows.
 - not len(self.tokens) == len(self.supervised) == self.bounds[-1, -1]
 + False
 test_store.py::test_a_torn_cache_is_refused[0.5-tokens.bin]
+
+# ---- The best weights
+
+best-by-the-lowest-accuracy in training.run: RunFolder.keep_best
+One sign for all metrics: the weights with the worst accuracy are kept.
+- sign = -1 if metric.endswith("loss") else 1
++ sign = -1
+test_best.py::test_the_best_weights_are_those_of_the_step_with_the_best_figure[eval_rewards/accuracies-options1]
+
+best-forgotten-by-a-resumed-run in training.run: RunFolder._take_folder
+The first evaluation after a resume counts as the best, and replaces better weights.
+- self.best = self._best_so_far()
+test_best.py::test_a_kill_leaves_the_best_and_a_resumed_run_ends_with_the_same
 """)

@@ -27,7 +27,7 @@ A preset is drawn whole by each rank before it is thrown away.
 + "cpu"
 test_shard.py::test_one_rank_alone_loads_the_model[fresh]
 
-a-part-is-exported in training.distributed: gather
+a-part-is-exported in training.distributed: gathered
 model.pt holds what the main rank kept, which is not even a model.
 - weight.full_tensor
 + weight.to_local
