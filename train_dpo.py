@@ -34,12 +34,12 @@ from training.reference import REFERENCES, cache_references, make_reference
 from training.run import RunFolder
 from training.samples import greedy_answers, held_out_prompts
 from training.schedule import clip_gradients, cosine_lr, require_finite, set_lr
-from training.settings import AdapterSettings, PairSettings, flag, parse
+from training.settings import PairSettings, StartAdapterSettings, flag, parse
 from training.setup import describe_run, load_policy, make_optimizer, open_data
 
 
 @dataclass
-class Settings(ObjectiveSettings, PairSettings, AdapterSettings):
+class Settings(ObjectiveSettings, PairSettings, StartAdapterSettings):
     model: str = flag("runs/sft", "model folder to start from; a frozen copy of it is the reference")
     out: str = flag("runs/dpo", "run folder: config, weights, tokenizer, metrics")
     batch_size: int = flag(16, "pairs per optimizer step, over all ranks and micro-batches")

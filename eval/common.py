@@ -111,6 +111,9 @@ def starting_model(folder: str, flag_name: str) -> str:
     named = start and (start not in PRESETS or Path(start).is_dir())
     reason = f"{folder}: its config.json does not name a model folder that it started from; give {flag_name}"
     require(named, reason)
+    adapter = run_settings(folder).get("adapter")
+    advice = f"give {flag_name}, a folder with both merged"
+    require(not adapter, f"{folder} started from {start} with the adapter {adapter}; {advice}")
     absent = f"{folder} started from {start}, and that folder is not here; give {flag_name}"
     require(Path(start).is_dir(), absent)
     return start

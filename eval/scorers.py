@@ -123,6 +123,9 @@ class AnswerRows:
                 self.places.append([(i, j) for j in short])
         self.lengths = np.array([sum(map(len, row)) for row in self.rows], int)
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def row(self, index: int) -> list[tuple]:
         prompt, *sides = self.rows[index]
         return [(prompt, None), *((side, np.ones(len(side), bool)) for side in sides)]

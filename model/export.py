@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from errors import InputError, run_script
+from errors import InputError, require, run_script
 from files import write_json, write_whole
 from model import huggingface
 from model.weights import import_safetensors, load_model, read_json, read_ours
@@ -44,6 +44,9 @@ def export_adapter(source: Path, target: Path, dtype: torch.dtype) -> None:
     config = read_json(source / "config.json")
     if "adapter" not in config:
         raise InputError(f"{source} has no adapter: its run had no --lora-rank")
+    merged = config["settings"].get("merge_adapter")
+    reason = f"{source}: its run merged --adapter into the base, so its own adapter fits no saved model"
+    require(not merged, f"{reason}; export the whole model without --adapter")
     weights = {
         f"base_model.model.model.{name}.weight": weight.to(dtype)
         for name, weight in read_ours(source, "adapter.pt", config).items()

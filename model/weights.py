@@ -19,7 +19,7 @@ from errors import InputError, require
 from files import file_hash, write_json, write_whole
 from model import huggingface
 from model.config import PRESETS, ModelConfig
-from model.lora import adapter_shape, adapter_weights, merged_weights
+from model.lora import adapted_layers, adapter_shape, adapter_weights, merged_weights
 from model.transformer import Transformer
 
 MAX_JSON = 2**26  # bytes of a JSON file; the index of the largest published models has 10 MB
@@ -54,8 +54,12 @@ def save_model(folder: Path, model: Transformer, **settings) -> None:
 
 
 def weights_hash(model: torch.nn.Module) -> str:
-    """SHA-256 of all weights with their names, types and shapes. All ranks must call it for a split model."""
-    digest = hashlib.sha256()
+    """SHA-256 of all weights with their names, types and shapes, and of the adapters' scales.
+
+    All ranks must call it for a split model.
+    """
+    scales = {name: layer.scale for name, layer in adapted_layers(model).items()}
+    digest = hashlib.sha256(json.dumps(scales).encode() if scales else b"")
     for name, value in model.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         value = value.full_tensor() if isinstance(value, DTensor) else value

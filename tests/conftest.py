@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dataset.records import Message
 from dataset.tokenizer import END, START, ChatTokenizer, train
 from model.config import ModelConfig
+from model.export import export_adapter
+from model.lora import adapter_weights, add_adapters
 from model.transformer import Transformer
 from model.weights import save_model
 from tests import ranks
@@ -160,6 +162,17 @@ def save_folder(path: Path, tokenizer: ChatTokenizer, model=None, settings=None,
     model = model or make_model(tokenizer.vocab_size, **{"dtype": torch.float32, **options})
     save_model(path, model, settings=settings)
     tokenizer.save(path)
+    return path
+
+
+def save_adapter(path: Path, tokenizer: ChatTokenizer, targets="all") -> Path:
+    """A peft folder with an adapter of rank 2 for `make_model`, far from zero."""
+    model = make_model(tokenizer.vocab_size, torch.float32)
+    add_adapters(model, 2, 4.0, targets, seed=1)
+    for weight in adapter_weights(model).values():
+        weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)) * 0.2)
+    save_model(path / "run", model, settings={"model": "base"})
+    export_adapter(path / "run", path, torch.float32)
     return path
 
 

@@ -49,7 +49,7 @@ def dpo(policy: tuple, reference: tuple) -> torch.Tensor:
 
 def step(model: Transformer, stream, times: int = 1) -> None:
     """Optimizer steps on the pairs of `stream`, with the model without its adapters as the reference."""
-    optimizer, reference = adamw(model, weight_decay=0.1), lora.WithoutAdapters(model)
+    optimizer, reference = adamw(model, weight_decay=0.1), lora.AdapterReference(model)
     for group in optimizer.param_groups:
         group["lr"] = 0.05
     for _ in range(times):
@@ -64,7 +64,7 @@ def step(model: Transformer, stream, times: int = 1) -> None:
 def test_first_loss_is_ln_2_exactly(tokenizer, stream, precision):
     """B is zero, so the policy starts equal to the reference; with a random B it would not."""
     model = adapted(tokenizer, trained=False, dtype=torch.float32)
-    reference = lora.WithoutAdapters(model)
+    reference = lora.AdapterReference(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         policy_logps, reference_logps = model(stream), reference(stream)
     assert torch.equal(policy_logps, reference_logps)
@@ -95,7 +95,7 @@ def test_training_changes_adapters_only(tokenizer, stream):
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name]) == (".lora_" not in name), name
     with torch.no_grad():
-        assert torch.equal(lora.WithoutAdapters(model)(stream), plain(stream))
+        assert torch.equal(lora.AdapterReference(model)(stream), plain(stream))
         assert not torch.equal(model(stream), plain(stream))
 
 
@@ -103,7 +103,7 @@ def test_gradients_reach_every_adapter_and_nothing_else(tokenizer, stream):
     """A forward without adapters just before must not remove the gradients of the policy."""
     model = adapted(tokenizer)
     with torch.no_grad():
-        lora.WithoutAdapters(model)(stream)
+        lora.AdapterReference(model)(stream)
     model(stream).sum().backward()
     for name, parameter in model.named_parameters():
         reached = parameter.grad is not None and bool(parameter.grad.any())
@@ -123,7 +123,7 @@ def test_optimizer_holds_adapters_only(tokenizer):
 def test_adapters_are_on_again_after_an_error(tokenizer):
     """An adapter left off makes policy and reference one model, and the loss ln 2 for ever."""
     model = adapted(tokenizer)
-    with pytest.raises(KeyboardInterrupt), lora.adapters_off(model):
+    with pytest.raises(KeyboardInterrupt), lora.as_reference(model):
         assert not any(layer.on for layer in lora.adapted_layers(model).values())
         raise KeyboardInterrupt
     assert all(layer.on for layer in lora.adapted_layers(model).values())

@@ -17,7 +17,7 @@ from dataset.store import open_store
 from errors import InputError
 from losses import DIVERGENCES, LOSSES
 from model import transformer
-from model.lora import WithoutAdapters, add_adapters
+from model.lora import AdapterReference, add_adapters
 from model.weights import load_model
 from tests.conftest import RAGGED, as_record, make_model, plain_ids, plain_logits
 from tests.loops import metrics, record_gradients
@@ -742,7 +742,7 @@ def test_tdpo2_with_adapters(stored, tokenizer):
     model = make_model(tokenizer.vocab_size, seed=1)
     start, stream = copy.deepcopy(model), build_stream(stored, range(3))
     add_adapters(model, 2, 4, "all", seed=0)
-    without = WithoutAdapters(model)
+    without = AdapterReference(model)
     assert not next_token_kl(without, model, stream).any()
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -21,7 +21,7 @@ import train_reward
 import train_sft
 from errors import InputError
 from files import file_hash
-from tests.conftest import save_folder
+from tests.conftest import save_adapter, save_folder
 from tests.faults import digest, timeless, train
 from tests.loops import ROOT, metrics, torchrun, weights
 from tests.ranks import forked, free_port
@@ -41,6 +41,7 @@ def flags(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("shard")
     save_folder(folder / "untied", tokenizer, tie_word_embeddings=False)
     save_folder(folder / "experts", tokenizer, num_experts=3)
+    save_adapter(folder / "adapter", tokenizer)
     made = run_flags(
         folder, tokenizer, eval_data=True, batch_size=3, micro_batch_tokens=1, epochs=1, warmup_steps=2,
         log_every=1, eval_every=2,
@@ -49,6 +50,8 @@ def flags(tmp_path_factory, tokenizer):
     def of(out, script="train_dpo", start="start", **changes) -> list[str]:
         if script == "train_sft":
             changes = {"data": "chats", "tokenizer": folder / "start" / "tokenizer.json", **changes}
+        if "adapter" in changes:
+            changes["adapter"] = folder / changes["adapter"]
         return made(out, **{"model": folder / start, **changes})
 
     return of
@@ -66,6 +69,7 @@ CASES = {
     "vocabulary-in-chunks-wpo": ("train_dpo", {"wpo": True, "micro_batch_tokens": 150}),
     "experts": ("train_dpo", {"start": "experts"}),
     "adapters": ("train_dpo", {"lora_rank": 2}),
+    "adapter-in": ("train_dpo", {"adapter": "adapter"}),
     "moving-reference": ("train_dpo", {"tr_alpha": 0.3, "loss": "sigmoid,bco_pair"}),
     "cached-reference": ("train_dpo", {"reference": "cached"}),
     "bf16": ("train_dpo", {"precision": "bf16"}),

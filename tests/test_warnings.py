@@ -250,6 +250,7 @@ def test_a_model_that_writes_noise_is_not_a_baseline():
     ended, cut = sampled(9, 9, 9), sampled(128, finished=False)
     assert longer(ended, sampled(99, 99, 99)) and not longer([*ended, *cut], sampled(200, 200, 200, 200))
     sound, noise = sampled(9, 9, 9, text="ha"), sampled(9, text="ha" * 99)
+    assert not longer(ended, sampled(99, 99, 99, text="ha" * 99))
     assert repeating(sampled(9, 9, 9, 9, text="ha"), [*sound[:1], *noise * 3])
     assert not repeating([*sound, *noise], noise * 4)
 

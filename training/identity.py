@@ -20,7 +20,7 @@ def identity_of(settings: TrainSettings, world: World, precision: str, **more) -
 
     `precision` is the one that the run uses; `more` contains the digests and the script's own entries.
     """
-    changeable = (*MAY_CHANGE, *DIGESTS)
+    changeable = (*MAY_CHANGE, *DIGESTS, "adapter")  # The digest of the model includes its adapters.
     identity = {name: value for name, value in settings.to_dict().items() if name not in changeable}
     # Values of `auto`, and whatever else decides how sums are rounded.
     identity |= {"device": world.device.type, "precision": precision, "ranks": world.ranks}
@@ -56,7 +56,7 @@ def require_same_finished_run(then: dict, now: dict, settings: TrainSettings) ->
 
     The machine may differ: device, precision, ranks and the version of torch are not compared.
     """
-    names = {*settings.to_dict(), *DIGESTS} - {*MAY_CHANGE, "device", "precision"}
+    names = {*settings.to_dict(), *DIGESTS} - {*MAY_CHANGE, "adapter", "device", "precision"}
     if other := differences(*({name: run.get(name) for name in names} for run in (then, now))):
         further = f"to train its model further, use --model {settings.out} and another --out"
         found = f"--resume: the run in {settings.out} has finished with {listed(other)}"

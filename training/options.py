@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from errors import InputError, require
 from losses import DIVERGENCES, LOSSES
-from training.settings import flag
+from training.settings import flag, trains_adapters
 
 # A loss with one of these parameters compares the policy with a reference.
 REFERENCE_INPUTS = {
@@ -166,8 +166,9 @@ def check_options(settings: ObjectiveSettings) -> None:
 
     both = settings.tr_alpha is not None and settings.tr_every is not None
     require(not both, "--tr-alpha moves the reference at every step, --tr-every copies it: choose one")
-    adapted = moves_reference and getattr(settings, "lora_rank", 0)
-    require(not adapted, "--tr-alpha and --tr-every move the reference, but --lora-rank keeps it frozen")
+    adapted = moves_reference and trains_adapters(settings)
+    flag_name = "--lora-rank" if getattr(settings, "lora_rank", 0) else "--adapter"
+    require(not adapted, f"--tr-alpha and --tr-every move the reference, but {flag_name} keeps it frozen")
     nothing = moves_reference and not needs_reference
     require(not nothing, f"--tr-alpha and --tr-every move the reference, but {loss} does not use one")
 

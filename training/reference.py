@@ -4,8 +4,8 @@
     reference_logps = reference(stream)                           # (N,) log π_ref(y_t | x, y_<t)
 
 Five kinds: a frozen copy of the model (the default); another model (--reference-model); the same model with
-its adapters off (--lora-rank); log-probs computed once before training (--reference cached); and none, for
-losses without a reference.
+its adapters off (--lora-rank), or with a frozen copy of the adapter it started with (--adapter); log-probs
+computed once before training (--reference cached); and none, for losses without a reference.
 
 Neither data nor reference change in a run, so --reference cached computes log π_ref once for every supervised
 token and keeps it beside the tokenised data. A step then needs no forward of the reference and no copy of
@@ -29,7 +29,7 @@ from dataset.store import TokenStore
 from dataset.tokenizer import ChatTokenizer
 from errors import require
 from files import file_hash, write_whole
-from model.lora import WithoutAdapters
+from model.lora import AdapterReference, adapted_layers
 from model.stream import TokenStream
 from model.transformer import Transformer
 from model.weights import load_model, weights_hash
@@ -56,8 +56,11 @@ def make_reference(
         return no_reference
     if other:
         return wrap(load_reference(settings, world).eval().requires_grad_(False), world, settings.shard)
-    if settings.lora_rank:
-        return WithoutAdapters(model)
+    if layers := adapted_layers(model):
+        if settings.adapter and not settings.merge_adapter:
+            for layer in layers.values():
+                layer.keep_reference()
+        return AdapterReference(model)
     return wrap(copy.deepcopy(model).eval().requires_grad_(False), world, settings.shard)
 
 

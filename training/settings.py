@@ -156,13 +156,35 @@ class AdapterSettings(TrainSettings):
         self.require(self.optimizer != "muon" or not self.shard, "optimizer", "adamw beside --shard")
 
 
+@dataclass
+class StartAdapterSettings(AdapterSettings):
+    """The further flags of a script that can start with an adapter from a file."""
+
+    adapter: str = flag("", "peft folder: a LoRA adapter of --model, with which policy and reference start")
+    merge_adapter: bool = flag(False, "merge --adapter into the weights first, then train as without it")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.merge_adapter and not self.adapter:
+            raise InputError("--merge-adapter merges the adapter of --adapter, which is not given")
+        if self.adapter and self.lora_rank and not self.merge_adapter:
+            advice = "leave out --lora-rank to train it, or add --merge-adapter to train a new one"
+            raise InputError(f"--adapter {self.adapter} has its own rank, targets and alpha: {advice}")
+
+
+def trains_adapters(settings) -> bool:
+    """Whether a run trains adapters: those of --lora-rank or that of --adapter."""
+    continued = getattr(settings, "adapter", "") and not settings.merge_adapter
+    return bool(continued or getattr(settings, "lora_rank", 0))
+
+
 LARGE = 100_000_000  # weights
 
 
 def learning_rate_advice(settings: TrainSettings, weights: int) -> str:
     """A line of advice if a model of more than 100 million weights trains with the default --lr; else ""."""
     default = type(settings).lr
-    if weights <= LARGE or settings.lr != default or getattr(settings, "lora_rank", 0):
+    if weights <= LARGE or settings.lr != default or trains_adapters(settings):
         return ""
     advice = "try --lr 5e-6 for preferences, --lr 2e-5 for supervised fine-tuning"
     return f"--lr {default:g} is for models of a few million weights; this model has {weights:,}: {advice}"

@@ -12,18 +12,26 @@ from dataset.store import TokenStore, open_store
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, require
 from model.config import PRESETS
-from model.lora import add_adapters
+from model.lora import add_adapters, merge_adapters
+from model.peft import add_adapter
 from model.transformer import Transformer
 from model.weights import load_model, run_settings
 from training.distributed import World, first_device
 from training.muon import MuonWithAdamW
 from training.precision import Precision
 from training.schedule import adamw
-from training.settings import SAMPLE, AdapterSettings, TrainSettings, each, learning_rate_advice
+from training.settings import (
+    SAMPLE,
+    AdapterSettings,
+    TrainSettings,
+    each,
+    learning_rate_advice,
+    trains_adapters,
+)
 
 
 def load_policy(settings: AdapterSettings, world: World) -> tuple[Transformer, ChatTokenizer, int]:
-    """The model of --model, with adapters if --lora-rank is given; its tokenizer; the longest record."""
+    """The model of --model, with adapters if a flag gives some; its tokenizer; the longest record."""
     model = load_model(settings.model, first_device(world, settings.shard))
     tokenizer = ChatTokenizer(Path(settings.model) / "tokenizer.json")
     return model, tokenizer, prepare(model, tokenizer, settings, world)
@@ -39,6 +47,10 @@ def prepare(model: Transformer, tokenizer: ChatTokenizer, settings: TrainSetting
     model.checkpoint_activations = settings.checkpoint_activations
     if settings.fused_attention:
         model.fuse_attention(world.device)
+    if folder := getattr(settings, "adapter", ""):
+        add_adapter(model, folder)
+        if settings.merge_adapter:
+            merge_adapters(model)
     if getattr(settings, "lora_rank", 0):
         add_adapters(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
     return max_length
@@ -53,7 +65,7 @@ def make_optimizer(
     was tried" in docs/RESULTS.md).
     """
     if settings.optimizer == "auto":
-        whole = not settings.shard and not settings.lora_rank
+        whole = not settings.shard and not trains_adapters(settings)
         settings.optimizer = "muon" if whole and trained_by_muon(settings.model) else "adamw"
     if settings.optimizer == "adamw":
         return adamw(model, settings.weight_decay)

@@ -151,8 +151,10 @@ def longer(first: list[dict], last: list[dict] = ()) -> str | None:
     if not last or not all(answer["finished"] for answer in first):
         return None
     before, now = ([answer["tokens"] for answer in answers] for answers in (first, last))
-    grown = sum(b >= max(LONGER * a, a + LONG_TOKENS) for a, b in zip(before, now, strict=True))
-    if grown < MOST * len(last):
+    grown = [b >= max(LONGER * a, a + LONG_TOKENS) for a, b in zip(before, now, strict=True)]
+    # An answer that loops is long as well: `repeating` counts it.
+    grown = [is_long and repeated(a["answer"]) < REPEATED for is_long, a in zip(grown, last, strict=True)]
+    if sum(grown) < MOST * len(last):
         return None
     lengths = f"{median(before):.0f} to {median(now):.0f} tokens"
     return (

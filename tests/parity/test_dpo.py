@@ -169,6 +169,59 @@ def test_adapters_are_those_of_peft(folder):
     assert {layer.scale for layer in adapted_layers(ours).values()} == {scale} == {4.0}
 
 
+@torch.no_grad()
+def peft_sums(base, adapter, tmp_path, count: int = 40) -> torch.Tensor:
+    """log pi of each response by peft, not merged, without the newline behind it, (count, 2)."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, adapter).eval()
+    trainer = their_trainer(base, tmp_path)
+    inputs = trainer.data_collator([trainer.train_dataset[place] for place in range(count)])
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    ids, mask = inputs["input_ids"][:, 1:], inputs["completion_mask"][:, 1:].bool()
+    logps = logits[:, :-1].log_softmax(dim=-1).gather(2, ids[..., None])[..., 0]
+    sums = torch.stack([row[place][:-1].sum() for row, place in zip(logps, mask, strict=True)])
+    return sums.view(2, count).T
+
+
+@pytest.fixture
+def adapter(folder, tmp_path):
+    """An adapter that peft has saved, with ranks and alphas of its own for some layers, far from zero."""
+    options = dict(target_modules=["q_proj", "v_proj", "down_proj"], use_rslora=True)
+    patterns = dict(rank_pattern={"q_proj": 2, "layers.1.mlp.down_proj": 3}, alpha_pattern={r".*\.v_proj": 5})
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, **options, **patterns))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".lora_" in name:
+                weight.add_(torch.randn_like(weight) * 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("way", ["beside", "merged"])
+def test_an_adapter_of_peft_is_the_start_of_policy_and_reference(folder, adapter, tmp_path, way):
+    """peft measures the log-probs of the start, and with the exported adapter the margins of the run."""
+    start = peft_sums(folder, adapter, tmp_path)
+    assert (start - our_sums(folder)).abs().max() > 1
+    out, more = tmp_path / "run", ["--merge-adapter"] if way == "merged" else ["--lr", "0.02"]
+    run_dpo(folder, tmp_path / "start", "--adapter", str(adapter), *more, "--lr", "0")
+    torch.testing.assert_close(our_sums(tmp_path / "start"), start, rtol=1e-5, atol=1e-3)
+    run_dpo(folder, out, "--adapter", str(adapter), *more)
+    rows = [row for row in metrics(out) if "eval_loss" in row]
+    assert rows[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows[-1]["eval_rewards/margins"] > 0.02
+    if way == "merged":
+        return
+    count = sum(1 for _ in read_preferences(PAIRS))
+    export_adapter(out, tmp_path / "trained", torch.float32)
+    policy = peft_sums(folder, tmp_path / "trained", tmp_path, count)
+    moved = policy - peft_sums(folder, adapter, tmp_path, count)
+    margins = 0.1 * (moved[:, 0] - moved[:, 1])
+    assert margins.mean().item() == pytest.approx(rows[-1]["eval_rewards/margins"], abs=1e-4)
+    torch.testing.assert_close(policy[:40], our_sums(out), rtol=1e-5, atol=1e-3)
+
+
 # ---- The whole way
 
 

@@ -143,14 +143,14 @@ Weights that move take the reference along, whose adapters are off.
 + model.requires_grad_(True)
 test_lora.py::test_training_changes_adapters_only
 
-reference-keeps-its-adapters in model.lora: WithoutAdapters.__call__
+reference-keeps-its-adapters in model.lora: AdapterReference.__call__
 Policy and reference are one model, and the loss is ln 2 for ever.
-- with adapters_off(self.model):
+- with as_reference(self.model):
 -     return self.model(stream)
 + return self.model(stream)
 test_lora.py::test_training_changes_adapters_only
 
-adapters-stay-off in model.lora: adapters_off
+adapters-stay-off in model.lora: as_reference
 After the reference's forward the policy has no adapters either, and no gradient.
 - for layer in layers:
 -     layer.on = True
@@ -169,6 +169,42 @@ Each save adds the adapter to the weights once more.
 - self.weight + self.scale * self.lora_B @ self.lora_A
 + self.weight.data.add_(self.scale * self.lora_B @ self.lora_A)
 test_lora.py::test_merging_leaves_the_model_alone
+
+adapter-of-the-reference-is-trained in model.lora: AdaptedLinear.keep_reference
+The reference's adapter is the policy's own: both move, and the loss is ln 2 for ever.
+- nn.Parameter(self.lora_B.detach().clone(), requires_grad=False)
++ self.lora_B
+test_peft.py::test_the_reference_does_not_follow
+
+adapter-not-in-the-reference in training.reference: make_reference
+The reference is the base without --adapter, so the first loss is not ln 2.
+- layer.keep_reference()
++ pass
+test_peft.py::test_policy_and_reference_start_with_the_adapter[beside]
+
+rank-pattern-ignored in model.peft: read_layers
+All layers have the rank of the config, and an adapter with a pattern cannot be read.
+- pattern_value(config.get("rank_pattern"), name, config.get("r"))
++ config.get("r")
+test_peft.py::test_each_layer_has_its_own_rank_and_alpha[False]
+
+rank-stabilisation-ignored in model.peft: read_layers
+An adapter with alpha / sqrt(r) is read with alpha / r: a weaker one.
+- (math.sqrt(rank) if config.get("use_rslora") else rank)
++ rank
+test_peft.py::test_each_layer_has_its_own_rank_and_alpha[True]
+
+unknown-adapter-option-ignored in model.peft: require_lora
+A DoRA adapter loads as plain LoRA.
+- require(not used, f"{folder}: {name} {str(value)[:60]!r} is not supported in an adapter")
++ pass
+test_peft.py::test_what_is_not_plain_lora_is_refused_by_name[options2-use_dora 'True' is not supported]
+
+adapter-scale-not-in-the-digest in model.weights: weights_hash
+A run continues, or takes cached log-probs, with another alpha than it started with.
+- json.dumps(scales).encode() if scales else b""
++ b""
+test_peft.py::test_a_stopped_run_goes_on_and_the_folder_may_move
 
 seed-never-arrives in train_dpo: train
 The data order ignores --seed, and runs that should differ are one.

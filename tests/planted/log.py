@@ -27,9 +27,9 @@ The KL of the curve, the samples and the pairs of the report are those of the fi
 + np.arange(min(count if most is None else most, count))
 test_eval.py::test_the_kl_of_an_evaluation_in_training_is_that_of_rows_spread_over_the_data
 
-kl-of-the-policy-to-itself in model.lora: WithoutAdapters.hidden_of
+kl-of-the-policy-to-itself in model.lora: AdapterReference.hidden_of
 With adapters the KL of every evaluation is 0.
-- with adapters_off(self.model):
+- with as_reference(self.model):
 -     return self.model.hidden_of(stream)
 + return self.model.hidden_of(stream)
 test_eval.py::test_a_run_is_measured_as_it_was_trained

@@ -138,9 +138,9 @@ The cache has one log-prob a token, and the run stops in its first step.
 - require("rejected_kl" not in objective.inputs, ...)
 test_objectives.py::test_tdpo2_needs_whole_models
 
-reference-with-adapters in model.lora: WithoutAdapters.hidden_of
+reference-with-adapters in model.lora: AdapterReference.hidden_of
 The reference's hidden states are the policy's: D is always 0.
-- adapters_off(self.model)
+- as_reference(self.model)
 + torch.no_grad()
 test_objectives.py::test_tdpo2_with_adapters
 
