@@ -208,7 +208,7 @@ test_peft.py::test_a_stopped_run_goes_on_and_the_folder_may_move
 
 seed-never-arrives in train_dpo: train
 The data order ignores --seed, and runs that should differ are one.
-- Windows(len(pairs), settings.batch_size, settings.seed)
-+ Windows(len(pairs), settings.batch_size, 0)
+- windows_of(pairs, settings.batch_size, settings.seed)
++ windows_of(pairs, settings.batch_size, 0)
 test_loops.py::test_seed_changes_the_order_and_repeats_it
 """)
