@@ -161,8 +161,10 @@ def test_all_ranks_must_be_in_the_same_run(flags, tmp_path, monkeypatch):
     """If machines have different files under the same path, ranks would train on different data."""
 
     def from_another_main(self, function):
-        result = function()
-        return [result[0], {**result[1], "data": "0" * 64}] if isinstance(result, tuple) else result
+        if not isinstance(result := function(), tuple):
+            return result
+        path, identity, *rest = result
+        return [path, {**identity, "data": "0" * 64}, *rest]
 
     monkeypatch.setattr(World, "from_main", from_another_main)
     with pytest.raises(InputError, match="rank 0 does not run what rank 0 runs: data 000000000000, now "):
