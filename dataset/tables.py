@@ -41,9 +41,9 @@ def read_parquet(path) -> Iterator[tuple[int, object]]:
             if not columns:
                 raise DataError(path, 1, "no column contains text, numbers or lists of them")
             for batch in file.iter_batches(BATCH, columns=columns, use_threads=False):
-                for place in range(len(batch)):
+                for record in parquet_records(batch, path, row + 1):
                     row += 1
-                    yield row, parquet_record(batch.slice(place, 1), path, row)
+                    yield row, record
     except (arrow.ArrowException, OSError, RecursionError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
         raise DataError(path, row + 1, f"not Parquet, or the file is damaged ({reason})") from None
@@ -63,14 +63,18 @@ def is_json(kind, types, depth: int = 0) -> bool:
     return plain or types.is_integer(kind) or types.is_floating(kind) or types.is_null(kind)
 
 
-def parquet_record(row, path, number: int):
-    """The record of a batch of one row, or a `DataError` in its place."""
-    if row.nbytes > MAX_LINE:
-        return DataError(path, number, f"row longer than {MAX_LINE // 2**20} MiB")
-    try:
-        return without_nulls(row.to_pylist()[0])
-    except UnicodeDecodeError as error:
-        return DataError(path, number, f"not UTF-8: byte 0x{error.object[error.start]:02x} in a text")
+def parquet_records(batch, path, number: int) -> list:
+    """The records of a batch whose first row has this number; a `DataError` in place of each bad one."""
+    reason = f"row longer than {MAX_LINE // 2**20} MiB"
+    if batch.nbytes <= MAX_LINE:
+        try:
+            return [without_nulls(record) for record in batch.to_pylist()]
+        except UnicodeDecodeError as error:
+            reason = f"not UTF-8: byte 0x{error.object[error.start]:02x} in a text"
+    if len(batch) == 1:
+        return [DataError(path, number, reason)]
+    rows = ((place, batch.slice(place, 1)) for place in range(len(batch)))
+    return [record for place, row in rows for record in parquet_records(row, path, number + place)]
 
 
 def without_nulls(value):
