@@ -137,7 +137,8 @@ def test_a_pointer_shows_the_numbers_of_a_token(browser, written):
     browser.point(x, y)
     logp, reference = map(float, values.split(","))
     readout = browser.run("document.querySelector('#readout').innerText")
-    shown = f"log π {signed(logp)}   log π_ref {signed(reference)}\ndifference {signed(logp - reference)}"
+    word = {"en": "difference", "zh": "差"}[browser.run("document.documentElement.lang.slice(0, 2)")]
+    shown = f"log π {signed(logp)}   log π_ref {signed(reference)}\n{word} {signed(logp - reference)}"
     assert readout.endswith(shown.replace("π +", "π ").replace("ref +", "ref "))
     browser.point(1, 1)
     assert browser.run("document.querySelector('#readout').hidden")
