@@ -134,7 +134,7 @@ def test_a_resumed_run_has_the_history_of_its_rows(flags_of, tmp_path, capsys):
     train_dpo.main([*flags, "--resume"])
     after = warnings_in(capsys.readouterr().out)
     assert [len([line for line in lines if "fell from" in line]) for lines in (before, after)] == [1, 0]
-    assert any("answers to held-out prompts grew from 4" in line for line in after)
+    assert any("answers to held-out prompts" in line for line in after)
 
 
 # ---- Healthy runs
