@@ -53,8 +53,8 @@ test_warnings.py::test_a_warning_is_given_once
 
 noise-taken-for-a-baseline in training.warnings: longer
 A weak model, whose answers end or do not end by chance, is warned of growing answers in a healthy run.
-- if not last or not all(answer["finished"] for answer in first):
-+ if not last:
+- not last or not all(answer["finished"] for answer in first)
++ not last
 test_warnings.py::test_a_model_that_writes_noise_is_not_a_baseline
 
 loops-taken-for-learned-length in training.warnings: longer
