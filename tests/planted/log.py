@@ -51,6 +51,18 @@ The same line after every row hides all others.
 - self.given |= lines.keys()
 test_warnings.py::test_a_warning_is_given_once
 
+noise-taken-for-a-baseline in training.warnings: longer
+A weak model, whose answers end or do not end by chance, is warned of growing answers in a healthy run.
+- not last or not all(answer["finished"] for answer in first)
++ not last
+test_warnings.py::test_a_model_that_writes_noise_is_not_a_baseline
+
+loops-taken-for-learned-length in training.warnings: longer
+The advice against learned length is given to a policy that repeats itself.
+- is_long and repeated(a["answer"]) < REPEATED
++ is_long
+test_warnings.py::test_a_model_that_writes_noise_is_not_a_baseline
+
 warned-during-the-warm-up in training.warnings: still
 A slow warm-up looks like a learning rate that is too small.
 - len(rows) < 2 or last["learning_rate"] > rows[-2]["learning_rate"]
