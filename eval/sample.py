@@ -24,7 +24,7 @@ from dataset.prompts import as_messages, read_prompts
 from dataset.tokenizer import ChatTokenizer
 from errors import InputError, require, run_script
 from eval.common import generating, load_model_and_tokenizer, print_note, print_start
-from files import json_line, write_lines
+from files import append_synced, json_line, write_lines
 from model.generate import generate
 from model.transformer import Transformer
 from model.weights import weights_hash
@@ -163,7 +163,7 @@ def answer_into_file(settings: Settings, models: Models, records: list[dict], wo
     ]
     own = todo[world.rank :: world.ranks]
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{out}.{world.rank}.part", "ab") as file:
+    with open(f"{out}.{world.rank}.part", "ab", buffering=0) as file:
         if file.tell() == 0:
             append(file, [identity])
         for batch in tqdm(own, unit="batch", disable=not world.is_main):
@@ -184,9 +184,7 @@ def identity_of(settings: Settings, models: Models, records: list[dict]) -> dict
 
 def append(file, values: list[dict]) -> None:
     """Append JSON lines and sync them."""
-    file.writelines(map(json_line, values))
-    file.flush()
-    os.fsync(file.fileno())
+    append_synced(file, b"".join(map(json_line, values)), file.name)
 
 
 def part_files(out: Path) -> list[Path]:
